@@ -1,0 +1,27 @@
+"""sla_ref: sparse-linear attention (SLA, arXiv 2509.24006) as a readable specification with tested backends."""
+
+from . import reference
+from .attention import SLAOutput, sparse_linear_attention
+from .backends import get_backend, list_backends, register_backend, reset_backend, set_backend, use_backend
+from .block_map import BlockMap, block_scores, classify_blocks
+from .feature_maps import Hedgehog
+from .module import SparseLinearAttention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockMap",
+    "Hedgehog",
+    "SLAOutput",
+    "SparseLinearAttention",
+    "block_scores",
+    "classify_blocks",
+    "get_backend",
+    "list_backends",
+    "reference",
+    "register_backend",
+    "reset_backend",
+    "set_backend",
+    "sparse_linear_attention",
+    "use_backend",
+]

@@ -1,0 +1,270 @@
+"""The public function: check the input, choose the backend, and run the one operator that autograd and compilers know."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .block_map import (
+    DEFAULT_BLOCK,
+    DEFAULT_CRITICAL_RATIO,
+    DEFAULT_NEGLIGIBLE_RATIO,
+    BlockMap,
+    check_tensors,
+    classify_blocks,
+)
+from .feature_maps import FeatureMap, resolve_feature_map
+from .protocol import Saved
+
+
+class SLAOutput(NamedTuple):
+    """The two branches before Proj and the sum, O = sparse + Proj(linear). [Eq. 6]"""
+
+    sparse: Tensor
+    """O^s, (B, H, Nq, D), the input's dtype. [Eq. 4]"""
+    linear: Tensor
+    """O^l, (B, H, Nq, D), the input's dtype. [Eq. 5]"""
+    lse: Tensor
+    """Natural log-sum-exp of each row's critical scores, (B, H, Nq), float32 (float64 for float64); not differentiable."""
+
+
+def sparse_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_map: BlockMap | None = None,
+    critical_ratio: float | None = None,
+    negligible_ratio: float | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    feature_map: str | FeatureMap = "softmax",
+    scale: float | None = None,
+    backend: str | None = None,
+) -> SLAOutput:
+    """Exact attention over the critical key blocks, and linear attention over the marginal ones. [Eq. 4] [Eq. 5]
+
+    Under autocast, query, key and value are cast to the autocast dtype first (float64 stays), and nothing inside follows
+    autocast. Sums are float32 or better. Results repeat bit for bit on one device.
+
+    Args:
+        query: (B, H, Nq, D), float16, bfloat16, float32 or float64, any strides. Nq, Nk >= 1 need not fill whole blocks.
+        key, value: (B, H, Nk, D), query's dtype and device.
+        block_map: the classes of all block pairs; made by `classify_blocks` from the next four arguments if None.
+        critical_ratio, negligible_ratio: shares of critical and negligible key blocks; 0.05 and 0.10 if None.
+        block_q, block_k: tokens per block; 64 if None.
+        feature_map: phi: "softmax", "elu" (elu + 1), "relu", or a callable that keeps the shape.
+        scale: factor on the scores, finite and > 0; 1 / sqrt(D) if None.
+        backend: name of a backend; see `sla_ref.set_backend` for what applies if None.
+
+    Returns:
+        The outputs of both branches and the log-sum-exp. Gradients flow to query, key and value, through phi too.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or size, a ratio or block size stands
+            beside a block_map, or the backend cannot take the input.
+        RuntimeError: the backend cannot be used on this machine; or the gradient of a gradient is asked for.
+    """
+    phi = resolve_feature_map(feature_map)
+    return attend(
+        query,
+        key,
+        value,
+        phi_query=phi,
+        phi_key=phi,
+        block_map=block_map,
+        critical_ratio=critical_ratio,
+        negligible_ratio=negligible_ratio,
+        block_q=block_q,
+        block_k=block_k,
+        scale=scale,
+        backend=backend,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    phi_query: FeatureMap,
+    phi_key: FeatureMap,
+    block_map: BlockMap | None,
+    critical_ratio: float | None,
+    negligible_ratio: float | None,
+    block_q: int | None,
+    block_k: int | None,
+    scale: float | None,
+    backend: str | None,
+) -> SLAOutput:
+    """`sparse_linear_attention` with a feature map each for query and key, as a layer with learnable ones needs."""
+    check_tensors(query=query, key=key, value=value)
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"value must have key's number of tokens {key.shape[2]}, got {value.shape[2]}")
+    scale = _check_scale(scale, query.shape[3])
+    backend = backends.get_backend() if backend is None else backend
+    backends.require_known(backend)
+
+    query, key, value = _autocast(query, key, value)
+    if block_map is None:
+        block_map = classify_blocks(
+            query,
+            key,
+            DEFAULT_CRITICAL_RATIO if critical_ratio is None else critical_ratio,
+            DEFAULT_NEGLIGIBLE_RATIO if negligible_ratio is None else negligible_ratio,
+            block_q=DEFAULT_BLOCK if block_q is None else block_q,
+            block_k=DEFAULT_BLOCK if block_k is None else block_k,
+        )
+    else:
+        given = {
+            "critical_ratio": critical_ratio,
+            "negligible_ratio": negligible_ratio,
+            "block_q": block_q,
+            "block_k": block_k,
+        }
+        for name, argument in given.items():
+            if argument is not None:
+                raise ValueError(f"{name} must not be given beside a block_map, which already says it; got {argument!r}")
+        _check_block_map(block_map, query, key)
+
+    sparse, linear, lse = _forward(
+        query,
+        key,
+        value,
+        _features(phi_query, query, "query"),
+        _features(phi_key, key, "key"),
+        block_map.labels,
+        block_map._num_critical,
+        block_map.block_q,
+        block_map.block_k,
+        scale,
+        backend,
+    )
+    return SLAOutput(sparse, linear, lse)
+
+
+def _check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a finite number > 0, got {scale!r} of type {type(scale).__name__}")
+    if not (0 < scale < math.inf):
+        raise ValueError(f"scale must be a finite number > 0, got {scale}")
+    return float(scale)
+
+
+def _check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"block_map must be a sla_ref.BlockMap, got {type(block_map).__name__}")
+    expected = (*query.shape[:3], key.shape[2])
+    got = (*block_map.labels.shape[:2], block_map.query_length, block_map.key_length)
+    if got != expected:
+        raise ValueError(f"block_map must be for (batch, heads, Nq, Nk) = {tuple(expected)}, got one for {tuple(got)}")
+    if block_map.labels.device != query.device:
+        raise ValueError(f"block_map must be on query's device {query.device}, got {block_map.labels.device}")
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kind = query.device.type
+    if query.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _features(phi: FeatureMap, tokens: Tensor, name: str) -> Tensor:
+    features = phi(tokens)
+    if not isinstance(features, Tensor):
+        raise TypeError(f"feature_map must return a torch.Tensor, got {type(features).__name__} for {name}")
+    if features.shape != tokens.shape:
+        raise ValueError(
+            f"feature_map must keep the shape of {name} {tuple(tokens.shape)}, it returned {tuple(features.shape)}"
+        )
+    return features.to(tokens.dtype)
+
+
+# --- the operator ----------------------------------------------------------------------------------------------------
+# The index lists of a BlockMap are made inside, from the labels: to autograd and compilers they do not exist. The backend
+# travels as a string, so that the backward runs on the backend of its forward, whatever is set by then.
+
+
+@torch.library.custom_op("sla_ref::forward", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    labels: Tensor,
+    num_critical: int | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
+    chosen = backends.choose(backend, query, block_map)
+    with torch.autocast(query.device.type, enabled=False):
+        return tuple(chosen.forward(query, key, value, phi_query, phi_key, block_map, scale))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("sla_ref::backward", mutates_args=())
+def _backward(
+    grad_sparse: Tensor,
+    grad_linear: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    out_sparse: Tensor,
+    out_linear: Tensor,
+    lse: Tensor,
+    labels: Tensor,
+    num_critical: int | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
+    chosen = backends.choose(backend, query, block_map)
+    saved = Saved(out_sparse, out_linear, lse)
+    inputs = (query, key, value, phi_query, phi_key)
+    with torch.autocast(query.device.type, enabled=False):
+        return tuple(chosen.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale))  # type: ignore[return-value]
+
+
+@_forward.register_fake
+def _(query, key, value, phi_query, phi_key, labels, num_critical, block_q, block_k, scale, backend):
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+@_backward.register_fake
+def _(grad_sparse, grad_linear, query, key, value, phi_query, phi_key, *rest):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value, phi_query, phi_key))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, labels, num_critical, block_q, block_k, scale, backend = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, *output, labels)
+    ctx.options = (num_critical, block_q, block_k, scale, backend)
+
+
+def _differentiate(ctx, grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None):
+    gradients = _backward(grad_sparse, grad_linear, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None, None, None
+
+
+def _refuse(ctx, *grads: Tensor) -> NoReturn:
+    raise RuntimeError("sparse_linear_attention has no second derivative: its gradient cannot be differentiated again")
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse)

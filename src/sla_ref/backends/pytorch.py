@@ -1,0 +1,298 @@
+"""The backend `torch`: Algorithms 1 and 2 block by block in plain PyTorch, with the backward written by hand.
+
+    key blocks j ->   0   1   2   3   4        Sparse branch: query block i gathers its critical key blocks side by side,
+    query block i   [ 0   1  -1   1   0 ]      here [K_1 K_3], and runs one small softmax attention over them. Several
+                          |       |            query blocks make one step, as a batch of matrix products.
+                          +-- K --+            Linear branch: H_i = h_0 + h_4, for all i at once as one product
+                                               [labels == 0] @ [h_0 .. h_4].
+
+No N x N tensor ever exists: work and memory grow with the critical blocks. As a query block sees all of its critical keys
+at once, the softmax needs no running maximum and sum; the GPU kernels, which see one block at a time, do.
+
+Everything is computed in float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..block_map import MARGINAL, BlockMap
+from ..protocol import Gradients, Saved
+
+name = "torch"
+
+
+def unavailable() -> str | None:
+    """None: where torch is, this backend is."""
+    return None
+
+
+def unsupported(query: Tensor, block_map: BlockMap) -> str | None:
+    """None: it takes whatever the operator takes."""
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    block_map: BlockMap,
+    scale: float,
+) -> Saved:
+    """Algorithm 1; arguments and result as in `sla_ref.protocol.Backend`."""
+    out_sparse, lse = _sparse_forward(query, key, value, block_map, scale)
+    out_linear = _linear_forward(phi_query, phi_key, value, block_map)
+    return Saved(out_sparse, out_linear, lse)
+
+
+def backward(
+    grad_sparse: Tensor,
+    grad_linear: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    saved: Saved,
+    block_map: BlockMap,
+    scale: float,
+) -> Gradients:
+    """Algorithm 2; arguments and result as in `sla_ref.protocol.Backend`."""
+    dQ, dK, dV_sparse = _sparse_backward(grad_sparse, query, key, value, saved, block_map, scale)
+    dphi_Q, dphi_K, dV_linear = _linear_backward(grad_linear, phi_query, phi_key, value, saved, block_map)
+    dV = dV_sparse.add_(dV_linear)  # [Alg. 2 L17] prints "=", which would lose the sparse part
+    gradients = Gradients(dQ, dK, dV, dphi_Q, dphi_K)
+    return Gradients(*(gradient.to(query.dtype) for gradient in gradients))
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _cut(tokens: Tensor, block: int) -> Tensor:
+    """(B, H, N, D) -> (B * H * T + 1, block, D): the blocks of all heads in a row, the last of each head padded with zeros,
+    and one block of zeros at the end, for index slots that stand for no block."""
+    B, H, N, D = tokens.shape
+    T = -(-N // block)
+    blocks = tokens.new_zeros(B * H * T + 1, block, D, dtype=_compute_dtype(tokens))
+    blocks[:-1].view(B, H, T * block, D)[:, :, :N] = tokens
+    return blocks
+
+
+def _join(blocks: Tensor, like: Tensor) -> Tensor:
+    """The reverse of `_cut`: blocks of all heads in a row, with or without the zero block, -> the shape of `like`."""
+    B, H, N, D = like.shape
+    T = -(-N // blocks.shape[1])
+    return blocks[: B * H * T].view(B, H, T * blocks.shape[1], D)[:, :, :N].contiguous()
+
+
+# --- sparse branch ---------------------------------------------------------------------------------------------------
+
+
+class _Critical(NamedTuple):
+    """The critical key blocks of all query blocks, as rows into what `_cut` makes of the keys."""
+
+    index: Tensor
+    """(B * H * Tq, C) int64; slots that a query block does not use point to the block of zeros."""
+    bias: Tensor | None
+    """(B * H * Tk + 1, block_k): 0 for a real key, -inf for padding; None where no padding can be met."""
+
+
+def _critical(block_map: BlockMap, dtype: torch.dtype) -> _Critical:
+    B, H, Tq, Tk = block_map.labels.shape
+    C, device = block_map.max_critical, block_map.labels.device
+    zero_block = B * H * Tk
+    first = torch.arange(0, zero_block, Tk, device=device).view(B, H, 1, 1)  # first key block of each head
+    index = block_map.kv_indices + first
+    ragged = block_map.key_length % block_map.block_k != 0
+    if not block_map.is_uniform:
+        used = torch.arange(C, device=device) < block_map.kv_num_blocks[..., None]
+        index = torch.where(used, index, zero_block)
+    bias = None
+    if ragged or not block_map.is_uniform:
+        bias = torch.zeros(zero_block + 1, block_map.block_k, dtype=dtype, device=device)
+        bias[zero_block] = -torch.inf
+        if ragged:
+            bias[:-1].view(B * H, Tk, -1)[:, -1, block_map.key_length % block_map.block_k :] = -torch.inf
+    return _Critical(index.view(B * H * Tq, C), bias)
+
+
+def _steps(index: Tensor, Q: Tensor, K: Tensor) -> list[slice]:
+    """Cut the query blocks into steps: on a CPU so that a step's tiles stay in the cache, elsewhere for few launches."""
+    scores_per_block = Q.shape[1] * index.shape[1] * K.shape[1]
+    step = max(1, (2**18 if Q.device.type == "cpu" else 2**26) // scores_per_block)
+    return [slice(start, min(start + step, len(index))) for start in range(0, len(index), step)]
+
+
+class _Scratch:
+    """Memory for the tiles of a step, used again by the next: allocating them anew costs a CPU as much as the arithmetic."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.empty = torch.empty(0, dtype=dtype, device=device)
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, tile: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if tile not in self.buffers or self.buffers[tile].numel() < size:
+            self.buffers[tile] = self.empty.new_empty(size)
+        return self.buffers[tile][:size].view(shape)
+
+    def gather(self, tile: str, blocks: Tensor, index: Tensor) -> Tensor:
+        """The blocks that each row of `index` (n, C) names, side by side: (n, C * block, D)."""
+        (n, C), (_, block, D) = index.shape, blocks.shape
+        out = torch.index_select(blocks, 0, index.flatten(), out=self(tile, n * C, block, D))
+        return out.view(n, C * block, D)
+
+
+def _scores(Q: Tensor, K: Tensor, bias: Tensor | None, index: Tensor, scratch: _Scratch) -> Tensor:
+    """S = scale Q K^T of the n query blocks of a step, (n, block_q, C * block_k); Q is scaled already. [Alg. 1 L9]"""
+    S = torch.bmm(Q, K.mT, out=scratch("S", *Q.shape[:2], K.shape[1]))
+    if bias is not None:
+        S += bias[index].view(len(Q), 1, -1)
+    return S
+
+
+def _sparse_forward(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float) -> tuple[Tensor, Tensor]:
+    Q, K, V = _cut(query, block_map.block_q), _cut(key, block_map.block_k), _cut(value, block_map.block_k)
+    Q *= scale
+    index, bias = _critical(block_map, Q.dtype)
+    out, lse = torch.empty_like(Q), Q.new_empty(*Q.shape[:2], 1)
+    scratch = _Scratch(Q.dtype, Q.device)
+    for rows in _steps(index, Q, K):
+        K_crit = scratch.gather("K", K, index[rows])  # (n, C * block_k, D)
+        V_crit = scratch.gather("V", V, index[rows])
+        S = _scores(Q[rows], K_crit, bias, index[rows], scratch)  # (n, block_q, C * block_k)
+        m = S.amax(-1, keepdim=True)
+        m.masked_fill_(m == -torch.inf, 0.0)  # no critical key at all: keep exp(-inf - m) = 0 from being NaN
+        P = S.sub_(m).exp_()
+        l = P.sum(-1, keepdim=True)  # [Alg. 1 L10]
+        torch.bmm(P, V_crit, out=out[rows])  # [Alg. 1 L11]
+        out[rows] /= l.masked_fill(l == 0, 1.0)  # [Alg. 1 L16]
+        lse[rows] = m + l.log()
+    return _join(out, query).to(query.dtype), _join(lse, query[..., :1]).squeeze(-1)
+
+
+def _sparse_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, block_map: BlockMap, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    Q, K, V = _cut(query, block_map.block_q), _cut(key, block_map.block_k), _cut(value, block_map.block_k)
+    Q *= scale
+    dO = _cut(grad, block_map.block_q)
+    lse = _cut(saved.lse[..., None], block_map.block_q)
+    lse.masked_fill_(lse == -torch.inf, 0.0)
+    Ds = (dO * _cut(saved.out_sparse, block_map.block_q)).sum(-1, keepdim=True)  # [Alg. 2 L2]
+    index, bias = _critical(block_map, Q.dtype)
+    dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+    scratch = _Scratch(Q.dtype, Q.device)
+    for rows in _steps(index, Q, K):
+        K_crit = scratch.gather("K", K, index[rows])  # (n, C * block_k, D)
+        V_crit = scratch.gather("V", V, index[rows])
+        S = _scores(Q[rows], K_crit, bias, index[rows], scratch)  # (n, block_q, C * block_k)
+        P = S.sub_(lse[rows]).exp_()  # [Alg. 2 L10]
+        dP = torch.bmm(dO[rows], V_crit.mT, out=scratch("dP", *P.shape))  # [Alg. 2 L11]
+        dKV = scratch("dKV", *K_crit.shape)
+        _add_blocks(dV, index[rows], torch.bmm(P.mT, dO[rows], out=dKV))
+        dS = dP.sub_(Ds[rows]).mul_(P)  # [Alg. 2 L12]
+        torch.bmm(dS, K_crit, out=dQ[rows])
+        _add_blocks(dK, index[rows], torch.bmm(dS.mT, Q[rows], out=dKV))  # Q brings the scale that the paper's line lacks
+    return _join(dQ.mul_(scale), query), _join(dK, key), _join(dV, value)
+
+
+def _add_blocks(total: Tensor, index: Tensor, tiles: Tensor) -> None:
+    """Add the tiles (n, C * block, D) to the blocks of `total` that `index` (n, C) names, in a fixed order."""
+    index, tiles = index.flatten(), tiles.view(index.numel(), *total.shape[1:])
+    if total.is_cuda:  # where index_add_ would use atomics, so that results differ from run to run
+        total.index_put_((index,), tiles, accumulate=True)
+    else:
+        total.index_add_(0, index, tiles)
+
+
+# --- linear branch ---------------------------------------------------------------------------------------------------
+
+
+class _Linear(NamedTuple):
+    """What both passes of the linear branch need, for the query and key blocks of a few heads (G of them)."""
+
+    marginal: Tensor
+    """(G, Tq, Tk): 1 where the label is 0, else 0."""
+    phi_Q: Tensor
+    """(G, Tq, block_q, D)"""
+    phi_K: Tensor
+    """(G, Tk, block_k, D)"""
+    V: Tensor
+    """(G, Tk, block_k, D)"""
+    H: Tensor
+    """(G, Tq, D, D) [Alg. 1 L13]"""
+    Z: Tensor
+    """(G, Tq, D, 1) [Alg. 1 L13]"""
+    inverse: Tensor
+    """1 / (phi(Q_i) Z_i), and 0 where there is nothing to divide: (G, Tq, block_q, 1)"""
+
+
+def _linear_states(phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map: BlockMap) -> Iterator[tuple[slice, _Linear]]:
+    """A few heads at a time, so that their states h never hold more numbers than the tokens of all heads do."""
+    B, H, Tq, Tk = block_map.labels.shape
+    D = value.shape[-1]
+    phi_Q = _cut(phi_query, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
+    phi_K = _cut(phi_key, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
+    V = _cut(value, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
+    marginal = (block_map.labels == MARGINAL).to(V.dtype).flatten(0, 1)
+    group = max(1, B * H * block_map.block_k // D)
+    for start in range(0, B * H, group):
+        heads = slice(start, start + group)
+        h = phi_K[heads].mT @ V[heads]  # (G, Tk, D, D) [Alg. 1 L4]
+        z = phi_K[heads].sum(2)[..., None]  # (G, Tk, D, 1) [Alg. 1 L4]
+        H_i, Z_i = _sum_over(marginal[heads], h), _sum_over(marginal[heads], z)  # [Alg. 1 L13]
+        denominator = phi_Q[heads] @ Z_i
+        inverse = torch.where(denominator == 0, 0.0, 1 / denominator)
+        yield heads, _Linear(marginal[heads], phi_Q[heads], phi_K[heads], V[heads], H_i, Z_i, inverse)
+
+
+def _sum_over(member: Tensor, states: Tensor) -> Tensor:
+    """For each row i of the 0/1 `member` (G, Ti, Tj), the sum of the states (G, Tj, D, E) with member 1: (G, Ti, D, E)."""
+    total = (member @ states.flatten(2)).unflatten(2, states.shape[2:])
+    if not total.isfinite().all():  # 0 * NaN is NaN: a broken block would reach rows that it is no member of
+        total.zero_()
+        for j in range(states.shape[1]):
+            total += torch.where(member[:, :, j, None, None] == 1, states[:, None, j], 0.0)
+    return total
+
+
+def _linear_forward(phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map: BlockMap) -> Tensor:
+    B, H, Tq, _ = block_map.labels.shape
+    out = phi_query.new_empty(B * H, Tq, block_map.block_q, value.shape[-1], dtype=_compute_dtype(value))
+    for heads, at in _linear_states(phi_query, phi_key, value, block_map):
+        torch.mul(at.phi_Q @ at.H, at.inverse, out=out[heads])  # [Alg. 1 L16]
+    return _join(out.flatten(0, 1), phi_query).to(phi_query.dtype)
+
+
+def _linear_backward(
+    grad: Tensor, phi_query: Tensor, phi_key: Tensor, value: Tensor, saved: Saved, block_map: BlockMap
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, Tq, Tk = block_map.labels.shape
+    all_dO = _cut(grad, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
+    all_Dl = (all_dO * _cut(saved.out_linear, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))).sum(-1, keepdim=True)
+    dphi_Q = torch.empty_like(all_dO)
+    dphi_K = all_dO.new_empty(B * H, Tk, block_map.block_k, value.shape[-1])
+    dV = torch.empty_like(dphi_K)
+    for heads, at in _linear_states(phi_query, phi_key, value, block_map):
+        dO, Dl = all_dO[heads], all_Dl[heads]  # [Alg. 2 L2]
+        A = at.phi_Q * at.inverse  # (G, Tq, block_q, D)
+        dH_i = A.mT @ dO  # (G, Tq, D, D) [Alg. 2 L4]
+        dZ_i = -(A.mT @ Dl)  # (G, Tq, D, 1) [Alg. 2 L4]
+        dphi_Q[heads] = (dO @ at.H.mT - Dl @ at.Z.mT) * at.inverse  # [Alg. 2 L5]
+        dH = _sum_over(at.marginal.mT, dH_i)  # (G, Tk, D, D) [Alg. 2 L14]
+        dZ = _sum_over(at.marginal.mT, dZ_i)  # (G, Tk, D, 1) [Alg. 2 L14]
+        dphi_K[heads] = at.V @ dH.mT + dZ.mT  # [Alg. 2 L17]
+        dV[heads] = at.phi_K @ dH  # [Alg. 2 L17]
+    return _join(dphi_Q.flatten(0, 1), phi_query), _join(dphi_K.flatten(0, 1), phi_key), _join(dV.flatten(0, 1), value)

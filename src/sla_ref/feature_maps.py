@@ -1,0 +1,77 @@
+"""The feature map phi of the linear branch: phi(Q), phi(K) take the place of exp(Q K^T). Positive maps keep weights positive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+def softmax(tokens: Tensor) -> Tensor:
+    """Softmax over the head dimension, the paper's default; (..., D) -> (..., D)."""
+    return torch.softmax(tokens, dim=-1)
+
+
+def elu(tokens: Tensor) -> Tensor:
+    """elu(x) + 1; (..., D) -> (..., D)."""
+    return F.elu(tokens) + 1
+
+
+def relu(tokens: Tensor) -> Tensor:
+    """max(x, 0); (..., D) -> (..., D). A token whose features are all zero gets a zero denominator, so linear = 0."""
+    return F.relu(tokens)
+
+
+class Hedgehog(nn.Module):
+    """The learnable map concat(softmax(W x), softmax(-W x)) with W of shape (D / 2, D); (..., D) -> (..., D).
+
+    Zhang et al., "The Hedgehog & the Porcupine", arXiv 2402.04347, in the form that keeps D features.
+
+    Args:
+        head_dim: D, even.
+
+    Raises:
+        TypeError, ValueError: head_dim is no even int of at least 2.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+            raise TypeError(f"head_dim must be an even int >= 2, got {head_dim!r}")
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be an even int >= 2 for the hedgehog feature map, got {head_dim}")
+        self.weight = nn.Parameter(torch.empty(head_dim // 2, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Orthonormal rows: the projections start out distinct and keep the scale of x."""
+        nn.init.orthogonal_(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        projected = F.linear(tokens.to(self.weight.dtype), self.weight)
+        return torch.cat([torch.softmax(projected, dim=-1), torch.softmax(-projected, dim=-1)], dim=-1)
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {"softmax": softmax, "elu": elu, "relu": relu}
+
+
+def resolve_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
+    """The callable behind a name; a callable is returned as it is.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a callable.
+    """
+    if isinstance(feature_map, str):
+        if feature_map not in FEATURE_MAPS:
+            names = ", ".join(repr(name) for name in FEATURE_MAPS)
+            hint = "; 'hedgehog' has weights, so SparseLinearAttention owns it" if feature_map == "hedgehog" else ""
+            raise ValueError(f"feature_map must be one of {names} or a callable, got {feature_map!r}{hint}")
+        return FEATURE_MAPS[feature_map]
+    if not callable(feature_map):
+        raise TypeError(f"feature_map must be a name or a callable, got {type(feature_map).__name__}")
+    return feature_map

@@ -1,0 +1,123 @@
+"""The attention layer: both branches, the learnable Proj, and their sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .attention import attend
+from .block_map import (
+    DEFAULT_BLOCK,
+    DEFAULT_CRITICAL_RATIO,
+    DEFAULT_NEGLIGIBLE_RATIO,
+    BlockMap,
+    check_block_size,
+    check_ratio,
+)
+from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
+
+
+class SparseLinearAttention(nn.Module):
+    """Takes the place of softmax attention in a model: O = O^s + Proj(O^l). [Eq. 6]
+
+    Proj starts at zero, so that a fresh layer is the sparse branch alone and fine-tuning grows the linear branch. At zero,
+    the gradient reaches Proj only; one step later it reaches phi through Proj too.
+
+    Args:
+        head_dim: D, which query, key and value must have.
+        critical_ratio: share of key blocks per query block with exact attention, 0 < critical_ratio <= 1.
+        negligible_ratio: share of key blocks per query block that are skipped, 0 <= negligible_ratio <= 1.
+        block_q, block_k: tokens per query block and per key block.
+        feature_map: phi: "softmax", "elu" (elu + 1), "relu", "hedgehog" (learnable, the layer owns it), or a callable.
+        backend: name of a backend, or None for what `sla_ref.set_backend` explains.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        critical_ratio: float = DEFAULT_CRITICAL_RATIO,
+        negligible_ratio: float = DEFAULT_NEGLIGIBLE_RATIO,
+        *,
+        block_q: int = DEFAULT_BLOCK,
+        block_k: int = DEFAULT_BLOCK,
+        feature_map: str | FeatureMap = "softmax",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_block_size("head_dim", head_dim)
+        check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
+        check_ratio("negligible_ratio", negligible_ratio, zero_allowed=True)
+        check_block_size("block_q", block_q)
+        check_block_size("block_k", block_k)
+        if backend is not None:
+            backends.require_known(backend)
+        self.head_dim = head_dim
+        self.critical_ratio = critical_ratio
+        self.negligible_ratio = negligible_ratio
+        self.block_q = block_q
+        self.block_k = block_k
+        self.feature_map = feature_map
+        self.backend = backend
+        self.phi_query: FeatureMap
+        self.phi_key: FeatureMap
+        if feature_map == "hedgehog":
+            self.phi_query, self.phi_key = Hedgehog(head_dim), Hedgehog(head_dim)
+        else:
+            self.phi_query = self.phi_key = resolve_feature_map(feature_map)
+        self.proj_l = nn.Linear(head_dim, head_dim, dtype=torch.float32)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Proj to zero; a Hedgehog map to a new random start."""
+        nn.init.zeros_(self.proj_l.weight)
+        nn.init.zeros_(self.proj_l.bias)
+        for phi in (self.phi_query, self.phi_key):
+            if isinstance(phi, Hedgehog):
+                phi.reset_parameters()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, block_map: BlockMap | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attention of `query` (B, H, Nq, D) over `key`, `value` (B, H, Nk, D).
+
+        Args:
+            query, key, value: as `sla_ref.sparse_linear_attention` takes them.
+            block_map: classes to use instead of those that this layer's ratios and block sizes give.
+            scale: factor on the scores; 1 / sqrt(D) if None.
+
+        Returns:
+            (B, H, Nq, D) in the dtype of query (under autocast in the autocast dtype), whatever proj_l's is.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `sla_ref.sparse_linear_attention`; ValueError if D is not head_dim.
+        """
+        if isinstance(query, Tensor) and query.dim() == 4 and query.shape[-1] != self.head_dim:
+            raise ValueError(f"query must have head_dim {self.head_dim}, got shape {tuple(query.shape)}")
+        own_map = block_map is None
+        sparse, linear, _ = attend(
+            query,
+            key,
+            value,
+            phi_query=self.phi_query,
+            phi_key=self.phi_key,
+            block_map=block_map,
+            critical_ratio=self.critical_ratio if own_map else None,
+            negligible_ratio=self.negligible_ratio if own_map else None,
+            block_q=self.block_q if own_map else None,
+            block_k=self.block_k if own_map else None,
+            scale=scale,
+            backend=self.backend,
+        )
+        # proj_l may be float32 beside bfloat16 tokens. Calling it, rather than taking its weight, keeps hooks and adapters.
+        return sparse + self.proj_l(linear.to(self.proj_l.weight.dtype)).to(sparse.dtype)
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(model)` shows them."""
+        return (
+            f"{self.head_dim}, critical_ratio={self.critical_ratio}, negligible_ratio={self.negligible_ratio}, "
+            f"block_q={self.block_q}, block_k={self.block_k}, feature_map={self.feature_map!r}, backend={self.backend!r}"
+        )
