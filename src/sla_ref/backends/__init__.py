@@ -90,10 +90,10 @@ def choose(name: str, query: Tensor, block_map: BlockMap) -> Backend:
         RuntimeError: the backend cannot be used on this machine; the text says why.
     """
     if name == AUTO:
-        takes_it = query.is_cuda and _reason("triton") is None and _load("triton").unsupported(query, block_map) is None
-        return _load("triton" if takes_it else "torch")
+        takes_it = query.is_cuda and _reason("triton") is None and load("triton").unsupported(query, block_map) is None
+        return load("triton" if takes_it else "torch")
     require_usable(name)
-    backend = _load(name)
+    backend = load(name)
     if (reason := backend.unsupported(query, block_map)) is not None:
         raise ValueError(f"backend {name!r} cannot take this input: {reason}")
     return backend
@@ -154,7 +154,8 @@ def _plug_ins() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in taken}
 
 
-def _load(name: str) -> Backend:
+def load(name: str) -> Backend:
+    """The backend of this name, imported if need be; call `require_known` or `require_usable` first."""
     if name in _registered:
         return _registered[name]
     if name in _BUILT_IN:
@@ -164,7 +165,7 @@ def _load(name: str) -> Backend:
 
 def _reason(name: str) -> str | None:
     try:
-        backend = _load(name)
+        backend = load(name)
     except ImportError as error:
         help_line = f": pip install 'sla-ref[{name}]'" if name in _BUILT_IN else ""
         return f"it cannot be imported ({error}){help_line}"

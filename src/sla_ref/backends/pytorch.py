@@ -84,8 +84,11 @@ def _cut(tokens: Tensor, block: int) -> Tensor:
     and one block of zeros at the end, for index slots that stand for no block."""
     B, H, N, D = tokens.shape
     T = -(-N // block)
-    blocks = tokens.new_zeros(B * H * T + 1, block, D, dtype=_compute_dtype(tokens))
-    blocks[:-1].view(B, H, T * block, D)[:, :, :N] = tokens
+    blocks = tokens.new_empty(B * H * T + 1, block, D, dtype=_compute_dtype(tokens))
+    body = blocks[:-1].view(B, H, T * block, D)
+    body[:, :, :N] = tokens
+    body[:, :, N:] = 0
+    blocks[-1] = 0
     return blocks
 
 
@@ -130,7 +133,7 @@ def _critical(block_map: BlockMap, dtype: torch.dtype) -> _Critical:
 def _steps(index: Tensor, Q: Tensor, K: Tensor) -> list[slice]:
     """Cut the query blocks into steps: on a CPU so that a step's tiles stay in the cache, elsewhere for few launches."""
     scores_per_block = Q.shape[1] * index.shape[1] * K.shape[1]
-    step = max(1, (2**18 if Q.device.type == "cpu" else 2**26) // scores_per_block)
+    step = max(1, (2**19 if Q.device.type == "cpu" else 2**26) // scores_per_block)
     return [slice(start, min(start + step, len(index))) for start in range(0, len(index), step)]
 
 
@@ -261,7 +264,7 @@ def _linear_states(phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map:
 def _sum_over(member: Tensor, states: Tensor) -> Tensor:
     """For each row i of the 0/1 `member` (G, Ti, Tj), the sum of the states (G, Tj, D, E) with member 1: (G, Ti, D, E)."""
     total = (member @ states.flatten(2)).unflatten(2, states.shape[2:])
-    if not total.isfinite().all():  # 0 * NaN is NaN: a broken block would reach rows that it is no member of
+    if not total.sum().isfinite():  # 0 * NaN is NaN: a broken block would reach rows that it is no member of
         total.zero_()
         for j in range(states.shape[1]):
             total += torch.where(member[:, :, j, None, None] == 1, states[:, None, j], 0.0)
