@@ -1,0 +1,75 @@
+# Everything runs in .venv, made here at first use; later runs reuse it until pyproject.toml or constraints.txt changes.
+#
+#   PYTHON    the Python (3.11 or newer) that .venv is made from
+#   PIP_ARGS  more arguments for pip, an index of CPU builds of torch for example (README, "Install")
+#   ARGS      more arguments for the program behind a target:  make test ARGS="--backend=triton"
+#   JOBS      test processes (0: one, in pytest itself)
+#   OUT       the new folder that the demo writes
+
+PYTHON   ?= python3
+PIP_ARGS ?=
+ARGS     ?=
+JOBS     ?= auto
+OUT      ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+VENV := .venv
+RUN  := $(VENV)/bin/python -m
+# The constraints hold for the build environment too; pip before 25.3 reads the first name there, later ones the second.
+INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(RUN) pip install $(PIP_ARGS) --editable
+
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench docs hooks clean
+
+help:
+	@echo "make demo    fine-tune a small video model with SLA and show what came out"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff put imports and layout in order"
+	@echo "make bench   time the torch backend on this CPU"
+	@echo "make docs    build the documentation into site/"
+	@echo "make hooks   install the pre-commit hooks"
+	@echo "make clean   remove what the targets made, except $(VENV)"
+
+demo: $(VENV)/.has-demo
+	$(RUN) sla_ref demo --out $(OUT) $(ARGS)
+
+# One thread for each test process: the processes share the cores already.
+test: $(VENV)/.has-dev
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --durations=10 $(ARGS)
+
+lint: $(VENV)/.has-dev
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
+format: $(VENV)/.has-dev
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
+
+bench: $(VENV)/.has-demo
+	$(VENV)/bin/python benchmarks/cpu.py $(ARGS)
+
+docs: $(VENV)/.has-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
+
+hooks: $(VENV)/.has-dev
+	$(RUN) pre_commit install
+
+clean:
+	rm -rf build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# pip is the last thing that a venv gets: where it is missing, the venv is not whole.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "sla_ref needs Python 3.11 or newer, and '$(PYTHON)' is not: $$($(PYTHON) --version 2>&1)" >&2; \
+	    echo "Name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.has-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.has-demo: EXTRAS = lab
+$(VENV)/.has-dev:  EXTRAS = lab,triton,dev
+$(VENV)/.has-docs: EXTRAS = docs

@@ -1,0 +1,20 @@
+"""A missing program is a skip with a reason at home, and a failure where SLA_REF_REQUIRE_TOOLS=1."""
+
+import pytest
+from needs import REQUIRED, need_program
+
+
+def test_found_program_is_returned():
+    assert need_program("a shell script", "no-such-program", "sh").endswith("sh")
+
+
+def test_missing_program_skips_with_a_reason(monkeypatch):
+    monkeypatch.delenv(REQUIRED, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="inductor needs no-such-program or nor-this-one"):
+        need_program("inductor", "no-such-program", "nor-this-one")
+
+
+def test_missing_program_fails_where_tools_are_required(monkeypatch):
+    monkeypatch.setenv(REQUIRED, "1")
+    with pytest.raises(pytest.fail.Exception, match="needs no-such-program"):
+        need_program("inductor", "no-such-program")
