@@ -1,0 +1,240 @@
+"""The command line: `sla-ref`, also `python -m sla_ref`.
+
+Commands import what they need when they run, so that `--help` stays quick and a missing extra is
+named by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+INSTALL = "  pip install 'sla-ref[lab]'    (in a clone of the repository: pip install '.[lab]')"
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as missing:
+    raise SystemExit(f"sla-ref: the command line needs {missing.name}, which is not installed:\n{INSTALL}") from missing
+
+if TYPE_CHECKING:
+    import torch
+
+LAB = ("safetensors", "sklearn", "matplotlib", "PIL")
+
+app = typer.Typer(
+    help="Sparse-linear attention (SLA): a demo, the lab's training runs, the backends.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Out = Annotated[Path, typer.Option(help="A new or empty folder for everything this run writes.")]
+Seed = Annotated[int, typer.Option(help="Decides clips, noise and initial weights.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda where there is one.")]
+Backend = Annotated[str | None, typer.Option(help="Backend for SLA; see `sla-ref backends`. Default: auto.")]
+Steps = Annotated[int, typer.Option(help="Training steps.", min=1)]
+Batch = Annotated[int, typer.Option(help="Clips per step.", min=1)]
+Clips = Annotated[int, typer.Option(help="Held-out clips to evaluate on.", min=1)]
+Rate = Annotated[float, typer.Option("--learning-rate", help="Peak of the one-cycle schedule.")]
+Objective = Annotated[str, typer.Option(help="flow: the velocity; teacher: the teacher's prediction (white box).")]
+Precision = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="A new or empty folder. Default: runs/demo-, then date and time.")
+    ] = None,
+    steps: Steps = 60,
+    batch: Batch = 8,
+    learning_rate: Rate = 3e-4,
+    objective: Objective = "flow",
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = None,
+    clips: Clips = 64,
+    samples: Annotated[int, typer.Option(help="Clips to sample.", min=1)] = 4,
+    sample_steps: Annotated[int, typer.Option(help="Euler steps of a sample.", min=1)] = 20,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Weights with full attention. Default: the shipped ones.")
+    ] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="Weights of a long SLA fine-tune. Default: the shipped ones.")
+    ] = None,
+) -> None:
+    """Put SLA into a small video model, fine-tune it, and show what came out."""
+    _require(LAB)
+    from .lab import demo as lab_demo
+    from .lab.train import TrainConfig
+    from .lab.weights import STUDENT, TEACHER
+
+    with _using(backend):
+        lab_demo.run(
+            out or Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"),
+            teacher or TEACHER,
+            student or STUDENT,
+            TrainConfig(steps=steps, batch=batch, learning_rate=learning_rate, seed=seed),
+            _device(device),
+            console,
+            objective=objective,
+            clips=clips,
+            samples=samples,
+            sample_steps=sample_steps,
+        )
+
+
+@app.command()
+def train_teacher(
+    out: Out,
+    steps: Steps = 12_000,
+    batch: Batch = 64,
+    learning_rate: Rate = 2e-3,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    compile: Compile = False,
+    resume: Resume = False,
+    clips: Clips = 1024,
+    size: Annotated[int, typer.Option(help="Height and width of a frame, in pixels.")] = 32,
+    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
+    pairs: Annotated[float, typer.Option(help="Share of clips that show two digits.")] = 0.0,
+    width: Annotated[int, typer.Option(help="Width of the model.")] = 128,
+    depth: Annotated[int, typer.Option(help="Blocks of the model.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 2,
+) -> None:
+    """Train the small video model with full attention, from scratch."""
+    _require(LAB)
+    from .lab import jobs
+    from .lab.model import ModelConfig
+    from .lab.train import TrainConfig
+
+    with _resumable():
+        jobs.train_teacher(
+            ModelConfig(frames=frames, size=size, pairs=pairs, width=width, depth=depth, heads=heads),
+            TrainConfig(
+                steps=steps,
+                batch=batch,
+                learning_rate=learning_rate,
+                seed=seed,
+                precision=precision,
+            ),
+            out,
+            _device(device),
+            console,
+            clips=clips,
+            resume=resume,
+            compiled=compile,
+        )
+
+
+@app.command()
+def finetune(
+    out: Out,
+    teacher: Annotated[Path | None, typer.Option(help="Weights to start from. Default: the shipped teacher.")] = None,
+    attention: Annotated[str, typer.Option(help="full, sla, sparse, linear or l+s.")] = "sla",
+    critical_ratio: Annotated[float, typer.Option(help="Share of critical blocks.")] = 0.05,
+    negligible_ratio: Annotated[float, typer.Option(help="Share of negligible blocks.")] = 0.10,
+    block: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
+    objective: Objective = "flow",
+    steps: Steps = 4_000,
+    batch: Batch = 64,
+    learning_rate: Rate = 3e-4,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = None,
+    precision: Precision = "float32",
+    compile: Compile = False,
+    resume: Resume = False,
+    clips: Clips = 1024,
+) -> None:
+    """Swap the attention of a trained model and fine-tune all its parameters."""
+    _require(LAB)
+    from .lab import jobs
+    from .lab.train import TrainConfig
+    from .lab.weights import TEACHER
+
+    with _resumable(), _using(backend):
+        jobs.finetune(
+            teacher or TEACHER,
+            attention,
+            {
+                "critical_ratio": critical_ratio,
+                "negligible_ratio": negligible_ratio,
+                "block": block,
+            },
+            objective,
+            TrainConfig(
+                steps=steps,
+                batch=batch,
+                learning_rate=learning_rate,
+                seed=seed,
+                precision=precision,
+            ),
+            out,
+            _device(device),
+            console,
+            clips=clips,
+            resume=resume,
+            compiled=compile,
+        )
+
+
+@app.command()
+def backends() -> None:
+    """Say which backends are usable here, and why the others are not."""
+    import sla_ref
+
+    for name, reason in sla_ref.list_backends().items():
+        console.print(f"{name:<8} {reason or 'usable'}", highlight=False, markup=False)
+
+
+def _require(modules: tuple[str, ...]) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"this command needs {', '.join(missing)}, not installed here:\n{INSTALL}")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but this torch sees no GPU; allowed here: cpu")
+    return device
+
+
+def _using(backend: str | None) -> AbstractContextManager[object]:
+    import sla_ref
+
+    return nullcontext() if backend is None else sla_ref.use_backend(backend)
+
+
+class _resumable(AbstractContextManager[None]):
+    """Says how to go on when a training run is interrupted; its checkpoint is already saved."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            console.print("interrupted; the same command with --resume goes on from here")
+            raise typer.Exit(130)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; an error the user can mend is one line, not a traceback."""
+    try:
+        app(arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"sla-ref: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

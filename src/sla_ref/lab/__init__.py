@@ -1,0 +1,14 @@
+"""The lab: a small video diffusion transformer on real handwritten digits, to try SLA on.
+
+Needs the extra `lab` (`pip install 'sla-ref[lab]'`). One file, one job:
+
+- `data`      moving digits, made on the fly from a seed
+- `arms`      the kinds of attention a model can be built with
+- `model`     a small version of Wan's transformer
+- `flow`      rectified flow: noising, the loss, the sampler
+- `train`     one training loop for teacher and fine-tuning, resumable without loss
+- `evaluate`  held-out loss, distance to the teacher, attention maps
+- `weights`   weight files that know when they are damaged
+- `figures`   the pictures
+- `demo`      what `sla-ref demo` runs
+"""

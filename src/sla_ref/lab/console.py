@@ -1,0 +1,36 @@
+"""Progress bars for people, plain lines for log files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Gives a function tick(done, loss=None) that moves the bar.
+
+    Where the output is no terminal, a bar would not show: each loss is printed as a line instead.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task(f"{title:<34}", total=total, note="")
+
+        def tick(done: int, loss: float | None = None) -> None:
+            bar.update(task, completed=done)
+            if loss is not None:
+                bar.update(task, note=f"loss {loss:.4f}")
+                if not console.is_terminal:
+                    console.print(f"{title}: step {done} of {total}, loss {loss:.4f}")
+
+        yield tick

@@ -1,0 +1,93 @@
+"""Moving digits: short clips of real handwritten digits that drift and bounce.
+
+The digits are the 1,797 images of 8 x 8 pixels that come with scikit-learn (UCI "Optical Recognition
+of Handwritten Digits", CC BY 4.0). Nothing is downloaded. Every fifth image is kept for the held-out
+clips, so that training and held-out clips never show the same image.
+
+A clip is a float32 tensor (frames, size, size) in [-1, 1]: -1 is empty background, 1 is full ink.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "held_out")
+SLOTS = 2  # a clip shows one or two digits
+NO_DIGIT = 10  # the label of an empty slot
+CLASSES = 11
+
+
+@cache
+def digit_images(split: str) -> tuple[Tensor, Tensor]:
+    """The digits of one split: images (count, 8, 8) in [0, 1] and their labels (count,) int64."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.as_tensor(digits.images, dtype=torch.float32) / 16
+    labels = torch.as_tensor(digits.target, dtype=torch.int64)
+    held_out = torch.arange(len(images)) % 5 == 4
+    chosen = held_out if split == "held_out" else ~held_out
+    return images[chosen], labels[chosen]
+
+
+class MovingDigits:
+    """An endless stream of clips; the same seed gives the same clips on every device.
+
+    What a clip shows is drawn on the CPU; the pixels are made on the device that asks for them. Each
+    digit is half a frame wide, starts anywhere and moves in a straight line, reflected at the borders.
+    A share `pairs` of the clips shows two digits; where they overlap, the darker ink wins.
+    """
+
+    def __init__(self, split: str, seed: int, *, size: int = 32, frames: int = 16, pairs: float = 0.0) -> None:
+        if not 0 <= pairs <= 1:
+            raise ValueError(f"pairs must be between 0 and 1, got {pairs}")
+        for name, value, least in (("size", size, 16), ("frames", frames, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.images, self.labels = digit_images(split)
+        self.size, self.frames, self.pairs = size, frames, pairs
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The next `count` clips (count, frames, size, size) and their labels (count, SLOTS).
+
+        The label of the second slot is NO_DIGIT in clips of one digit.
+        """
+        chosen = torch.randint(len(self.images), (count, SLOTS), generator=self.generator)
+        draws = torch.rand(count, SLOTS, 5, generator=self.generator)
+        shown = torch.ones(count, SLOTS, dtype=torch.bool)
+        shown[:, 1] = draws[:, 1, 4] < self.pairs
+        labels = self.labels[chosen].where(shown, torch.tensor(NO_DIGIT))
+        ink = self.images[chosen] * shown[:, :, None, None]  # (count, SLOTS, 8, 8)
+
+        ink, draws, labels = (each.to(device, non_blocking=True) for each in (ink, draws, labels))
+        return self._render(ink, self._paths(draws)), labels
+
+    def _paths(self, draws: Tensor) -> Tensor:
+        """Where each digit's upper left corner is, in pixels: (count, SLOTS, frames, 2)."""
+        room = self.size / 2  # the digit fills the other half
+        start = draws[..., 0:2] * room
+        angle = draws[..., 2] * 2 * torch.pi
+        speed = (0.02 + 0.04 * draws[..., 3]) * self.size  # pixels per frame
+        velocity = speed[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
+        time = torch.arange(self.frames, device=draws.device)
+        free = start[..., None, :] + velocity[..., None, :] * time[:, None]
+        folded = free.remainder(2 * room)  # a bounce is a straight line, folded
+        return torch.minimum(folded, 2 * room - folded)
+
+    def _render(self, ink: Tensor, corner: Tensor) -> Tensor:
+        """Bilinear upscaling to sub-pixel places as two small matrix products per digit and frame."""
+        digit = self.size / 2
+        pixel = torch.arange(self.size, device=ink.device) + 0.5
+        # Place of each frame pixel on the 8 x 8 grid, then its weights on the two nearest grid lines.
+        place = (pixel - corner[..., None]) * (8 / digit) - 0.5  # (count, SLOTS, frames, 2, size)
+        grid = torch.arange(8, device=ink.device)
+        weights = (1 - (place[..., None] - grid).abs()).clamp(min=0)
+        rows, columns = weights.unbind(dim=3)  # (count, SLOTS, frames, size, 8) each
+        layers = rows @ ink[:, :, None] @ columns.mT
+        return layers.amax(dim=1) * 2 - 1

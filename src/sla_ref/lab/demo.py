@@ -1,0 +1,279 @@
+"""The demo: what SLA does to a small video diffusion transformer, on real digits, in a few minutes.
+
+Look at the teacher's attention maps; swap SLA in and evaluate; fine-tune SLA and sparse-only attention
+for the same few steps on the same clips; evaluate again; sample from the same noise; write pictures
+and a report. The shipped long fine-tune shows where more steps lead.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import sla_ref
+
+from .. import analysis
+from . import evaluate, figures, flow
+from .console import progress_bar
+from .data import NO_DIGIT
+from .files import new_folder, whole
+from .machine import machine
+from .model import VideoTransformer, with_attention
+from .train import TrainConfig, train
+from .weights import load_weights
+
+TOP_SHARE = 0.08  # of all weights of a map; in the paper's map 8.1 % were above the mean
+
+
+def run(
+    out: Path,
+    teacher_path: Path,
+    student_path: Path,
+    config: TrainConfig,
+    device: torch.device,
+    console: Console,
+    *,
+    objective: str,
+    clips: int,
+    samples: int,
+    sample_steps: int,
+    ratios: tuple[float, float] = (0.05, 0.10),
+) -> dict[str, Any]:
+    """Runs everything and returns what it wrote to `out`/report.json."""
+    started = time.perf_counter()
+    teacher, teacher_card = load_weights(teacher_path, device)
+    shipped, shipped_card = load_weights(student_path, device)
+    new_folder(out)
+    data = evaluate.held_out(teacher, clips)
+    console.print(
+        f"A video model of {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
+        f"{teacher.config.tokens} tokens a clip, on {machine(device)['device']}.\n"
+    )
+
+    layers = _look(teacher, data, console)
+    console.print(_maps_table(layers))
+
+    changes = {"critical_ratio": ratios[0], "negligible_ratio": ratios[1]}
+    swapped = with_attention(teacher, "sla", **changes)
+    _draw_classes(out / "block_classes.png", swapped, teacher, data)
+
+    target = _predict(teacher, data, "evaluating: full attention", console)
+    rows = [_row("full attention", teacher, target, target, data)]
+
+    def add(name: str, model: VideoTransformer) -> None:
+        prediction = _predict(model, data, f"evaluating: {name}", console)
+        rows.append(_row(name, model, prediction, target, data))
+
+    add("SLA, swapped in, untrained", swapped)
+    losses: dict[str, list[float]] = {}
+    tuned: dict[str, VideoTransformer] = {}
+    for arm, name in (("sparse", "sparse only"), ("sla", "SLA")):
+        tuned[arm] = with_attention(teacher, arm, **changes)
+        losses[arm] = _finetune(
+            tuned[arm], teacher if objective == "teacher" else None, config, f"fine-tuning: {name}", console
+        )
+        add(f"{name}, {config.steps} steps", tuned[arm])
+    long_steps = shipped_card["training"]["steps"]
+    add(f"SLA, shipped, {long_steps} steps", shipped)
+
+    models = {
+        "full attention": teacher,
+        f"SLA, {config.steps} steps": tuned["sla"],
+        f"SLA, {long_steps} steps": shipped,
+    }
+    labels = data.labels[:samples]
+    videos = _sample(models, labels, config.seed, sample_steps, device, console)
+    figures.clip_strip(out / "clips.png", videos, [_caption(each) for each in labels.tolist()])
+    figures.clip_gif(out / "clips.gif", videos)
+
+    console.print()
+    console.print(_result_table(rows, clips))
+    report = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": machine(device),
+        "backend": sla_ref.get_backend(),
+        "seed": config.seed,
+        "fine_tuning": {"objective": objective, **asdict(config)},
+        "critical_ratio": ratios[0],
+        "negligible_ratio": ratios[1],
+        "held_out_clips": clips,
+        "attention_maps": layers,
+        "results": rows,
+        "fine_tuning_losses": losses,
+        "weights": {"teacher": teacher_card, "shipped": shipped_card},
+    }
+    with whole(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(
+        f"\n{report['seconds']:.0f} s. In {out}: clips.gif, clips.png, block_classes.png, report.json",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return report
+
+
+def _one_clip(teacher: VideoTransformer, data: evaluate.HeldOut) -> tuple[Tensor, Tensor, Tensor]:
+    """x, time and labels of the held-out clip whose time is nearest to 1/2."""
+    middle = len(data.x) // 2
+    device = next(teacher.parameters()).device
+    x, moment, labels = (each[middle : middle + 1].to(device) for each in (data.x, data.time, data.labels))
+    return x, moment, labels
+
+
+def _look(teacher: VideoTransformer, data: evaluate.HeldOut, console: Console) -> list[dict[str, float]]:
+    """What the paper saw in one map, for every layer of the teacher on one clip, mean over heads."""
+    inputs = evaluate.attention_inputs(teacher, *_one_clip(teacher, data))
+    layers = []
+    with progress_bar(console, "looking at the attention maps", len(inputs)) as tick:
+        for done, (query, key, _) in enumerate(inputs, start=1):
+            weights = analysis.attention_weights(query, key)
+            above, below = analysis.weight_bands(weights)
+            top, rest = analysis.split_top(weights, TOP_SHARE)
+            measured = {
+                "above_mean": above,
+                "below_hundredth": below,
+                "stable_rank": analysis.stable_rank(weights),
+                "stable_rank_top": analysis.stable_rank(top),
+                "stable_rank_rest": analysis.stable_rank(rest),
+            }
+            layers.append({name: value.mean().item() for name, value in measured.items()})
+            tick(done)
+    return layers
+
+
+def _draw_classes(path: Path, swapped: VideoTransformer, teacher: VideoTransformer, data: evaluate.HeldOut) -> None:
+    """The classes SLA gives to the maps of the untouched teacher."""
+    config = swapped.config
+    maps = [
+        sla_ref.classify_blocks(
+            query,
+            key,
+            config.critical_ratio,
+            config.negligible_ratio,
+            block_q=config.block,
+            block_k=config.block,
+        ).labels[0]
+        for query, key, _ in evaluate.attention_inputs(teacher, *_one_clip(teacher, data))
+    ]
+    figures.class_maps(
+        path,
+        maps,
+        f"classes at {config.critical_ratio:.0%} / {config.negligible_ratio:.0%}, blocks of {config.block} tokens",
+    )
+
+
+def _predict(model: VideoTransformer, data: evaluate.HeldOut, title: str, console: Console) -> Tensor:
+    with progress_bar(console, title, len(data.x)) as tick:
+        return evaluate.predict(model, data, tick=tick)
+
+
+def _row(
+    name: str,
+    model: VideoTransformer,
+    prediction: Tensor,
+    target: Tensor,
+    data: evaluate.HeldOut,
+) -> dict[str, Any]:
+    flops, sparsity = evaluate.attention_cost(model.config)
+    return {
+        "name": name,
+        "held_out_loss": evaluate.held_out_loss(prediction, data),
+        "distance": evaluate.distance(prediction, target),
+        "attention_flops": flops,
+        "sparsity": sparsity,
+    }
+
+
+def _finetune(
+    model: VideoTransformer,
+    teacher: VideoTransformer | None,
+    config: TrainConfig,
+    title: str,
+    console: Console,
+) -> list[float]:
+    """Trains in place; returns the mean losses of every ten steps."""
+    losses: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        progress_bar(console, title, config.steps) as tick,
+    ):
+
+        def follow(step: int, loss: float | None) -> None:
+            if loss is not None:
+                losses.append(loss)
+            tick(step, loss)
+
+        train(model, config, Path(scratch), teacher=teacher, log_every=10, tick=follow)
+    return losses
+
+
+def _sample(
+    models: dict[str, VideoTransformer],
+    labels: Tensor,
+    seed: int,
+    steps: int,
+    device: torch.device,
+    console: Console,
+) -> dict[str, Tensor]:
+    """Clips of every model from the same noise and labels."""
+    shape = next(iter(models.values())).config
+    noise = torch.randn(
+        len(labels),
+        shape.frames,
+        shape.size,
+        shape.size,
+        generator=torch.Generator().manual_seed(seed),
+    ).to(device)
+    videos = {}
+    for name, model in models.items():
+        with progress_bar(console, f"sampling: {name}", steps) as tick:
+            videos[name] = flow.sample(model.eval(), noise, labels.to(device), steps, tick).cpu()
+    return videos
+
+
+def _caption(labels: list[int]) -> str:
+    return "asked for " + " and ".join(str(label) for label in labels if label != NO_DIGIT)
+
+
+def _maps_table(layers: list[dict[str, float]]) -> Table:
+    table = Table(title="The teacher's attention maps on one held-out clip", title_justify="left")
+    for column in ("layer", "above 1/N", "below 1/(100 N)", "rank", f"top {TOP_SHARE:.0%}", "rest"):
+        table.add_column(column, justify="right")
+    for number, layer in enumerate(layers, start=1):
+        table.add_row(
+            str(number),
+            f"{layer['above_mean']:.1%}",
+            f"{layer['below_hundredth']:.1%}",
+            *(f"{layer[key]:.1f}" for key in ("stable_rank", "stable_rank_top", "stable_rank_rest")),
+        )
+    table.caption = "shares of weights; stable rank of the whole map, its largest weights, the rest"
+    return table
+
+
+def _result_table(rows: list[dict[str, Any]], clips: int) -> Table:
+    table = Table(title=f"Measured on {clips} held-out clips", title_justify="left")
+    table.add_column("attention")
+    for column in ("loss", "distance", "GFLOPs", "sparsity"):
+        table.add_column(column, justify="right")
+    table.caption = (
+        "velocity loss; distance to the teacher's prediction (both mean squares);\n"
+        "FLOPs of all attention in one forward of one clip; sparsity = 1 - critical share"
+    )
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['held_out_loss']:.4f}",
+            f"{row['distance']:.4f}",
+            f"{row['attention_flops'] / 1e9:.2f}",
+            f"{row['sparsity']:.1%}",
+        )
+    return table

@@ -1,0 +1,121 @@
+"""The two long jobs: training a teacher, and fine-tuning it with another attention.
+
+Each leaves a folder with `checkpoint.pt`, `metrics.jsonl` and, at the end, the weights in float16 with
+a card that holds the held-out loss of exactly these rounded weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import evaluate
+from .console import progress_bar
+from .machine import machine
+from .model import ModelConfig, VideoTransformer, with_attention
+from .train import TrainConfig, train
+from .weights import load_weights, round_to_half, save_weights
+
+OBJECTIVES = ("flow", "teacher")
+DATA = "moving digits made from scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
+
+
+def train_teacher(
+    model: ModelConfig,
+    config: TrainConfig,
+    out: Path,
+    device: torch.device,
+    console: Console,
+    *,
+    clips: int,
+    resume: bool = False,
+    compiled: bool = False,
+) -> Path:
+    """Trains a model from scratch; returns the path of its weights file."""
+    torch.manual_seed(config.seed)  # the initial weights
+    fresh = VideoTransformer(model).to(device)
+    return _run(fresh, None, "flow", config, out, console, clips=clips, resume=resume, compiled=compiled)
+
+
+def finetune(
+    source: Path,
+    attention: str,
+    changes: dict[str, Any],
+    objective: str,
+    config: TrainConfig,
+    out: Path,
+    device: torch.device,
+    console: Console,
+    *,
+    clips: int,
+    resume: bool = False,
+    compiled: bool = False,
+) -> Path:
+    """Loads the weights `source`, swaps the attention, trains; returns the new weights file."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    teacher, _ = load_weights(source, device)
+    student = with_attention(teacher, attention, **changes)
+    return _run(
+        student,
+        teacher,
+        objective,
+        config,
+        out,
+        console,
+        clips=clips,
+        resume=resume,
+        compiled=compiled,
+    )
+
+
+def _run(
+    model: VideoTransformer,
+    teacher: VideoTransformer | None,
+    objective: str,
+    config: TrainConfig,
+    out: Path,
+    console: Console,
+    *,
+    clips: int,
+    resume: bool,
+    compiled: bool,
+) -> Path:
+    attention = model.config.attention
+    path = out / f"{attention}.safetensors"
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: the run in this folder is finished")
+    device = next(model.parameters()).device
+    data = evaluate.held_out(model, clips)
+    with progress_bar(console, f"training, {attention} attention", config.steps) as tick:
+        train(
+            model,
+            config,
+            out,
+            teacher=teacher if objective == "teacher" else None,
+            resume=resume,
+            compiled=compiled,
+            tick=tick,
+        )
+    round_to_half(model)
+    with progress_bar(console, "evaluating the stored weights", clips) as tick:
+        prediction = evaluate.predict(model, data, tick=tick)
+    card: dict[str, Any] = {
+        "data": DATA,
+        "objective": objective,
+        "training": asdict(config),
+        "machine": machine(device),
+        "held_out_loss": evaluate.held_out_loss(prediction, data),
+        "held_out_clips": clips,
+    }
+    if teacher is not None:
+        with progress_bar(console, "asking the teacher", clips) as tick:
+            card["distance"] = evaluate.distance(prediction, evaluate.predict(teacher, data, tick=tick))
+    save_weights(path, model, card)
+    console.print_json(data=card)
+    console.print(f"weights: {path}", highlight=False, soft_wrap=True)
+    return path

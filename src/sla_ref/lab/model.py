@@ -1,0 +1,192 @@
+"""A video diffusion transformer: Wan's, made small.
+
+Kept from Wan: patches of (1, 4, 4), rotary embedding over frame, row and column, RMS norm of query
+and key, adaLN-zero with one shared time projection and a learned table per block, heads of 64, tokens
+in raster order. Left out: the text encoder and its cross-attention, and the VAE. Instead, the digits a
+clip shows are class labels: the embeddings of its one or two digits are added to the time embedding.
+The sum does not depend on the order of the digits, and an empty slot adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .arms import ArmOptions, make_arm
+from .data import CLASSES, NO_DIGIT
+
+PATCH = 4
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that is needed to build a model. N = frames * (size / 4)^2 tokens."""
+
+    frames: int = 16
+    size: int = 32
+    pairs: float = 0.0  # of the clips it is for: the share that shows two digits
+    width: int = 128
+    depth: int = 4
+    heads: int = 2
+    attention: str = "full"
+    critical_ratio: float = 0.05
+    negligible_ratio: float = 0.10
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        if self.size % PATCH:
+            raise ValueError(f"size must be a multiple of {PATCH}, got {self.size}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of twice the heads ({2 * self.heads}), got {self.width}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * (self.size // PATCH) ** 2
+
+
+def rotary_angles(frames: int, side: int, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Angles (N, head_dim / 2) of the 3-D rotary embedding; like Wan, time gets what thirds leave."""
+    pairs = head_dim // 2
+    space = pairs // 3
+    places = torch.cartesian_prod(torch.arange(frames), torch.arange(side), torch.arange(side))
+    angles = []
+    for axis, share in enumerate((pairs - 2 * space, space, space)):
+        frequencies = base ** (-torch.arange(share) / max(share, 1))
+        angles.append(places[:, axis, None] * frequencies)
+    return torch.cat(angles, dim=-1)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + D/2]) of x (B, H, N, D) by the angles of its token."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+def time_features(time: Tensor, width: int) -> Tensor:
+    """Sinusoids (B, width) of 1000 t, as diffusion transformers have them."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=time.device))
+    angles = 1000 * time[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Projections, norms and rotation around an exchangeable `core`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.norm_query = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm_key = nn.RMSNorm(config.width, eps=1e-6)
+        self.core = make_core(config)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        full = self.norm_query.weight.dtype  # norms and rotation keep it under autocast
+        query, key = self.norm_query(query.to(full)), self.norm_key(key.to(full))
+        query, key, value = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (query, key, value)
+        )  # (B, H, N, D)
+        query, key = (rotate(each, cosine, sine).to(value.dtype) for each in (query, key))
+        return self.out(self.core(query, key, value).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by time and labels (adaLN-zero)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
+        self.norm_attention = nn.LayerNorm(width, elementwise_affine=False)
+        self.attention = SelfAttention(config)
+        self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, modulation: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x (B, N, width), modulation (B, 6, width) shared by all blocks."""
+        table = (modulation + self.scale_shift_table)[:, :, None]  # (B, 6, 1, width)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unbind(dim=1)
+        attended = self.attention(self.norm_attention(x) * (1 + scale_a) + shift_a, cosine, sine)
+        x = x + gate_a * attended
+        return x + gate_m * self.mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m)
+
+
+class VideoTransformer(nn.Module):
+    """Predicts the velocity of a noisy clip."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.patch_embedding = nn.Linear(PATCH * PATCH, width)
+        self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label_embedding = nn.Embedding(CLASSES, width, padding_idx=NO_DIGIT)
+        self.time_projection = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
+        self.out = nn.Linear(width, PATCH * PATCH)
+        # adaLN-zero: every gate starts at 0, so that each block starts as the identity.
+        for layer in (self.time_projection, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        angles = rotary_angles(config.frames, config.size // PATCH, config.head_dim)
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """x (B, frames, size, size), time (B,) in [0, 1], labels (B, 2) -> velocity, shaped as x."""
+        expected = (self.config.frames, self.config.size, self.config.size)
+        if x.shape[1:] != expected:
+            raise ValueError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        width, side = self.config.width, self.config.size // PATCH
+        tokens = x.unflatten(3, (side, PATCH)).unflatten(2, (side, PATCH)).transpose(3, 4)
+        tokens = self.patch_embedding(tokens.flatten(4).flatten(1, 3))  # (B, N, width)
+
+        condition = self.time_embedding(time_features(time, width))
+        condition = condition + self.label_embedding(labels).sum(dim=1)
+        modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, width))
+        for block in self.blocks:
+            tokens = block(tokens, modulation, self.cosine, self.sine)
+
+        shift, scale = (condition[:, None] + self.scale_shift_table)[:, :, None].unbind(dim=1)
+        tokens = self.out(self.norm_out(tokens) * (1 + scale) + shift)
+        grid = tokens.unflatten(1, (-1, side, side)).unflatten(-1, (PATCH, PATCH))
+        return grid.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def make_core(config: ModelConfig) -> nn.Module:
+    """The attention that a configuration asks for."""
+    return make_arm(
+        config.attention,
+        ArmOptions(config.head_dim, config.critical_ratio, config.negligible_ratio, config.block),
+    )
+
+
+def with_attention(model: VideoTransformer, attention: str, **changes: Any) -> VideoTransformer:
+    """A copy of `model` with the same weights and another attention in every block.
+
+    `changes` are fields of ModelConfig: critical_ratio, negligible_ratio, block. A parameter that only
+    the new attention has (SLA's proj_l) starts as it makes it; one that only the old one had is left
+    behind.
+    """
+    swapped = VideoTransformer(replace(model.config, attention=attention, **changes))
+    weights = swapped.state_dict()
+    weights.update((name, w) for name, w in model.state_dict().items() if name in weights)
+    swapped.load_state_dict(weights)
+    return swapped.to(next(model.parameters()).device)

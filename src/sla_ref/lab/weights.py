@@ -1,0 +1,84 @@
+"""Weight files: float16 safetensors that carry the model's configuration, a checksum and a card.
+
+The checksum covers the names, shapes and bytes of all tensors. A file that was cut short, altered, or
+made for another model raises DamagedWeights instead of loading halfway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import whole
+from .model import ModelConfig, VideoTransformer
+
+SHIPPED = Path(__file__).parent / "weights"
+TEACHER = SHIPPED / "teacher.safetensors"
+STUDENT = SHIPPED / "sla.safetensors"
+
+
+class DamagedWeights(ValueError):
+    """The file is no weights file of this lab, or not the one that was written."""
+
+
+def round_to_half(model: VideoTransformer) -> None:
+    """Rounds the weights to what a file can hold, so that an evaluation speaks for the file."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+
+
+def save_weights(path: Path, model: VideoTransformer, card: dict[str, Any]) -> None:
+    """Stores the model in float16; `card` is anything JSON can hold and comes back on loading."""
+    from safetensors.torch import save_file
+
+    tensors = {name: weight.detach().half().cpu().contiguous() for name, weight in model.state_dict().items()}
+    metadata = {
+        "config": json.dumps(asdict(model.config)),
+        "card": json.dumps(card),
+        "sha256": _checksum(tensors),
+    }
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[VideoTransformer, dict[str, Any]]:
+    """The model in float32 and its card. Raises FileNotFoundError or DamagedWeights."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no weights file {path}; `sla-ref train-teacher` and `sla-ref finetune` make one"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise DamagedWeights(f"weights file {path} is damaged: {error}") from error
+    absent = sorted({"config", "card", "sha256"} - metadata.keys())
+    if absent:
+        raise DamagedWeights(f"weights file {path} lacks {', '.join(absent)} in its metadata")
+    if _checksum(tensors) != metadata["sha256"]:
+        raise DamagedWeights(f"weights file {path} is damaged: its checksum does not match")
+    try:
+        model = VideoTransformer(ModelConfig(**json.loads(metadata["config"])))
+        model.load_state_dict(tensors)
+        card = json.loads(metadata["card"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DamagedWeights(f"weights file {path} does not fit this lab's model: {error}") from error
+    return model.to(device), card
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
