@@ -298,7 +298,8 @@ def _case(name: str, *, quick: bool = False, **arguments: Any) -> Case:
 
 
 CASES: tuple[Case, ...] = (
-    _case("ragged", quick=True, batch=2),
+    _case("ragged", quick=True, query_length=150),
+    _case("batch 2, heads 3", batch=2, heads=3, query_length=40, block_q=16, block_k=16, head_dim=16),
     _case("cross attention, unequal blocks", quick=True, query_length=65, key_length=200, block_q=32, block_k=16, head_dim=32),
     _case("random map", quick=True, labels="random", block_q=32, block_k=32, head_dim=32),
     *(_case(f"N {n}", query_length=n) for n in (1, 63, 64, 65, 127)),
@@ -322,29 +323,36 @@ CASES: tuple[Case, ...] = (
 """The problems that a backend is tried on; `quick` ones alone where time is short."""
 
 
-def check_case(backend: Backend, case: Case, *, device: str | torch.device, dtype: torch.dtype) -> list[Check]:
-    """Every check of a backend on one problem. `[]` if it cannot take the problem."""
+def check_case(
+    backend: Backend, case: Case, *, device: str | torch.device, dtype: torch.dtype, thorough: bool = True
+) -> list[Check]:
+    """The checks of a backend on one problem; `[]` if it cannot take the problem.
+
+    The tensors are strided views into NaN, and uninitialised memory is NaN too: what is read beside the tokens, or never
+    written, shows in the values. `thorough` runs again to see that bits repeat and are those of contiguous inputs, that
+    inputs are left alone, and that forward and backward go with those of the torch backend.
+    """
     problem = make_problem(**case.arguments, dtype=dtype, device=device)
     if backend.unsupported(problem.query, problem.block_map) is not None:
         return []
     exact = oracle(problem)
     budget = error_budget(problem, exact)
-    before = [tensor.clone() for tensor in problem[:7]]
+    framed = _framed(problem)
     with _PoisonedMemory():
-        results = run_backend(backend, problem)
-        again = run_backend(backend, problem)
-        framed = run_backend(backend, _framed(problem))
-    torch_backend = backends.load("torch")
-    mixed = {
-        "forward here, backward by torch": run_backend(backend, problem, torch_backend),
-        "forward by torch, backward here": run_backend(torch_backend, problem, backend),
-    }
+        results = run_backend(backend, framed)
     checks = [*_compare(results, exact, budget), *_check_form(results, problem)]
-    checks.append(Check("inputs are left as they were", _same_bits(problem[:7], before)))
-    checks.append(Check("repeats bit for bit", _same_bits(results.values(), again.values())))
-    checks.append(Check("same bits from strided views in NaN", _same_bits(results.values(), framed.values())))
-    for name, run in mixed.items():
-        checks += [replace(check, name=f"{check.name}, {name}") for check in _compare(run, exact, budget)]
+    if thorough:
+        checks.append(Check("inputs are left as they were", _same_bits(framed[:7], problem[:7])))
+        checks.append(Check("repeats bit for bit", _same_bits(results.values(), run_backend(backend, framed).values())))
+        contiguous = run_backend(backend, problem)
+        checks.append(Check("same bits from contiguous inputs", _same_bits(results.values(), contiguous.values())))
+        other = backends.load("torch")
+        mixed = {
+            "forward here, backward by torch": run_backend(backend, problem, other),
+            "forward by torch, backward here": run_backend(other, problem, backend),
+        }
+        for name, run in mixed.items():
+            checks += [replace(check, name=f"{check.name}, {name}") for check in _compare(run, exact, budget)]
     return [replace(check, case=f"{case.name}, {str(dtype).removeprefix('torch.')}") for check in checks]
 
 

@@ -40,6 +40,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_map import BlockMap
 from ..protocol import Gradients, Saved
@@ -54,8 +55,12 @@ LN_2 = tl.constexpr(math.log(2))
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 128
 
+_DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
+
 
 # --- device helpers --------------------------------------------------------------------------------------------------
+# Tensors of tokens arrive as views, see `_view`: a descriptor, which the hardware of sm_90 and later reads tiles with, or
+# the pointer and the four strides.
 
 
 @triton.jit
@@ -68,54 +73,56 @@ def _dot(a, b, acc=None):
 
 
 @triton.jit
-def _head(tensor, strides, batch_head, num_heads):
-    """Where one head of a (B, H, N, D) tensor begins. In int64: a tensor may have more than 2^31 elements."""
+def _pointers(view, batch_head, num_heads, first, feature, ROWS: tl.constexpr, FEATURES: tl.constexpr):
+    """Pointers to ROWS tokens from `first` and FEATURES features from `feature`. What selects the tile is int64, for tensors
+    with more than 2^31 elements; offsets inside it are not, they cost registers. # [ROWS, FEATURES]"""
     batch = (batch_head // num_heads).to(tl.int64)
     head = (batch_head % num_heads).to(tl.int64)
-    return tensor + batch * strides[0] + head * strides[1]
+    start = view[0] + batch * view[1] + head * view[2] + first.to(tl.int64) * view[3]
+    return start + (tl.arange(0, ROWS)[:, None] * view[3] + (feature + tl.arange(0, FEATURES))[None, :] * view[4])
 
 
 @triton.jit
-def _offsets(strides, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of ROWS tokens from the `first`, and COLUMNS features, within one head. The tile is the same for every
-    `first`, so that a loop only adds a number to it."""
-    rows = tl.arange(0, ROWS).to(tl.int64)
-    columns = tl.arange(0, COLUMNS).to(tl.int64)
-    return first.to(tl.int64) * strides[2] + (rows[:, None] * strides[2] + columns[None, :] * strides[3])
+def _inside(first, length, feature, D: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr):
+    """Which elements of such a tile exist: tokens before the end of the sequence, features that are no padding."""
+    return (first + tl.arange(0, ROWS) < length)[:, None] & (feature + tl.arange(0, FEATURES) < D)[None, :]
 
 
 @triton.jit
-def _inside(first, length, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which elements of a tile exist: tokens before the end of the sequence, features that are no padding."""
-    inside = (first + tl.arange(0, ROWS) < length)[:, None]
-    if D < COLUMNS:
-        inside = inside & (tl.arange(0, COLUMNS) < D)[None, :]
-    return inside
-
-
-@triton.jit
-def _load(head, strides, first, length, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tokens first ... first + ROWS of one head; what lies outside reads as zero. # [ROWS, COLUMNS]"""
-    mask = _inside(first, length, D, ROWS, COLUMNS)
-    return tl.load(head + _offsets(strides, first, ROWS, COLUMNS), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(head, strides, first, length, tile, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    mask = _inside(first, length, D, ROWS, COLUMNS)
-    tl.store(head + _offsets(strides, first, ROWS, COLUMNS), tile.to(head.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_features(
-    head, strides, first, length, feature, D: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
+def _load_slab(
+    view, batch_head, num_heads, first, length, feature, D: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
 ):
-    """The features feature ... feature + FEATURES of some tokens. # [ROWS, FEATURES]"""
-    rows = tl.arange(0, ROWS)
-    columns = feature + tl.arange(0, FEATURES)
-    mask = (first + rows < length)[:, None] & (columns < D)[None, :]
-    offsets = first.to(tl.int64) * strides[2] + (rows.to(tl.int64)[:, None] * strides[2] + columns[None, :] * strides[3])
-    return tl.load(head + offsets, mask=mask, other=0.0)
+    """Some features of some tokens; what does not exist reads as zero. # [ROWS, FEATURES]"""
+    pointers = _pointers(view, batch_head, num_heads, first, feature, ROWS, FEATURES)
+    return tl.load(pointers, mask=_inside(first, length, feature, D, ROWS, FEATURES), other=0.0)
+
+
+@triton.jit
+def _store_slab(
+    view, batch_head, num_heads, first, length, feature, tile, D: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
+):
+    pointers = _pointers(view, batch_head, num_heads, first, feature, ROWS, FEATURES)
+    tl.store(pointers, tile.to(view[0].dtype.element_ty), mask=_inside(first, length, feature, D, ROWS, FEATURES))
+
+
+@triton.jit
+def _load(
+    view,
+    batch_head,
+    num_heads,
+    first,
+    length,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """All features of some tokens; what does not exist reads as zero. # [ROWS, COLUMNS]"""
+    if DESCRIPTORS:
+        tile = view.load([batch_head // num_heads, batch_head % num_heads, first, 0]).reshape(ROWS, COLUMNS)
+    else:
+        tile = _load_slab(view, batch_head, num_heads, first, length, 0, D, ROWS, COLUMNS)
+    return tile
 
 
 @triton.jit
@@ -125,29 +132,104 @@ def _state(states, index, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _slab(feature, FEATURES: tl.constexpr, COLUMNS: tl.constexpr):
+def _state_slab(feature, FEATURES: tl.constexpr, COLUMNS: tl.constexpr):
     """Offsets of FEATURES rows of a state: states are worked through in slabs that fit the registers."""
-    rows = feature + tl.arange(0, FEATURES)
-    return rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return (feature + tl.arange(0, FEATURES))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
-def _scores(Q, K, scale, first_key, key_length, KEYS: tl.constexpr):
-    """scale Q K^T in units of log 2, -inf for keys past the end. # [rows, KEYS]"""
-    S = _dot(Q, tl.trans(K)) * (scale * LOG2_E)
-    return tl.where((first_key + tl.arange(0, KEYS) < key_length)[None, :], S, float("-inf"))
+def _scores(Q, K, first_key, key_length, KEYS: tl.constexpr, PARTIAL: tl.constexpr):
+    """Q K^T, not scaled yet; -inf for keys past the end, which only a partial block has. # [ROWS, KEYS]"""
+    S = _dot(Q, tl.trans(K))
+    if PARTIAL:
+        S = tl.where((first_key + tl.arange(0, KEYS) < key_length)[None, :], S, float("-inf"))
+    return S
 
 
 @triton.jit
-def _denominator(head, strides, first, length, sums, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """phi(Q_i) Z_i for the rows of a query block; 0 where it has no marginal block, NaN where one of them has. # [ROWS]"""
-    phi = _load(head, strides, first, length, D, ROWS, COLUMNS).to(tl.float32)
-    Z = tl.load(sums + COLUMNS * COLUMNS + tl.arange(0, COLUMNS)).to(tl.float32)
+def _sound(denominator, sums, COLUMNS: tl.constexpr):
+    """The denominator phi(Q_i) Z_i of each row; 0 in a query block without marginal block, NaN if one of them is bad."""
     blocks = tl.load(sums + (COLUMNS + 1) * COLUMNS).to(tl.float32)
     bad = tl.load(sums + (COLUMNS + 1) * COLUMNS + 1).to(tl.float32)
-    denominator = tl.sum(phi * Z[None, :], 1)
-    denominator = tl.where(blocks == 0, 0.0, denominator)
-    return tl.where(bad == 0, denominator, float("nan"))
+    return tl.where(bad > 0, float("nan"), tl.where(blocks > 0, denominator, 0.0))
+
+
+# --- what the labels say: lists for the sparse branch, weights for the linear branch ----------------------------------
+
+
+@triton.jit(do_not_specialize=["num_out", "num_in", "out_stride", "in_stride", "capacity"])
+def _lists_kernel(
+    labels,
+    offsets,
+    counts,
+    indices,
+    num_out,
+    num_in,
+    out_stride,
+    in_stride,
+    capacity,
+    PACKED: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+):
+    """The critical partners of OUT blocks, ascending: of query blocks along rows of the labels, of key blocks down columns.
+
+    A list begins where `offsets` says (PACKED), or every `capacity` entries; then its length goes to `counts`.
+    """
+    tiles = tl.cdiv(num_out, OUT)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    out = tl.program_id(0) % tiles * OUT + tl.arange(0, OUT)
+    labels += head * num_out * num_in
+    if PACKED:
+        place = tl.load(offsets + head * (num_out + 1) + out, mask=out < num_out, other=0)  # [OUT]
+    else:
+        place = out * capacity
+        capacity *= num_out  # of a head's lists together, as it is where they are packed
+    start = place
+    for first in range(0, num_in, IN):
+        inner = first + tl.arange(0, IN)
+        inside = (out < num_out)[:, None] & (inner < num_in)[None, :]
+        label = tl.load(labels + (out[:, None] * out_stride + inner[None, :] * in_stride), mask=inside, other=0)
+        critical = (label == 1).to(tl.int32)  # [OUT, IN]
+        slot = place[:, None] + tl.cumsum(critical, 1) - 1
+        partner = tl.broadcast_to(inner[None, :], (OUT, IN))
+        tl.store(indices + head * capacity + slot, partner, mask=critical == 1)
+        place += tl.sum(critical, 1)
+    if not PACKED:
+        tl.store(counts + head * num_out + out, place - start, mask=out < num_out)
+
+
+@triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "padded_rows", "padded_columns"])
+def _weights_kernel(
+    labels,
+    weights,
+    num_query_blocks,
+    num_key_blocks,
+    padded_rows,
+    padded_columns,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """ROWS rows of the matrix that adds up states: a power of two where the label is 0, else 0. [Alg. 1 L12]"""
+    first_row = tl.program_id(0) * ROWS
+    row = first_row + tl.arange(0, ROWS).to(tl.int64)  # counts the padded rows of all heads
+    i = row % padded_rows
+    label_row = labels + ((row // padded_rows) * num_query_blocks + i) * num_key_blocks
+    weight_row = weights + row * padded_columns
+    count = tl.zeros([ROWS], tl.int32)
+    for first in range(0, num_key_blocks, TILE):
+        j = first + tl.arange(0, TILE)
+        inside = (i < num_query_blocks)[:, None] & (j < num_key_blocks)[None, :]
+        label = tl.load(label_row[:, None] + j[None, :], mask=inside, other=-1)  # [ROWS, TILE]
+        count += tl.sum((label == 0).to(tl.int32), 1)
+    weight = tl.exp2(-tl.floor(tl.log2(tl.maximum(count, 1).to(tl.float32))))  # [ROWS]
+    for first in range(0, padded_columns, TILE):
+        j = first + tl.arange(0, TILE)
+        inside = (i < num_query_blocks)[:, None] & (j < num_key_blocks)[None, :]
+        label = tl.load(label_row[:, None] + j[None, :], mask=inside, other=-1)  # the padding is all zero weights
+        tile = tl.where(label == 0, weight[:, None], 0.0)
+        tile = tile.to(weights.dtype.element_ty)
+        tl.store(weight_row[:, None] + j[None, :], tile, mask=(j < padded_columns)[None, :])
 
 
 # --- the states of the linear branch and their sums ------------------------------------------------------------------
@@ -158,8 +240,6 @@ def _states_kernel(
     phi_key,
     value,
     states,
-    phi_key_strides,
-    value_strides,
     first_head,
     num_heads,
     key_length,
@@ -172,14 +252,11 @@ def _states_kernel(
     """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4]"""
     program = tl.program_id(0)
     j = program % num_key_blocks
-    batch_head = first_head + program // num_key_blocks
+    bh = first_head + program // num_key_blocks
     first = j * BLOCK_K
-    phi_key = _head(phi_key, phi_key_strides, batch_head, num_heads)
-    value = _head(value, value_strides, batch_head, num_heads)
     state = _state(states, program, COLUMNS)
-
-    V = _load(value, value_strides, first, key_length, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
-    phi = _load(phi_key, phi_key_strides, first, key_length, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
+    V = _load_slab(value, bh, num_heads, first, key_length, 0, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
+    phi = _load_slab(phi_key, bh, num_heads, first, key_length, 0, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
     # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So a block with a NaN or Inf counts as
     # zeros, and as bad; the query blocks that it is marginal to turn their rows into NaN.
     finite = (tl.abs(phi.to(tl.float32)) < float("inf")) & (tl.abs(V.to(tl.float32)) < float("inf"))
@@ -187,48 +264,23 @@ def _states_kernel(
     V = tl.where(good == 1, V, 0.0).to(V.dtype)
     z = tl.sum(tl.where(good == 1, phi.to(tl.float32), 0.0), 0)  # [COLUMNS]
     for feature in range(0, COLUMNS, FEATURES):
-        phi = _load_features(phi_key, phi_key_strides, first, key_length, feature, D, BLOCK_K, FEATURES)
-        phi = tl.where(good == 1, phi, 0.0).to(V.dtype)
-        h = _dot(tl.trans(phi), V)  # [FEATURES, COLUMNS]
-        tl.store(state + _slab(feature, FEATURES, COLUMNS), h.to(states.dtype.element_ty))
+        slab = _load_slab(phi_key, bh, num_heads, first, key_length, feature, D, BLOCK_K, FEATURES)
+        slab = tl.where(good == 1, slab, 0.0).to(V.dtype)
+        h = _dot(tl.trans(slab), V)  # [FEATURES, COLUMNS]
+        tl.store(state + _state_slab(feature, FEATURES, COLUMNS), h.to(states.dtype.element_ty))
     columns = tl.arange(0, COLUMNS)
-    counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0))
+    counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
     tl.store(state + COLUMNS * COLUMNS + columns, z.to(states.dtype.element_ty))
     tl.store(state + (COLUMNS + 1) * COLUMNS + columns, counts.to(states.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "padded_rows", "padded_columns"])
-def _weights_kernel(
-    labels, weights, num_query_blocks, num_key_blocks, padded_rows, padded_columns, TILE: tl.constexpr
-):
-    """One row of the matrix that adds up states: a power of two where the label is 0, else 0. [Alg. 1 L12]"""
-    program = tl.program_id(0)
-    i = program % padded_rows
-    batch_head = program // padded_rows
-    labels += (batch_head.to(tl.int64) * num_query_blocks + i) * num_key_blocks
-    weights += program.to(tl.int64) * padded_columns
-    in_row = tl.where(i < num_query_blocks, num_key_blocks, 0)  # rows and columns of the padding are all zero
-    tile = tl.arange(0, TILE)
-    count = tl.zeros([TILE], tl.int32)
-    for first in range(0, in_row, TILE):
-        label = tl.load(labels + first + tile, mask=first + tile < in_row, other=-1)
-        count += (label == 0).to(tl.int32)
-    blocks = tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
-    weight = tl.exp2(-tl.floor(tl.log2(blocks)))
-    for first in range(0, padded_columns, TILE):
-        label = tl.load(labels + first + tile, mask=first + tile < in_row, other=-1)
-        row = tl.where(label == 0, weight, 0.0).to(weights.dtype.element_ty)
-        tl.store(weights + first + tile, row, mask=first + tile < padded_columns)
-
-
-@triton.jit(do_not_specialize=["num_out", "num_in", "padded_out", "head_stride"])
+@triton.jit(do_not_specialize=["num_out", "num_in", "head_stride"])
 def _sums_kernel(
     weights,
     states,
     sums,
     num_out,
     num_in,
-    padded_out,
     head_stride,
     out_stride,
     in_stride,
@@ -237,12 +289,9 @@ def _sums_kernel(
     IN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """States added up over their marginal partners, a matrix product: H_i, Z_i from h_j, z_j. [Alg. 1 L13] [Eq. 5]
-
-    With the strides of `weights` exchanged it is the transposed product, dh_j, dz_j from dH_i, dZ_i. [Alg. 2 L14]
-    """
+    """sums = weights @ states in exact float32: H_i, Z_i from h_j, z_j [Alg. 1 L13], or their gradients [Alg. 2 L14]."""
     program = tl.program_id(0)
-    tiles_out = padded_out // OUT
+    tiles_out = tl.cdiv(num_out, OUT)
     tiles = tl.cdiv(SIZE, TILE)
     # Neighbouring programs share a tile of the states, the big operand.
     out = program % tiles_out * OUT + tl.arange(0, OUT)
@@ -266,22 +315,48 @@ def _sums_kernel(
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _softmax_step(
+    O,
+    l,
+    m,
+    Q,
+    key,
+    value,
+    bh,
+    num_heads,
+    first_key,
+    key_length,
+    scale,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """KEYS more keys of a critical block, online: m and l are the maximum and the sum of each row so far. [Eq. 4]"""
+    K = _load(key, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
+    S = _scores(Q, K, first_key, key_length, KEYS, PARTIAL)  # [ROWS, KEYS] [Alg. 1 L9]
+    m_new = tl.maximum(m, tl.max(S, 1) * scale)
+    P = tl.exp2(S * scale - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    l = l * shrink + tl.sum(P, 1)  # [Alg. 1 L10]
+    V = _load(value, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
+    O = _dot(P.to(V.dtype), V, O * shrink[:, None])  # [Alg. 1 L11]
+    return O, l, m_new
+
+
 @triton.jit(do_not_specialize=["first_head", "num_heads", "query_length", "key_length", "num_query_blocks", "capacity"])
 def _forward_kernel(
     query,
     key,
     value,
     phi_query,
-    query_strides,
-    key_strides,
-    value_strides,
-    phi_query_strides,
     kv_num_blocks,
     kv_indices,
     sums,
     out_sparse,
     out_linear,
-    out_strides,
     lse,
     scale,
     first_head,
@@ -297,59 +372,88 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Both branches for ROWS rows of query block i. [Alg. 1 L7-L16]"""
     program = tl.program_id(0)
     block = program // (BLOCK_Q // ROWS)  # counts the query blocks of this launch, head by head
     i = block % num_query_blocks
-    batch_head = first_head + block // num_query_blocks
+    bh = first_head + block // num_query_blocks
     first = i * BLOCK_Q + program % (BLOCK_Q // ROWS) * ROWS
-    query = _head(query, query_strides, batch_head, num_heads)
-    key = _head(key, key_strides, batch_head, num_heads)
-    value = _head(value, value_strides, batch_head, num_heads)
-    phi_query = _head(phi_query, phi_query_strides, batch_head, num_heads)
-    out_sparse = _head(out_sparse, out_strides, batch_head, num_heads)
-    out_linear = _head(out_linear, out_strides, batch_head, num_heads)
     row = first + tl.arange(0, ROWS)
 
     # Sparse branch: online softmax over the critical blocks. [Eq. 4]
-    listed = (batch_head * num_query_blocks + i).to(tl.int64)
-    num_steps = tl.load(kv_num_blocks + listed) * (BLOCK_K // KEYS)
-    Q = _load(query, query_strides, first, query_length, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
+    listed = (bh * num_query_blocks + i).to(tl.int64)
+    kv_indices += listed * capacity
+    STEPS: tl.constexpr = BLOCK_K // KEYS  # per key block
+    num_steps = tl.load(kv_num_blocks + listed) * STEPS
+    scale = scale * LOG2_E
+    Q = _load(query, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     O = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(num_steps):
-        j = tl.load(kv_indices + listed * capacity + step // (BLOCK_K // KEYS))
-        first_key = j * BLOCK_K + step % (BLOCK_K // KEYS) * KEYS
-        K = _load(key, key_strides, first_key, key_length, D, KEYS, COLUMNS)  # [KEYS, COLUMNS]
-        S = _scores(Q, K, scale, first_key, key_length, KEYS)  # [ROWS, KEYS] [Alg. 1 L9]
-        m_new = tl.maximum(m, tl.max(S, 1))
-        P = tl.exp2(S - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        l = l * shrink + tl.sum(P, 1)  # [Alg. 1 L10]
-        V = _load(value, value_strides, first_key, key_length, D, KEYS, COLUMNS)  # [KEYS, COLUMNS]
-        O = _dot(P.to(V.dtype), V, O * shrink[:, None])  # [Alg. 1 L11]
-        m = m_new
-    empty = num_steps == 0
-    l = tl.where(empty, 1.0, l)
-    _store(out_sparse, out_strides, first, query_length, O / l[:, None], D, ROWS, COLUMNS)  # [Alg. 1 L16]
-    lse += batch_head.to(tl.int64) * query_length
+    # The list ascends, so that only its last block can be the partial one: the others go without a mask.
+    for step in range(0, num_steps - STEPS):
+        first_key = tl.load(kv_indices + step // STEPS) * BLOCK_K + step % STEPS * KEYS
+        O, l, m = _softmax_step(
+            O, l, m, Q, key, value, bh, num_heads, first_key, key_length, scale, D, KEYS, COLUMNS, DESCRIPTORS, False
+        )
+    for step in range(tl.maximum(num_steps - STEPS, 0), num_steps):
+        first_key = tl.load(kv_indices + step // STEPS) * BLOCK_K + step % STEPS * KEYS
+        O, l, m = _softmax_step(
+            O, l, m, Q, key, value, bh, num_heads, first_key, key_length, scale, D, KEYS, COLUMNS, DESCRIPTORS, True
+        )
+    l = tl.where(num_steps == 0, 1.0, l)  # no critical block: sparse = 0, lse = -inf
+    _store_slab(out_sparse, bh, num_heads, first, query_length, 0, O / l[:, None], D, ROWS, COLUMNS)  # [Alg. 1 L16]
+    lse += bh.to(tl.int64) * query_length
     tl.store(lse + row, (m + tl.log2(l)) * LN_2, mask=row < query_length)
 
     # Linear branch: phi(Q_i) H_i / (phi(Q_i) Z_i). [Eq. 5] [Alg. 1 L16]
     sums = _state(sums, block, COLUMNS)
     O = tl.zeros([ROWS, COLUMNS], tl.float32)
+    denominator = tl.zeros([ROWS], tl.float32)
     for feature in range(0, COLUMNS, FEATURES):
-        phi = _load_features(phi_query, phi_query_strides, first, query_length, feature, D, ROWS, FEATURES)
-        H = tl.load(sums + _slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
+        phi = _load_slab(phi_query, bh, num_heads, first, query_length, feature, D, ROWS, FEATURES)  # [ROWS, FEATURES]
+        H = tl.load(sums + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
+        Z = tl.load(sums + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
         O = _dot(phi, H, O)
-    denominator = _denominator(phi_query, phi_query_strides, first, query_length, sums, D, ROWS, COLUMNS)
+        denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
+    denominator = _sound(denominator, sums, COLUMNS)
     O = tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])
-    _store(out_linear, out_strides, first, query_length, O, D, ROWS, COLUMNS)
+    _store_slab(out_linear, bh, num_heads, first, query_length, 0, O, D, ROWS, COLUMNS)
 
 
 # --- backward of the sparse branch -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dq_step(
+    dQ,
+    Q,
+    dO,
+    L,
+    delta,
+    key,
+    value,
+    bh,
+    num_heads,
+    first_key,
+    key_length,
+    scale,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """What KEYS keys of a critical block add to dQ."""
+    K = _load(key, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
+    S = _scores(Q, K, first_key, key_length, KEYS, PARTIAL)  # [ROWS, KEYS]
+    P = tl.exp2(S * scale - L[:, None])  # [Alg. 2 L9]
+    V = _load(value, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
+    dP = _dot(dO, tl.trans(V))  # [ROWS, KEYS] [Alg. 2 L11]
+    dS = P * (dP - delta[:, None])  # [Alg. 2 L11]
+    return _dot(dS.to(K.dtype), K, dQ)  # [Alg. 2 L12]
 
 
 @triton.jit(do_not_specialize=["num_heads", "query_length", "key_length", "num_query_blocks", "capacity"])
@@ -358,14 +462,9 @@ def _backward_dq_kernel(
     key,
     value,
     grad_sparse,
-    query_strides,
-    key_strides,
-    value_strides,
-    grad_strides,
     kv_num_blocks,
     kv_indices,
     out_sparse,
-    out_strides,
     lse,
     row_lse,
     row_delta,
@@ -382,6 +481,7 @@ def _backward_dq_kernel(
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """dQ for ROWS rows of query block i, along its list of critical key blocks. [Alg. 2 L12]
 
@@ -391,40 +491,38 @@ def _backward_dq_kernel(
     program = tl.program_id(0)
     block = program // (BLOCK_Q // ROWS)
     i = block % num_query_blocks
-    batch_head = block // num_query_blocks
+    bh = block // num_query_blocks
     first = i * BLOCK_Q + program % (BLOCK_Q // ROWS) * ROWS
-    query = _head(query, query_strides, batch_head, num_heads)
-    key = _head(key, key_strides, batch_head, num_heads)
-    value = _head(value, value_strides, batch_head, num_heads)
-    grad_sparse = _head(grad_sparse, grad_strides, batch_head, num_heads)
-    out_sparse = _head(out_sparse, out_strides, batch_head, num_heads)
-    grad_query = _head(grad_query, out_strides, batch_head, num_heads)
     row = first + tl.arange(0, ROWS)
 
-    dO = _load(grad_sparse, grad_strides, first, query_length, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
-    O = _load(out_sparse, out_strides, first, query_length, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
+    dO = _load(grad_sparse, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
+    O = _load_slab(out_sparse, bh, num_heads, first, query_length, 0, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
     delta = tl.sum(dO.to(tl.float32) * O.to(tl.float32), 1)  # D^s, [ROWS] [Alg. 2 L2]
-    lse += batch_head.to(tl.int64) * query_length
+    lse += bh.to(tl.int64) * query_length
     L = tl.load(lse + row, mask=row < query_length, other=float("inf")) * LOG2_E  # exp2(S - inf): no weight past the end
     scratch = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(row_lse + scratch, L)
     tl.store(row_delta + scratch, delta)
 
-    listed = block.to(tl.int64)
-    num_steps = tl.load(kv_num_blocks + listed) * (BLOCK_K // KEYS)
-    Q = _load(query, query_strides, first, query_length, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
+    kv_indices += block.to(tl.int64) * capacity
+    STEPS: tl.constexpr = BLOCK_K // KEYS  # per key block
+    num_steps = tl.load(kv_num_blocks + block) * STEPS
+    scale_log2 = scale * LOG2_E
+    Q = _load(query, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
     dQ = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(num_steps):
-        j = tl.load(kv_indices + listed * capacity + step // (BLOCK_K // KEYS))
-        first_key = j * BLOCK_K + step % (BLOCK_K // KEYS) * KEYS
-        K = _load(key, key_strides, first_key, key_length, D, KEYS, COLUMNS)  # [KEYS, COLUMNS]
-        S = _scores(Q, K, scale, first_key, key_length, KEYS)  # [ROWS, KEYS]
-        P = tl.exp2(S - L[:, None])  # [Alg. 2 L9]
-        V = _load(value, value_strides, first_key, key_length, D, KEYS, COLUMNS)  # [KEYS, COLUMNS]
-        dP = _dot(dO, tl.trans(V))  # [ROWS, KEYS] [Alg. 2 L11]
-        dS = P * (dP - delta[:, None])  # [Alg. 2 L11]
-        dQ = _dot(dS.to(K.dtype), K, dQ)  # [Alg. 2 L12]
-    _store(grad_query, out_strides, first, query_length, dQ * scale, D, ROWS, COLUMNS)
+    for step in range(0, num_steps - STEPS):  # all but the last block, as in the forward
+        first_key = tl.load(kv_indices + step // STEPS) * BLOCK_K + step % STEPS * KEYS
+        dQ = _dq_step(
+            dQ, Q, dO, L, delta, key, value, bh, num_heads, first_key, key_length, scale_log2, D, KEYS, COLUMNS,
+            DESCRIPTORS, False,
+        )  # fmt: skip
+    for step in range(tl.maximum(num_steps - STEPS, 0), num_steps):
+        first_key = tl.load(kv_indices + step // STEPS) * BLOCK_K + step % STEPS * KEYS
+        dQ = _dq_step(
+            dQ, Q, dO, L, delta, key, value, bh, num_heads, first_key, key_length, scale_log2, D, KEYS, COLUMNS,
+            DESCRIPTORS, True,
+        )  # fmt: skip
+    _store_slab(grad_query, bh, num_heads, first, query_length, 0, dQ * scale, D, ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["num_heads", "query_length", "key_length", "num_query_blocks", "num_key_blocks", "capacity"])
@@ -433,17 +531,12 @@ def _backward_dkdv_kernel(
     key,
     value,
     grad_sparse,
-    query_strides,
-    key_strides,
-    value_strides,
-    grad_strides,
     q_offsets,
     q_indices,
     row_lse,
     row_delta,
     grad_key,
     grad_value,
-    out_strides,
     scale,
     num_heads,
     query_length,
@@ -457,6 +550,7 @@ def _backward_dkdv_kernel(
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
@@ -466,41 +560,36 @@ def _backward_dkdv_kernel(
     program = tl.program_id(0)
     block = program // (BLOCK_K // KEYS)
     j = block % num_key_blocks
-    batch_head = block // num_key_blocks
+    bh = block // num_key_blocks
     first_key = j * BLOCK_K + program % (BLOCK_K // KEYS) * KEYS
-    query = _head(query, query_strides, batch_head, num_heads)
-    key = _head(key, key_strides, batch_head, num_heads)
-    value = _head(value, value_strides, batch_head, num_heads)
-    grad_sparse = _head(grad_sparse, grad_strides, batch_head, num_heads)
-    grad_key = _head(grad_key, out_strides, batch_head, num_heads)
-    grad_value = _head(grad_value, out_strides, batch_head, num_heads)
-    row_lse += batch_head.to(tl.int64) * num_query_blocks * BLOCK_Q
-    row_delta += batch_head.to(tl.int64) * num_query_blocks * BLOCK_Q
+    row_lse += bh.to(tl.int64) * num_query_blocks * BLOCK_Q
+    row_delta += bh.to(tl.int64) * num_query_blocks * BLOCK_Q
 
-    offsets = q_offsets + batch_head.to(tl.int64) * (num_key_blocks + 1) + j
+    offsets = q_offsets + bh.to(tl.int64) * (num_key_blocks + 1) + j
     start = tl.load(offsets)
-    num_steps = (tl.load(offsets + 1) - start) * (BLOCK_Q // ROWS)
-    q_indices += batch_head.to(tl.int64) * num_query_blocks * capacity + start
-    K = _load(key, key_strides, first_key, key_length, D, KEYS, COLUMNS)  # [KEYS, COLUMNS]
-    V = _load(value, value_strides, first_key, key_length, D, KEYS, COLUMNS)  # [KEYS, COLUMNS]
+    STEPS: tl.constexpr = BLOCK_Q // ROWS  # per query block
+    num_steps = (tl.load(offsets + 1) - start) * STEPS
+    q_indices += bh.to(tl.int64) * capacity + start
+    scale_log2 = scale * LOG2_E
+    K = _load(key, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
+    V = _load(value, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
     dK = tl.zeros([KEYS, COLUMNS], tl.float32)
     dV = tl.zeros([KEYS, COLUMNS], tl.float32)
     for step in range(num_steps):
-        i = tl.load(q_indices + step // (BLOCK_Q // ROWS))
-        first = i * BLOCK_Q + step % (BLOCK_Q // ROWS) * ROWS
+        first = tl.load(q_indices + step // STEPS) * BLOCK_Q + step % STEPS * ROWS
         row = first + tl.arange(0, ROWS)
         # Keys past the end need no mask here: their rows of K and V are zero and their gradients are not stored.
-        Q = _load(query, query_strides, first, query_length, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
-        S = _dot(K, tl.trans(Q)) * (scale * LOG2_E)  # [KEYS, ROWS]
-        P = tl.exp2(S - tl.load(row_lse + row)[None, :])  # [Alg. 2 L9]
-        dO = _load(grad_sparse, grad_strides, first, query_length, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
+        Q = _load(query, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
+        S = _dot(K, tl.trans(Q))  # [KEYS, ROWS]
+        P = tl.exp2(S * scale_log2 - tl.load(row_lse + row)[None, :])  # [Alg. 2 L9]
+        dO = _load(grad_sparse, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
         dV = _dot(P.to(dO.dtype), dO, dV)  # [Alg. 2 L10]
         dP = _dot(V, tl.trans(dO))  # [KEYS, ROWS] [Alg. 2 L11]
         dS = P * (dP - tl.load(row_delta + row)[None, :])  # [Alg. 2 L11]
         dK = _dot(dS.to(Q.dtype), Q, dK)  # [Alg. 2 L12]
-    _store(grad_key, out_strides, first_key, key_length, dK * scale, D, KEYS, COLUMNS)
-    dV += _load(grad_value, out_strides, first_key, key_length, D, KEYS, COLUMNS).to(tl.float32)
-    _store(grad_value, out_strides, first_key, key_length, dV, D, KEYS, COLUMNS)
+    _store_slab(grad_key, bh, num_heads, first_key, key_length, 0, dK * scale, D, KEYS, COLUMNS)
+    dV += _load_slab(grad_value, bh, num_heads, first_key, key_length, 0, D, KEYS, COLUMNS).to(tl.float32)
+    _store_slab(grad_value, bh, num_heads, first_key, key_length, 0, dV, D, KEYS, COLUMNS)
 
 
 # --- backward of the linear branch -----------------------------------------------------------------------------------
@@ -510,11 +599,8 @@ def _backward_dkdv_kernel(
 def _backward_linear_query_kernel(
     phi_query,
     grad_linear,
-    phi_query_strides,
-    grad_strides,
     out_linear,
     grad_phi_query,
-    out_strides,
     sums,
     grad_sums,
     first_head,
@@ -529,49 +615,41 @@ def _backward_linear_query_kernel(
     """dQ^phi, dH_i and dZ_i for query block i. [Alg. 2 L3-L5]"""
     block = tl.program_id(0)
     i = block % num_query_blocks
-    batch_head = first_head + block // num_query_blocks
+    bh = first_head + block // num_query_blocks
     first = i * BLOCK_Q
-    phi_query = _head(phi_query, phi_query_strides, batch_head, num_heads)
-    grad_linear = _head(grad_linear, grad_strides, batch_head, num_heads)
-    out_linear = _head(out_linear, out_strides, batch_head, num_heads)
-    grad_phi_query = _head(grad_phi_query, out_strides, batch_head, num_heads)
     sums = _state(sums, block, COLUMNS)
     grad_sums = _state(grad_sums, block, COLUMNS)
 
-    denominator = _denominator(phi_query, phi_query_strides, first, query_length, sums, D, BLOCK_Q, COLUMNS)
+    phi = _load_slab(phi_query, bh, num_heads, first, query_length, 0, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
+    Z = tl.load(sums + COLUMNS * COLUMNS + tl.arange(0, COLUMNS)).to(tl.float32)  # [COLUMNS]
+    denominator = _sound(tl.sum(phi.to(tl.float32) * Z[None, :], 1), sums, COLUMNS)
     inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
-    dO = _load(grad_linear, grad_strides, first, query_length, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
-    O = _load(out_linear, out_strides, first, query_length, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
+    dO = _load_slab(grad_linear, bh, num_heads, first, query_length, 0, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
+    O = _load_slab(out_linear, bh, num_heads, first, query_length, 0, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
     delta = tl.sum(dO.to(tl.float32) * O.to(tl.float32), 1)  # D^l, [BLOCK_Q] [Alg. 2 L2]
     for feature in range(0, COLUMNS, FEATURES):
-        columns = feature + tl.arange(0, FEATURES)
-        H = tl.load(sums + _slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
-        Z = tl.load(sums + COLUMNS * COLUMNS + columns).to(tl.float32)  # [FEATURES]
-        dphi = (_dot(dO, tl.trans(H)) - delta[:, None] * Z[None, :]) * inverse[:, None]  # [Alg. 2 L5]
-        mask = (first + tl.arange(0, BLOCK_Q) < query_length)[:, None] & (columns < D)[None, :]
-        offsets = _offsets(out_strides, first, BLOCK_Q, FEATURES) + feature * out_strides[3]
-        tl.store(grad_phi_query + offsets, dphi.to(grad_phi_query.dtype.element_ty), mask=mask)
+        H = tl.load(sums + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
+        row_of_z = COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)
+        z_slab = tl.load(sums + row_of_z).to(tl.float32)  # [FEATURES]
+        dphi = (_dot(dO, tl.trans(H)) - delta[:, None] * z_slab[None, :]) * inverse[:, None]  # [Alg. 2 L5]
+        _store_slab(grad_phi_query, bh, num_heads, first, query_length, feature, dphi, D, BLOCK_Q, FEATURES)
 
-        phi = _load_features(phi_query, phi_query_strides, first, query_length, feature, D, BLOCK_Q, FEATURES)
-        share = phi.to(tl.float32) * inverse[:, None]  # phi(Q_i) / (phi(Q_i) Z_i), [BLOCK_Q, FEATURES]
+        slab = _load_slab(phi_query, bh, num_heads, first, query_length, feature, D, BLOCK_Q, FEATURES)
+        share = slab.to(tl.float32) * inverse[:, None]  # phi(Q_i) / (phi(Q_i) Z_i), [BLOCK_Q, FEATURES]
         dH = _dot(tl.trans(share.to(dO.dtype)), dO)  # [FEATURES, COLUMNS] [Alg. 2 L3]
         dZ = -tl.sum(share * delta[:, None], 0)  # [FEATURES] [Alg. 2 L4]
-        tl.store(grad_sums + _slab(feature, FEATURES, COLUMNS), dH.to(grad_sums.dtype.element_ty))
-        tl.store(grad_sums + COLUMNS * COLUMNS + columns, dZ.to(grad_sums.dtype.element_ty))
-    columns = tl.arange(0, COLUMNS)
-    zeros = tl.zeros([COLUMNS], grad_sums.dtype.element_ty)
-    tl.store(grad_sums + (COLUMNS + 1) * COLUMNS + columns, zeros)  # the row of counts has no gradient
+        tl.store(grad_sums + _state_slab(feature, FEATURES, COLUMNS), dH.to(grad_sums.dtype.element_ty))
+        tl.store(grad_sums + row_of_z, dZ.to(grad_sums.dtype.element_ty))
+    counts = (COLUMNS + 1) * COLUMNS + tl.arange(0, COLUMNS)  # they have no gradient
+    tl.store(grad_sums + counts, tl.zeros([COLUMNS], grad_sums.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["first_head", "num_heads", "key_length", "num_key_blocks"])
 def _backward_linear_key_kernel(
     phi_key,
     value,
-    phi_key_strides,
-    value_strides,
     grad_phi_key,
     grad_value,
-    out_strides,
     grad_states,
     first_head,
     num_heads,
@@ -585,40 +663,36 @@ def _backward_linear_key_kernel(
     """dK^phi, and the linear branch's share of dV, for key block j. [Alg. 2 L16] [Alg. 2 L17]"""
     block = tl.program_id(0)
     j = block % num_key_blocks
-    batch_head = first_head + block // num_key_blocks
+    bh = first_head + block // num_key_blocks
     first = j * BLOCK_K
-    phi_key = _head(phi_key, phi_key_strides, batch_head, num_heads)
-    value = _head(value, value_strides, batch_head, num_heads)
-    grad_phi_key = _head(grad_phi_key, out_strides, batch_head, num_heads)
-    grad_value = _head(grad_value, out_strides, batch_head, num_heads)
     grad_state = _state(grad_states, block, COLUMNS)
-
-    V = _load(value, value_strides, first, key_length, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
+    V = _load_slab(value, bh, num_heads, first, key_length, 0, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
     dV = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
     for feature in range(0, COLUMNS, FEATURES):
-        columns = feature + tl.arange(0, FEATURES)
-        dh = tl.load(grad_state + _slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
-        dz = tl.load(grad_state + COLUMNS * COLUMNS + columns).to(tl.float32)  # [FEATURES]
+        dh = tl.load(grad_state + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
+        dz = tl.load(grad_state + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
         dphi = _dot(V, tl.trans(dh)) + dz[None, :]  # [BLOCK_K, FEATURES] [Alg. 2 L16]
-        mask = (first + tl.arange(0, BLOCK_K) < key_length)[:, None] & (columns < D)[None, :]
-        offsets = _offsets(out_strides, first, BLOCK_K, FEATURES) + feature * out_strides[3]
-        tl.store(grad_phi_key + offsets, dphi.to(grad_phi_key.dtype.element_ty), mask=mask)
-        phi = _load_features(phi_key, phi_key_strides, first, key_length, feature, D, BLOCK_K, FEATURES)
+        _store_slab(grad_phi_key, bh, num_heads, first, key_length, feature, dphi, D, BLOCK_K, FEATURES)
+        phi = _load_slab(phi_key, bh, num_heads, first, key_length, feature, D, BLOCK_K, FEATURES)  # [BLOCK_K, FEATURES]
         dV = _dot(phi, dh, dV)  # [Alg. 2 L17]
-    _store(grad_value, out_strides, first, key_length, dV, D, BLOCK_K, COLUMNS)
+    _store_slab(grad_value, bh, num_heads, first, key_length, 0, dV, D, BLOCK_K, COLUMNS)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
 class _Tiles(NamedTuple):
-    """How one kernel is cut and started."""
+    """How a kernel is cut and started: tokens or features at a time, warps, stages of the software pipeline."""
 
     rows: int
-    """Query rows at a time; a smaller block is taken whole."""
     keys: int
     warps: int
     stages: int
+
+
+def _architecture() -> int:
+    """90 for sm_90 and so on; 0 in the interpreter."""
+    return 0 if _INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
 def _launch(kernel, programs: int, *args, **options) -> None:
@@ -631,31 +705,65 @@ def _columns(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _features(query: Tensor) -> int:
-    """Rows of a state worked on at a time."""
-    return min(_columns(query.shape[-1]), 64 if query.element_size() == 2 else 16)
-
-
 def _tiles(kernel: str, query: Tensor, block_map: BlockMap) -> _Tiles:
     """The table of launch parameters."""
-    if query.element_size() == 4:
+    if query.element_size() == 4 and not _INTERPRETED:
         rows, keys, warps, stages = 32, 32, 4, 1
     else:
-        rows, keys, warps, stages = 128, 64, 8, 2
+        rows, keys, warps, stages = 64, 64, 4, 3
         if kernel == "dkdv":
             rows, keys, warps, stages = 64, 64, 4, 2
-        if min(rows, block_map.block_q) == 64:
-            warps = 4
+        if kernel == "dq":
+            rows, keys, warps, stages = 64, 64, 4, 2
     return _Tiles(min(rows, block_map.block_q), min(keys, block_map.block_k), warps, stages)
+
+
+def _features(query: Tensor) -> int:
+    """Rows of a state worked on at a time."""
+    return min(_columns(query.shape[-1]), 16 if query.element_size() == 4 and not _INTERPRETED else 64)
+
+
+def _view(tensor: Tensor) -> tuple:
+    """A (B, H, N, D) tensor as kernels take it: pointer and strides."""
+    if max(tensor.stride()[2:]) >= 2**24:  # a tile of 128 tokens would overflow the int32 offsets inside it
+        tensor = tensor.contiguous()
+    return (tensor, *tensor.stride())
+
+
+def _descriptors_fit(*tensors: Tensor) -> bool:
+    """Whether to let the hardware read tiles of these tensors by descriptor (TMA).
+
+    It wants rows on 16 bytes. It pays where matrix instructions read shared memory themselves, sm_90 and sm_100; on sm_120,
+    whose operands come from registers, it costs registers.
+    """
+    if _architecture() not in _DESCRIPTOR_ARCHITECTURES or tensors[0].element_size() != 2:
+        return False
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(3) == 1
+        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+        for tensor in tensors
+    )
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    block = [1, 1, rows, _columns(tensor.shape[-1])]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def _sparse_views(*tensors_and_rows: tuple[Tensor, int]) -> tuple:
+    """The tensors whose tiles the sparse branch reads, each with the tokens of its tile; last, whether by descriptor."""
+    if _descriptors_fit(*(tensor for tensor, _ in tensors_and_rows)):
+        return (*(_descriptor(tensor, rows) for tensor, rows in tensors_and_rows), True)
+    return (*(_view(tensor) for tensor, _ in tensors_and_rows), False)
 
 
 def _head_chunks(query: Tensor, block_map: BlockMap, buffers: int):
     """Cut the B * H heads so that the states of a chunk take no more memory than two tensors like `query`."""
     heads = query.shape[0] * query.shape[1]
     columns = _columns(query.shape[-1])
-    num_blocks = block_map.labels.shape[2] + block_map.labels.shape[3]
-    per_head = buffers * num_blocks // 2 * (columns + 2) * columns
-    size = min(heads, max(1, 2 * query.numel() // per_head))
+    num_blocks = block_map.labels.shape[2] * (buffers - 1) + block_map.labels.shape[3]  # all but one are per query block
+    size = min(heads, max(1, 2 * query.numel() // (num_blocks * (columns + 2) * columns)))
     size = math.ceil(heads / math.ceil(heads / size))  # chunks of about one size
     return [(first, min(size, heads - first)) for first in range(0, heads, size)]
 
@@ -665,72 +773,131 @@ def _empty_states(query: Tensor, heads: int, blocks: int) -> Tensor:
     return torch.empty(heads, blocks, (columns + 2) * columns, dtype=query.dtype, device=query.device)
 
 
-_WEIGHT_TILE = 128  # the weights are padded to multiples of this
+def _kv_lists(block_map: BlockMap) -> tuple[Tensor, Tensor]:
+    """`kv_num_blocks` and `kv_indices` of the map, in one pass over its labels."""
+    labels = block_map.labels.contiguous()
+    batch, heads, num_query_blocks, num_key_blocks = labels.shape
+    capacity = block_map.max_critical
+    counts = torch.empty(batch, heads, num_query_blocks, dtype=torch.int32, device=labels.device)
+    indices = torch.empty(batch, heads, num_query_blocks, capacity, dtype=torch.int32, device=labels.device)
+    _launch(
+        _lists_kernel,
+        batch * heads * math.ceil(num_query_blocks / 8),
+        labels,
+        counts,  # stands in for the offsets, which are not read
+        counts,
+        indices,
+        num_query_blocks,
+        num_key_blocks,
+        num_key_blocks,
+        1,
+        capacity,
+        PACKED=False,
+        OUT=8,
+        IN=128,
+        num_warps=4,
+    )
+    return counts, indices
+
+
+def _q_lists(block_map: BlockMap) -> tuple[Tensor, Tensor]:
+    """`q_offsets` and `q_indices` of the map, in one pass over its labels."""
+    labels = block_map.labels.contiguous()
+    batch, heads, num_query_blocks, num_key_blocks = labels.shape
+    offsets = block_map.q_offsets
+    capacity = num_query_blocks * block_map.max_critical
+    indices = torch.empty(batch, heads, capacity, dtype=torch.int32, device=labels.device)
+    _launch(
+        _lists_kernel,
+        batch * heads * math.ceil(num_key_blocks / 32),
+        labels,
+        offsets,
+        offsets,  # stands in for the counts, which are not written
+        indices,
+        num_key_blocks,
+        num_query_blocks,
+        1,
+        num_key_blocks,
+        capacity,
+        PACKED=True,
+        OUT=32,
+        IN=128,
+        num_warps=4,
+    )
+    return offsets, indices
+
+
+_SUMS_TILE = 32  # the weights are padded to multiples of this
 
 
 def _weights(query: Tensor, block_map: BlockMap) -> Tensor:
     """The matrix that adds up states, (B * H, Tq, Tk) padded with zeros to whole tiles. [Alg. 1 L12]"""
     batch, heads, num_query_blocks, num_key_blocks = block_map.labels.shape
-    rows, columns = (math.ceil(n / _WEIGHT_TILE) * _WEIGHT_TILE for n in (num_query_blocks, num_key_blocks))
+    rows, columns = (math.ceil(n / _SUMS_TILE) * _SUMS_TILE for n in (num_query_blocks, num_key_blocks))
     weights = torch.empty(batch * heads, rows, columns, dtype=query.dtype, device=query.device)
     _launch(
         _weights_kernel,
-        batch * heads * rows,
+        batch * heads * rows // 8,
         block_map.labels.contiguous(),
         weights,
         num_query_blocks,
         num_key_blocks,
         rows,
         columns,
-        TILE=_WEIGHT_TILE,
-        num_warps=1,
+        ROWS=8,
+        TILE=128,
+        num_warps=4,
     )
     return weights
 
 
 def _add_up(weights: Tensor, states: Tensor, sums: Tensor) -> None:
-    """sums = weights @ states, for the heads of a chunk."""
+    """sums = weights @ states for the heads of a chunk, by the vendor's product where its float32 sums are certain.
+
+    In float32 torch would follow the user's tf32 setting, so there a kernel of our own does it.
+    """
     heads, num_in, size = states.shape
     num_out = sums.shape[1]
     if states.element_size() == 2:
-        tiles = {"OUT": 128, "IN": 64, "TILE": 128, "num_warps": 8, "num_stages": 3}
-    else:
-        tiles = {"OUT": 32, "IN": 32, "TILE": 64, "num_warps": 4, "num_stages": 1}
-    padded_out = weights.shape[1]
+        torch.bmm(weights[:, :num_out, :num_in], states, out=sums)
+        return
+    tile = 4096 if _INTERPRETED else 128  # in the interpreter a program costs more than an element
     _launch(
         _sums_kernel,
-        heads * (padded_out // tiles["OUT"]) * math.ceil(size / tiles["TILE"]),
+        heads * math.ceil(num_out / _SUMS_TILE) * math.ceil(size / tile),
         weights,
         states,
         sums,
         num_out,
         num_in,
-        padded_out,
         *weights.stride(),
         SIZE=size,
-        **tiles,
+        OUT=_SUMS_TILE,
+        IN=_SUMS_TILE,
+        TILE=tile,
+        num_warps=4,
     )
 
 
-def _marginal_sums(query: Tensor, phi_key: Tensor, value: Tensor, weights: Tensor, states, sums, first_head, block_map):
+def _marginal_sums(
+    phi_key: Tensor, value: Tensor, weights: Tensor, states: Tensor, sums: Tensor, first_head: int, block_k: int
+) -> None:
     """h_j, z_j of all key blocks, H_i, Z_i of all query blocks, for the heads of a chunk. [Alg. 1 L4] [Alg. 1 L13]"""
     heads, num_key_blocks, _ = states.shape
     _launch(
         _states_kernel,
         heads * num_key_blocks,
-        phi_key,
-        value,
+        _view(phi_key),
+        _view(value),
         states,
-        phi_key.stride(),
-        value.stride(),
         first_head,
-        query.shape[1],
+        value.shape[1],
         value.shape[2],
         num_key_blocks,
-        D=query.shape[-1],
-        COLUMNS=_columns(query.shape[-1]),
-        BLOCK_K=block_map.block_k,
-        FEATURES=_features(query),
+        D=value.shape[-1],
+        COLUMNS=_columns(value.shape[-1]),
+        BLOCK_K=block_k,
+        FEATURES=_features(value),
         num_warps=4,
     )
     _add_up(weights[first_head : first_head + heads], states, sums)
@@ -775,36 +942,33 @@ def forward(
     scale: float,
 ) -> Saved:
     """Algorithm 1, lines 4 and 7 to 16."""
-    batch, num_heads, query_length, head_dim = query.shape
+    num_heads, query_length, head_dim = query.shape[1:]
     num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
     out_sparse = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     out_linear = torch.empty_like(out_sparse)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     tiles = _tiles("forward", query, block_map)
     with torch.cuda.device_of(query):
+        kv_num_blocks, kv_indices = _kv_lists(block_map)
         weights = _weights(query, block_map)
         chunks = _head_chunks(query, block_map, 2)
         states = _empty_states(query, chunks[0][1], num_key_blocks)
         sums = _empty_states(query, chunks[0][1], num_query_blocks)
+        query_rows, key_rows, value_rows, descriptors = _sparse_views((query, tiles.rows), (key, tiles.keys), (value, tiles.keys))
         for first_head, heads in chunks:
-            _marginal_sums(query, phi_key, value, weights, states[:heads], sums[:heads], first_head, block_map)
+            _marginal_sums(phi_key, value, weights, states[:heads], sums[:heads], first_head, block_map.block_k)
             _launch(
                 _forward_kernel,
                 heads * num_query_blocks * (block_map.block_q // tiles.rows),
-                query,
-                key,
-                value,
-                phi_query,
-                query.stride(),
-                key.stride(),
-                value.stride(),
-                phi_query.stride(),
-                block_map.kv_num_blocks,
-                block_map.kv_indices,
+                query_rows,
+                key_rows,
+                value_rows,
+                _view(phi_query),
+                kv_num_blocks,
+                kv_indices,
                 sums,
-                out_sparse,
-                out_linear,
-                out_sparse.stride(),
+                _view(out_sparse),
+                _view(out_linear),
                 lse,
                 scale,
                 first_head,
@@ -820,6 +984,7 @@ def forward(
                 ROWS=tiles.rows,
                 KEYS=tiles.keys,
                 FEATURES=_features(query),
+                DESCRIPTORS=descriptors,
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
@@ -839,143 +1004,149 @@ def backward(
     scale: float,
 ) -> Gradients:
     """Algorithm 2."""
-    batch, num_heads, query_length, head_dim = query.shape
-    key_length = key.shape[2]
-    num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
-    columns, features = _columns(head_dim), _features(query)
     grad_phi_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_phi_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     grad_value = torch.empty_like(grad_phi_key)
-    out_linear, out_sparse = saved.out_linear.contiguous(), saved.out_sparse.contiguous()
     with torch.cuda.device_of(query):
-        # The linear branch, in chunks of heads; its states are gone before dQ and dK are allocated.
-        weights = _weights(query, block_map)
-        chunks = _head_chunks(query, block_map, 3)
-        states = _empty_states(query, chunks[0][1], num_key_blocks)
-        sums = _empty_states(query, chunks[0][1], num_query_blocks)
-        grad_sums = torch.empty_like(sums)
-        for first_head, heads in chunks:
-            _marginal_sums(query, phi_key, value, weights, states[:heads], sums[:heads], first_head, block_map)
-            _launch(
-                _backward_linear_query_kernel,
-                heads * num_query_blocks,
-                phi_query,
-                grad_linear,
-                phi_query.stride(),
-                grad_linear.stride(),
-                out_linear,
-                grad_phi_query,
-                out_linear.stride(),
-                sums,
-                grad_sums,
-                first_head,
-                num_heads,
-                query_length,
-                num_query_blocks,
-                D=head_dim,
-                COLUMNS=columns,
-                BLOCK_Q=block_map.block_q,
-                FEATURES=features,
-                num_warps=8 if block_map.block_q == 128 else 4,
-            )
-            grad_states = states[:heads]  # h_j, z_j are no longer needed: their gradients take their place
-            _add_up(weights[first_head : first_head + heads].mT, grad_sums[:heads], grad_states)
-            _launch(
-                _backward_linear_key_kernel,
-                heads * num_key_blocks,
-                phi_key,
-                value,
-                phi_key.stride(),
-                value.stride(),
-                grad_phi_key,
-                grad_value,
-                grad_value.stride(),
-                grad_states,
-                first_head,
-                num_heads,
-                key_length,
-                num_key_blocks,
-                D=head_dim,
-                COLUMNS=columns,
-                BLOCK_K=block_map.block_k,
-                FEATURES=features,
-                num_warps=8 if block_map.block_k == 128 else 4,
-            )
-        del weights, states, sums, grad_sums, grad_states
-
-        grad_query = torch.empty_like(grad_phi_query)
-        grad_key = torch.empty_like(grad_phi_key)
-        rows = (batch * num_heads, num_query_blocks * block_map.block_q)
-        row_lse = torch.empty(rows, dtype=torch.float32, device=query.device)
-        row_delta = torch.empty_like(row_lse)
-        tiles = _tiles("dq", query, block_map)
-        _launch(
-            _backward_dq_kernel,
-            batch * num_heads * num_query_blocks * (block_map.block_q // tiles.rows),
-            query,
-            key,
-            value,
-            grad_sparse,
-            query.stride(),
-            key.stride(),
-            value.stride(),
-            grad_sparse.stride(),
-            block_map.kv_num_blocks,
-            block_map.kv_indices,
-            out_sparse,
-            out_sparse.stride(),
-            saved.lse.contiguous(),
-            row_lse,
-            row_delta,
-            grad_query,
-            scale,
-            num_heads,
-            query_length,
-            key_length,
-            num_query_blocks,
-            block_map.max_critical,
-            D=head_dim,
-            COLUMNS=columns,
-            BLOCK_Q=block_map.block_q,
-            BLOCK_K=block_map.block_k,
-            ROWS=tiles.rows,
-            KEYS=tiles.keys,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+        # The states of the linear branch are gone before dQ and dK are allocated.
+        _backward_linear(
+            grad_linear, phi_query, phi_key, value, saved.out_linear, grad_phi_query, grad_phi_key, grad_value, block_map
         )
-        tiles = _tiles("dkdv", query, block_map)
-        _launch(
-            _backward_dkdv_kernel,
-            batch * num_heads * num_key_blocks * (block_map.block_k // tiles.keys),
-            query,
-            key,
-            value,
-            grad_sparse,
-            query.stride(),
-            key.stride(),
-            value.stride(),
-            grad_sparse.stride(),
-            block_map.q_offsets,
-            block_map.q_indices,
-            row_lse,
-            row_delta,
-            grad_key,
-            grad_value,
-            grad_value.stride(),
-            scale,
-            num_heads,
-            query_length,
-            key_length,
-            num_query_blocks,
-            num_key_blocks,
-            block_map.max_critical,
-            D=head_dim,
-            COLUMNS=columns,
-            BLOCK_Q=block_map.block_q,
-            BLOCK_K=block_map.block_k,
-            ROWS=tiles.rows,
-            KEYS=tiles.keys,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+        grad_query, grad_key = torch.empty_like(grad_phi_query), torch.empty_like(grad_phi_key)
+        _backward_sparse(grad_sparse, query, key, value, saved, grad_query, grad_key, grad_value, block_map, scale)
     return Gradients(grad_query, grad_key, grad_value, grad_phi_query, grad_phi_key)
+
+
+def _backward_linear(
+    grad_linear: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    value: Tensor,
+    out_linear: Tensor,
+    grad_phi_query: Tensor,
+    grad_phi_key: Tensor,
+    grad_value: Tensor,
+    block_map: BlockMap,
+) -> None:
+    """Fills grad_phi_query, grad_phi_key, and grad_value with the linear branch's share."""
+    num_heads, query_length, head_dim = phi_query.shape[1:]
+    num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
+    shape = {"D": head_dim, "COLUMNS": _columns(head_dim), "FEATURES": _features(phi_query)}
+    weights = _weights(phi_query, block_map)
+    chunks = _head_chunks(phi_query, block_map, 3)
+    states = _empty_states(phi_query, chunks[0][1], num_key_blocks)
+    sums = _empty_states(phi_query, chunks[0][1], num_query_blocks)
+    grad_sums = torch.empty_like(sums)
+    for first_head, heads in chunks:
+        _marginal_sums(phi_key, value, weights, states[:heads], sums[:heads], first_head, block_map.block_k)
+        _launch(
+            _backward_linear_query_kernel,
+            heads * num_query_blocks,
+            _view(phi_query),
+            _view(grad_linear),
+            _view(out_linear),
+            _view(grad_phi_query),
+            sums,
+            grad_sums,
+            first_head,
+            num_heads,
+            query_length,
+            num_query_blocks,
+            BLOCK_Q=block_map.block_q,
+            num_warps=4,
+            **shape,
+        )
+        grad_states = states[:heads]  # h_j, z_j are no longer needed: their gradients take their place
+        _add_up(weights[first_head : first_head + heads].mT, grad_sums[:heads], grad_states)
+        _launch(
+            _backward_linear_key_kernel,
+            heads * num_key_blocks,
+            _view(phi_key),
+            _view(value),
+            _view(grad_phi_key),
+            _view(grad_value),
+            grad_states,
+            first_head,
+            num_heads,
+            value.shape[2],
+            num_key_blocks,
+            BLOCK_K=block_map.block_k,
+            num_warps=4,
+            **shape,
+        )
+
+
+def _backward_sparse(
+    grad_sparse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saved: Saved,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    block_map: BlockMap,
+    scale: float,
+) -> None:
+    """Fills grad_query and grad_key, and adds the sparse branch's share to grad_value."""
+    batch, num_heads, query_length, head_dim = query.shape
+    num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
+    shape = {"D": head_dim, "COLUMNS": _columns(head_dim), "BLOCK_Q": block_map.block_q, "BLOCK_K": block_map.block_k}
+    row_lse = torch.empty(
+        batch * num_heads, num_query_blocks * block_map.block_q, dtype=torch.float32, device=query.device
+    )
+    row_delta = torch.empty_like(row_lse)
+    tiles = _tiles("dq", query, block_map)
+    *views, descriptors = _sparse_views(
+        (query, tiles.rows), (key, tiles.keys), (value, tiles.keys), (grad_sparse, tiles.rows)
+    )
+    _launch(
+        _backward_dq_kernel,
+        batch * num_heads * num_query_blocks * (block_map.block_q // tiles.rows),
+        *views,
+        *_kv_lists(block_map),
+        _view(saved.out_sparse),
+        saved.lse.contiguous(),
+        row_lse,
+        row_delta,
+        _view(grad_query),
+        scale,
+        num_heads,
+        query_length,
+        key.shape[2],
+        num_query_blocks,
+        block_map.max_critical,
+        ROWS=tiles.rows,
+        KEYS=tiles.keys,
+        DESCRIPTORS=descriptors,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **shape,
+    )
+    tiles = _tiles("dkdv", query, block_map)
+    *views, descriptors = _sparse_views(
+        (query, tiles.rows), (key, tiles.keys), (value, tiles.keys), (grad_sparse, tiles.rows)
+    )
+    _launch(
+        _backward_dkdv_kernel,
+        batch * num_heads * num_key_blocks * (block_map.block_k // tiles.keys),
+        *views,
+        *_q_lists(block_map),
+        row_lse,
+        row_delta,
+        _view(grad_key),
+        _view(grad_value),
+        scale,
+        num_heads,
+        query_length,
+        key.shape[2],
+        num_query_blocks,
+        num_key_blocks,
+        num_query_blocks * block_map.max_critical,
+        ROWS=tiles.rows,
+        KEYS=tiles.keys,
+        DESCRIPTORS=descriptors,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **shape,
+    )

@@ -1,0 +1,193 @@
+"""What a compiler makes of the kernels, without a GPU: registers, stack, spills, shared memory, matrix instructions.
+
+The launchers of the backend run as they are, on tensors without data and with a driver that names the target; instead of
+starting a kernel they compile it. So the report shows the very binaries that would run on such a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from .block_map import BlockMap
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes of shared memory that one program may have, by architecture."""
+
+TARGETS = tuple(f"sm_{architecture}" for architecture in SHARED_MEMORY)
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel, compiled for one target. Bytes throughout; spills are counted as instructions that touch the stack."""
+
+    kernel: str
+    target: str
+    dtype: str
+    head_dim: int
+    block_q: int
+    block_k: int
+    warps: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    shared_limit: int
+    instruction: str
+
+    @property
+    def problem(self) -> str | None:
+        """Why this kernel fails the report, or None."""
+        if self.stack or self.spills:
+            return f"uses {self.stack} bytes of stack ({self.spills} spill instructions)"
+        if self.shared > self.shared_limit:
+            return f"needs {self.shared} bytes of shared memory, the architecture has {self.shared_limit}"
+        return None
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"problem": self.problem}
+
+
+# --- reading a binary ------------------------------------------------------------------------------------------------
+
+
+def _tool(name: str) -> str:
+    """A tool of the CUDA toolkit, from triton's own wheel."""
+    import triton.backends.nvidia
+
+    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / name)
+
+
+def _matrix_instruction(ptx: str) -> str:
+    """The kinds of matrix instruction in a kernel's PTX, most frequent first; "fma" where there is none."""
+    found = Counter(re.findall(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*)", ptx))
+    kinds = Counter()
+    for instruction, count in found.items():
+        kind = re.match(r"wgmma|tcgen05|mma", instruction)[0]
+        operand = re.search(r"bf16|f16|tf32|f8", instruction)
+        kinds[kind + (f".{operand[0]}" if operand else "")] += count
+    return "+".join(kind for kind, _ in kinds.most_common()) or "fma"
+
+
+def _inspect(compiled) -> dict:
+    """Registers, stack, spills and shared memory of a compiled kernel, from its cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [_tool("nvdisasm"), "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"],
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+# --- compiling without a GPU -----------------------------------------------------------------------------------------
+
+
+class _TargetOnly:
+    """Stands in for triton's driver: knows what to compile for, and can start nothing."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # triton keeps compiled kernels per device: one device for each target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _triton_kernels(architecture: int, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -> list[tuple]:
+    """(kernel, compiled, ...) for every kernel that a forward and a backward start."""
+    import triton
+
+    from .backends import triton_fused
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled inside Triton's interpreter; unset TRITON_INTERPRET")
+
+    compiled = {}
+
+    def compile_only(kernel, programs, *args, **options):
+        binary = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
+        compiled[kernel.__name__, binary.hash] = binary
+
+    batch, heads, length = 1, 2, 2048
+    tokens = [torch.empty(batch, heads, length, head_dim, dtype=dtype, device="meta") for _ in range(5)]
+    blocks = (batch, heads, length // block_q, length // block_k)
+    labels = torch.empty(blocks, dtype=torch.int8, device="meta")
+    block_map = BlockMap(labels, block_q, block_k, length, length, 3)
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", _TargetOnly(architecture)),
+        mock.patch.object(triton_fused, "_launch", compile_only),
+    ):
+        saved = triton_fused.forward(*tokens, block_map, 0.125)
+        triton_fused.backward(tokens[0], tokens[0], *tokens, saved, block_map, 0.125)
+    return [(kernel, binary) for (kernel, _), binary in compiled.items()]
+
+
+def report(
+    target: str,
+    backend: str = "triton",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> list[KernelReport]:
+    """Compile every kernel of a backend for a target and read what came out.
+
+    Args:
+        target: "sm_80", "sm_90", "sm_100" or "sm_120".
+        backend: "triton".
+        dtype, head_dim, block_q, block_k: what to compile for.
+
+    Returns:
+        One entry per kernel, in the order in which they run; `problem` says what is wrong with it, or is None.
+
+    Raises:
+        ValueError: an unknown target or backend.
+        RuntimeError: called inside Triton's interpreter.
+        ModuleNotFoundError: triton is not installed.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if backend != "triton":
+        raise ValueError(f"backend must be 'triton', got {backend!r}")
+    architecture = int(target.removeprefix("sm_"))
+    lines = []
+    for kernel, binary in _triton_kernels(architecture, dtype, head_dim, block_q, block_k):
+        lines.append(
+            KernelReport(
+                kernel=kernel.strip("_").removesuffix("_kernel"),
+                target=target,
+                dtype=str(dtype).removeprefix("torch."),
+                head_dim=head_dim,
+                block_q=block_q,
+                block_k=block_k,
+                warps=binary.metadata.num_warps,
+                shared_limit=SHARED_MEMORY[architecture],
+                instruction=_matrix_instruction(binary.asm["ptx"]),
+                **_inspect(binary),
+            )
+        )
+    return lines

@@ -1,0 +1,55 @@
+"""Every backend against the float64 oracle, on every case of `sla_ref.testing`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sla_ref import backends, testing
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def assert_passed(checks: list[testing.Check]) -> None:
+    failures = [check for check in checks if not check.passed]
+    assert not failures, "\n".join(map(str, failures))
+
+
+def thorough(backend_name: str, case: testing.Case, device: str) -> bool:
+    """Triton's interpreter takes seconds for a run that a GPU does in a millisecond."""
+    return backend_name == "torch" or device == "cuda" or case.name.startswith("cross attention")
+
+
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_float32(backend_name: str, case: testing.Case, device: str) -> None:
+    backend = backends.load(backend_name)
+    checks = testing.check_case(
+        backend, case, device=device, dtype=torch.float32, thorough=thorough(backend_name, case, device)
+    )
+    assert checks, "the contract asks for every one of these cases"
+    assert_passed(checks)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_half_precision(backend_name: str, case: testing.Case, dtype: torch.dtype, device: str) -> None:
+    if not (case.quick or backend_name == "torch" or device == "cuda"):
+        pytest.skip("in the interpreter, half precision is tried on the quick cases; a GPU tries all")
+    checks = testing.check_case(backends.load(backend_name), case, device=device, dtype=dtype, thorough=device == "cuda")
+    assert checks
+    assert_passed(checks)
+
+
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+@pytest.mark.backend("torch")
+def test_torch_backend_is_the_equations_in_float64(case: testing.Case) -> None:
+    assert_passed(testing.check_case(backends.load("torch"), case, device="cpu", dtype=torch.float64))
+
+
+def test_check_backend_reports(backend_name: str, device: str) -> None:
+    if backend_name == "triton" and device == "cpu":
+        pytest.skip("the same cases run above, and the interpreter is slow")
+    report = testing.check_backend(backend_name, device=device, dtypes=(torch.float32,), quick=True)
+    assert report.ok, report
+    assert len(report.checks) > 50
+    assert "checks passed" in str(report)

@@ -1,0 +1,145 @@
+"""Pooling, classification, and the index lists of a BlockMap."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sla_ref
+from sla_ref import reference
+from sla_ref.block_map import pool_blocks
+
+sizes = st.integers(1, 70)
+blocks = st.sampled_from([1, 4, 7, 16, 64])
+ratios = st.floats(0, 1)
+
+
+def tokens(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(2, 2, length, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(nq=sizes, nk=sizes, block_q=blocks, block_k=blocks, critical=ratios.filter(bool), negligible=ratios)
+def test_classes_are_those_of_the_specification(nq, nk, block_q, block_k, critical, negligible):
+    query, key = tokens(nq), tokens(nk, 1)
+    block_map = sla_ref.classify_blocks(query, key, critical, negligible, block_q=block_q, block_k=block_k)
+    assert torch.equal(block_map.labels, reference.classify(query, key, critical, negligible, block_q, block_k))
+    num_blocks = math.ceil(nk / block_k)
+    num_critical = max(1, int(critical * num_blocks))
+    assert ((block_map.labels == 1).sum(-1) == num_critical).all()
+    assert ((block_map.labels == -1).sum(-1) == min(int(negligible * num_blocks), num_blocks - num_critical)).all()
+    assert block_map.max_critical == num_critical
+    assert block_map.sparsity == pytest.approx(1 - num_critical / num_blocks)
+
+
+def test_ratio_is_truncated_as_float_arithmetic_gives_it():
+    query = key = tokens(100)
+    block_map = sla_ref.classify_blocks(query, key, 0.29, 0.0, block_q=1, block_k=1)
+    assert block_map.max_critical == 28  # 0.29 * 100 is 28.999...
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), tq=st.integers(1, 6), tk=st.integers(1, 6))
+def test_index_lists_hold_the_critical_pairs(data, tq, tk):
+    values = data.draw(st.lists(st.sampled_from([1, 0, -1]), min_size=tq * tk, max_size=tq * tk))
+    labels = torch.tensor(values, dtype=torch.int8).view(1, 1, tq, tk)
+    block_map = sla_ref.BlockMap(labels, 4, 4, 4 * tq, 4 * tk - 1)
+    pairs = {(i, j) for i in range(tq) for j in range(tk) if labels[0, 0, i, j] == 1}
+
+    by_query = [block_map.kv_indices[0, 0, i, : block_map.kv_num_blocks[0, 0, i]].tolist() for i in range(tq)]
+    assert {(i, j) for i, row in enumerate(by_query) for j in row} == pairs
+    assert all(row == sorted(set(row)) for row in by_query)
+
+    offsets = block_map.q_offsets[0, 0].tolist()
+    by_key = [block_map.q_indices[0, 0, offsets[j] : offsets[j + 1]].tolist() for j in range(tk)]
+    assert {(i, j) for j, column in enumerate(by_key) for i in column} == pairs
+    assert all(column == sorted(set(column)) for column in by_key)
+    assert offsets[0] == 0
+    assert offsets[-1] == len(pairs)
+
+    assert block_map.sparsity == pytest.approx(1 - len(pairs) / (tq * tk))
+    for lists in (block_map.kv_num_blocks, block_map.kv_indices, block_map.q_offsets, block_map.q_indices):
+        assert lists.dtype == torch.int32
+        assert lists.is_contiguous()
+
+
+def test_pooling_averages_real_tokens_only():
+    x = tokens(10)
+    pooled = pool_blocks(x, 4)
+    expected = torch.stack([x[:, :, :4].mean(2), x[:, :, 4:8].mean(2), x[:, :, 8:].mean(2)], 2)
+    torch.testing.assert_close(pooled, expected)
+    assert pool_blocks(x.half(), 4).dtype == torch.float32
+
+
+def test_scores_are_not_squashed_by_a_softmax():
+    """Scores whose softmax underflows to equal zeros must keep their order."""
+    query, key = torch.full((1, 1, 1, 1), 1000.0), torch.tensor([0.0, 9, 1, 2]).view(1, 1, 4, 1)
+    scores = sla_ref.block_scores(query, key, block_q=1, block_k=1)
+    assert scores.softmax(-1).flatten().tolist() == [0, 1, 0, 0]
+    assert sla_ref.classify_blocks(query, key, 0.5, 0.5, block_q=1, block_k=1).labels.flatten().tolist() == [-1, 1, -1, 1]
+
+
+def test_scores_ignore_autocast_and_gradients():
+    query, key = tokens(64, dtype=torch.float32).requires_grad_(), tokens(64, 1, dtype=torch.float32)
+    plain = sla_ref.block_scores(query, key, block_q=8, block_k=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sla_ref.block_scores(query, key, block_q=8, block_k=8), plain)
+    assert plain.dtype == torch.float32
+    assert not plain.requires_grad
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_numbers_still_classify(bad: float):
+    query, key = tokens(32), tokens(32, 1)
+    key[0, 0, 5] = bad
+    labels = sla_ref.classify_blocks(query, key, 0.3, 0.3, block_q=8, block_k=8).labels
+    assert ((labels == 1).sum(-1) == 1).all()
+    assert ((labels == -1).sum(-1) == 1).all()
+
+
+def test_to_dense_and_to_flex_say_the_same():
+    query, key = tokens(300), tokens(200, 1)
+    block_map = sla_ref.classify_blocks(query, key, 0.4, 0.3, block_q=128, block_k=64)
+    dense = block_map.to_dense()
+    assert dense.shape == (2, 2, 300, 200)
+    assert dense[1, 0, 299, 199] == block_map.labels[1, 0, 2, 3]
+
+    flex = block_map.to_flex()
+    assert flex.seq_lengths == (300, 200)
+    rows, columns = torch.arange(300)[:, None], torch.arange(200)[None]
+    for b in range(2):
+        for h in range(2):
+            assert torch.equal(flex.mask_mod(b, h, rows, columns), dense[b, h] == 1)
+    assert torch.equal(flex.to_dense(), (block_map.labels == 1).to(flex.to_dense().dtype))
+
+
+def test_a_map_cannot_be_changed():
+    block_map = sla_ref.classify_blocks(tokens(16), tokens(16), block_q=8, block_k=8)
+    with pytest.raises(AttributeError):
+        block_map.block_q = 4
+
+
+LABELS = torch.zeros(1, 1, 2, 3, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((LABELS.float(), 4, 4, 8, 12), TypeError, "labels must be an int8 tensor, got torch.float32"),
+        (([0], 4, 4, 8, 12), TypeError, "labels must be an int8 tensor, got list"),
+        ((LABELS[0], 4, 4, 8, 12), ValueError, r"labels must have shape \(batch, heads, 2, 3\)"),
+        ((LABELS, 4, 4, 8, 13), ValueError, r"labels must have shape \(batch, heads, 2, 4\).*got \(1, 1, 2, 3\)"),
+        ((LABELS, 0, 4, 8, 12), ValueError, "block_q must be an int >= 1, got 0"),
+        ((LABELS, 4, 4.0, 8, 12), TypeError, "block_k must be an int >= 1, got 4.0"),
+        ((LABELS, 4, 4, 0, 12), ValueError, "query_length must be an int >= 1, got 0"),
+        ((LABELS + 2, 4, 4, 8, 12), ValueError, "labels must hold only 1, 0 and -1, got values from 2 to 2"),
+        ((LABELS - 2, 4, 4, 8, 12), ValueError, "labels must hold only 1, 0 and -1, got values from -2 to -2"),
+    ],
+)
+def test_bad_maps(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sla_ref.BlockMap(*arguments)
