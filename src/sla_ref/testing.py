@@ -162,7 +162,7 @@ def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
     """The error that each result may have, by name.
 
     float64: 1e-12, scaled by the largest value where that is above 1. Else: twice the error of the equations run in the
-    dtype, three times for gradients, and twice the rounding noise; both as largest entry and as root mean square. lse is
+    dtype, three times for gradients, and the rounding noise: four times as the largest entry, twice as root mean square. lse is
     always computed in float32 or better. Where the equations overflow in the dtype, the noise alone counts.
     """
     dtype = problem.query.dtype
@@ -177,41 +177,45 @@ def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
         factor = (3 if name in GRADIENTS else 2) if error.isfinite().all() else 0
         error = error.nan_to_num()
         budget[name] = Bound(
-            factor * _largest(error) + 2 * _largest(noise[name]), factor * _rms(error) + 2 * _rms(noise[name])
+            factor * _largest(error) + 4 * _largest(noise[name]), factor * _rms(error) + 2 * _rms(noise[name])
         )
     return budget
 
 
 def _rounding_noise(problem: Problem, exact: Results) -> Results:
-    """Roughly what rounding alone does to each result: one rounding unit of the dtype on every term of its sums.
+    """The size of what rounding alone does to each result: one rounding unit of the dtype on every term of its sums.
 
-    The sums are taken over absolute values, because rounding does not cancel where terms do: with one key, dQ is exactly 0,
-    as the difference of two numbers that both were rounded. A rounding of the scores, done in float32, moves P by |S| units.
+    Roundings add up as independent errors do, by their squares, and do not cancel where terms do: with one key, dQ is
+    exactly 0, but as the difference of two numbers that both were rounded. Rounding the scores, in float32, moves P by |S|
+    units.
     """
     unit, unit_scores = torch.finfo(problem.query.dtype).eps, torch.finfo(torch.float32).eps
     wide = problem.to(torch.float64)
-    Q, K, V, phi_Q, phi_K, dO, dOl = (tensor.abs() for tensor in wide[:7])
+    Q2, K2, V2, phi_Q2, phi_K2, dO2, dOl2 = (tensor.square() for tensor in wide[:7])
     label = problem.block_map.to_dense()
 
     S = (wide.scale * wide.query @ wide.key.mT).masked_fill(label != 1, -math.inf)
-    size_S = (wide.scale * Q @ K.mT).masked_fill(label != 1, 0.0).amax(-1, keepdim=True)
+    size_S = (wide.scale * (Q2 @ K2.mT).sqrt()).masked_fill(label != 1, 0.0).amax(-1, keepdim=True)
     P = (S - exact["lse"].double()[..., None]).exp().nan_to_num() * (unit + unit_scores * (1 + size_S))
-    dS = P * (dO @ V.mT + (dO * exact["sparse"].abs()).sum(-1, keepdim=True))
+    P2 = P.square()
+    dS2 = P2 * (dO2 @ V2.mT + (dO2 * exact["sparse"].square()).sum(-1, keepdim=True)) * wide.scale**2
 
-    inverse = (1 / (wide.phi_query @ wide.phi_key.mT).masked_fill(label != 0, 0.0).sum(-1, keepdim=True)).abs()
-    inverse = unit * inverse.masked_fill(inverse.isinf(), 0.0)
-    W = (phi_Q @ phi_K.mT).masked_fill(label != 0, 0.0) * inverse
-    dA = ((dOl @ V.mT + (dOl * exact["linear"].abs()).sum(-1, keepdim=True)) * inverse).masked_fill(label != 0, 0.0)
-    return {
-        "sparse": P @ V,
-        "linear": W @ V,
-        "lse": unit_scores * (1 + size_S.squeeze(-1)),
-        "grad_query": wide.scale * dS @ K,
-        "grad_key": wide.scale * dS.mT @ Q,
-        "grad_value": P.mT @ dO + W.mT @ dOl,
-        "grad_phi_query": dA @ phi_K,
-        "grad_phi_key": dA.mT @ phi_Q,
+    inverse = 1 / (wide.phi_query @ wide.phi_key.mT).masked_fill(label != 0, 0.0).sum(-1, keepdim=True)
+    inverse2 = (unit * inverse.masked_fill(inverse.isinf(), 0.0)).square()
+    W2 = ((wide.phi_query @ wide.phi_key.mT).square() * inverse2).masked_fill(label != 0, 0.0)
+    dA2 = (dOl2 @ V2.mT + (dOl2 * exact["linear"].square()).sum(-1, keepdim=True)) * inverse2
+    dA2 = dA2.masked_fill(label != 0, 0.0)
+    squares = {
+        "sparse": P2 @ V2,
+        "linear": W2 @ V2,
+        "lse": (unit_scores * (1 + size_S.squeeze(-1))).square(),
+        "grad_query": dS2 @ K2,
+        "grad_key": dS2.mT @ Q2,
+        "grad_value": P2.mT @ dO2 + W2.mT @ dOl2,
+        "grad_phi_query": dA2 @ phi_K2,
+        "grad_phi_key": dA2.mT @ phi_Q2,
     }
+    return {name: values.sqrt() for name, values in squares.items()}
 
 
 def assert_within(results: Results, exact: Results, budget: dict[str, Bound]) -> None:

@@ -33,7 +33,8 @@ _from_set_backend: str | None = None
 
 
 class _ThreadState(threading.local):  # not a ContextVar, which torch.compile(fullgraph=True) cannot read
-    name: str | None = None
+    def __init__(self) -> None:  # runs once in each thread; a class attribute would escape torch.compile's guards
+        self.name: str | None = None
 
 
 _thread = _ThreadState()

@@ -1,0 +1,149 @@
+"""The layer: its Proj, its feature maps, its manners as an nn.Module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sla_ref
+
+BLOCKS = {"block_q": 8, "block_k": 8}
+
+
+def inputs(dtype: torch.dtype = torch.float32, **kwargs) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, 2, 60, 16, generator=generator).to(dtype).requires_grad_(**kwargs) for _ in range(3))
+
+
+def test_a_fresh_layer_is_its_sparse_branch():
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, **BLOCKS)
+    out = sla_ref.sparse_linear_attention(*inputs(), critical_ratio=0.3, negligible_ratio=0.3, **BLOCKS)
+    assert torch.equal(layer(*inputs()), out.sparse)
+    assert layer.proj_l.weight.dtype == torch.float32
+    assert not layer.proj_l.weight.any()
+    assert not layer.proj_l.bias.any()
+
+
+def test_critical_ratio_one_is_exact_attention():
+    layer = sla_ref.SparseLinearAttention(16, 1.0, **BLOCKS)
+    torch.testing.assert_close(layer(*inputs()), F.scaled_dot_product_attention(*inputs()))
+
+
+def test_gradient_reaches_proj_at_zero_and_phi_one_step_later():
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, feature_map="hedgehog", **BLOCKS)
+    x = inputs()
+    layer(*x).square().sum().backward()
+    assert layer.proj_l.weight.grad.any()
+    assert not layer.phi_query.weight.grad.any()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    layer.zero_grad()
+    layer(*x).square().sum().backward()
+    assert layer.phi_query.weight.grad.any()
+    assert layer.phi_key.weight.grad.any()
+
+
+@pytest.mark.parametrize("proj", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_result_has_the_dtype_of_query_whatever_that_of_proj(dtype, proj):
+    layer = sla_ref.SparseLinearAttention(16, **BLOCKS)
+    torch.nn.init.normal_(layer.proj_l.weight, std=0.1)
+    layer = layer.to(proj)
+    out = layer(*inputs(dtype))
+    assert out.dtype == dtype
+    exact = copy.deepcopy(layer).double()(*inputs(dtype, requires_grad=False)[:0] or (t.double() for t in inputs(dtype)))
+    torch.testing.assert_close(out.double(), exact, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("proj", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(proj):
+    layer = sla_ref.SparseLinearAttention(16, **BLOCKS).to(proj)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(*inputs()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu", "hedgehog", torch.exp])
+def test_feature_maps(feature_map):
+    layer = sla_ref.SparseLinearAttention(16, feature_map=feature_map, **BLOCKS)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    x = inputs()
+    grads = torch.autograd.grad(layer(*x).sum(), x)
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
+
+
+def test_feature_map_formulas():
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(sla_ref.feature_maps.elu(x), torch.where(x > 0, x + 1, x.exp()))
+    torch.testing.assert_close(sla_ref.feature_maps.relu(x), x.clamp(min=0))
+    torch.testing.assert_close(sla_ref.feature_maps.softmax(x), x.exp() / x.exp().sum(-1, keepdim=True))
+    hedgehog = sla_ref.Hedgehog(6)
+    wx = x @ hedgehog.weight.T
+    torch.testing.assert_close(hedgehog(x), torch.cat([wx.softmax(-1), (-wx).softmax(-1)], -1))
+    assert hedgehog.weight.shape == (3, 6)
+
+
+def test_a_given_map_overrides_the_ratios():
+    layer = sla_ref.SparseLinearAttention(16, 0.01, **BLOCKS)
+    x = inputs()
+    everything = sla_ref.classify_blocks(x[0], x[1], 1.0, block_q=16, block_k=4)
+    torch.testing.assert_close(layer(*x, block_map=everything), F.scaled_dot_product_attention(*x))
+
+
+def test_deepcopy_pickle_and_state_dict():
+    layer = sla_ref.SparseLinearAttention(16, feature_map="hedgehog", **BLOCKS)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    expected = layer(*inputs())
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(clone(*inputs()), expected)
+    names = set(layer.state_dict())
+    assert names == {"proj_l.weight", "proj_l.bias", "phi_query.weight", "phi_key.weight"}
+    layer.reset_parameters()
+    assert not layer.proj_l.weight.any()
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, **BLOCKS)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    x = inputs()
+    plain = torch.autograd.grad(layer(*x).square().sum(), x)
+    again = torch.autograd.grad(checkpoint(layer, *x, use_reentrant=False).square().sum(), x)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_hooks_and_adapters_on_proj_are_honoured():
+    layer = sla_ref.SparseLinearAttention(16, **BLOCKS)
+    layer.proj_l.register_forward_hook(lambda module, args, out: out + 1)
+    fresh = sla_ref.SparseLinearAttention(16, **BLOCKS)
+    torch.testing.assert_close(layer(*inputs()), fresh(*inputs()) + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0,), ValueError, "head_dim must be an int >= 1, got 0"),
+        (("64",), TypeError, "head_dim must be an int >= 1, got '64'"),
+        ((16, 0.0), ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0.0"),
+        ((16, 0.5, 2), ValueError, "negligible_ratio must be a number with 0 <= negligible_ratio <= 1, got 2"),
+    ],
+)
+def test_bad_construction(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sla_ref.SparseLinearAttention(*arguments)
+
+
+def test_bad_names_and_shapes():
+    with pytest.raises(ValueError, match="feature_map must be one of"):
+        sla_ref.SparseLinearAttention(16, feature_map="tanh")
+    with pytest.raises(ValueError, match="head_dim must be an even int >= 2 for the hedgehog feature map, got 15"):
+        sla_ref.SparseLinearAttention(15, feature_map="hedgehog")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        sla_ref.SparseLinearAttention(16, backend="nope")
+    with pytest.raises(ValueError, match="query must have head_dim 8, got shape"):
+        sla_ref.SparseLinearAttention(8)(*inputs())
+    with pytest.raises(ValueError, match="query must have shape"):
+        sla_ref.SparseLinearAttention(8)(torch.ones(3, 8), torch.ones(3, 8), torch.ones(3, 8))
