@@ -141,9 +141,10 @@ def test_demo_writes_its_pictures_and_its_report(capsys, tmp_path, trained):
         "block_classes.png",
         "clips.gif",
         "clips.png",
+        "overview.png",
         "report.json",
     }
-    for name, frames in (("block_classes.png", 1), ("clips.png", 1), ("clips.gif", 4)):
+    for name, frames in (("block_classes.png", 1), ("clips.png", 1), ("overview.png", 1), ("clips.gif", 4)):
         with Image.open(out / name) as picture:
             assert getattr(picture, "n_frames", 1) == frames
             assert len(set(picture.convert("L").tobytes())) > 2

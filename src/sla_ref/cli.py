@@ -53,15 +53,15 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="A new or empty folder. Default: runs/demo-, then date and time.")
     ] = None,
-    steps: Steps = 60,
+    steps: Steps = 80,
     batch: Batch = 8,
-    learning_rate: Rate = 3e-4,
+    learning_rate: Rate = 1e-3,
     objective: Objective = "flow",
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = None,
     clips: Clips = 64,
-    samples: Annotated[int, typer.Option(help="Clips to sample.", min=1)] = 4,
+    samples: Annotated[int, typer.Option(help="Clips to sample, of 0, 1, ...", min=1, max=10)] = 4,
     sample_steps: Annotated[int, typer.Option(help="Euler steps of a sample.", min=1)] = 20,
     teacher: Annotated[
         Path | None, typer.Option(help="Weights with full attention. Default: the shipped ones.")
@@ -146,7 +146,7 @@ def finetune(
     objective: Objective = "flow",
     steps: Steps = 4_000,
     batch: Batch = 64,
-    learning_rate: Rate = 3e-4,
+    learning_rate: Rate = 1e-3,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = None,
@@ -235,6 +235,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command; an error the user can mend is one line, not a traceback."""
     try:
         app(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
         print(f"sla-ref: {error}", file=sys.stderr)
         raise SystemExit(1) from error

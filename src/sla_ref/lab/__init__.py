@@ -7,8 +7,10 @@ Needs the extra `lab` (`pip install 'sla-ref[lab]'`). One file, one job:
 - `model`     a small version of Wan's transformer
 - `flow`      rectified flow: noising, the loss, the sampler
 - `train`     one training loop for teacher and fine-tuning, resumable without loss
-- `evaluate`  held-out loss, distance to the teacher, attention maps
+- `evaluate`  held-out loss, distance to the teacher, cost of attention
 - `weights`   weight files that know when they are damaged
 - `figures`   the pictures
+- `jobs`      what `sla-ref train-teacher` and `sla-ref finetune` run
 - `demo`      what `sla-ref demo` runs
+- `files`, `console`, `machine`: whole files, progress bars, hardware and versions
 """

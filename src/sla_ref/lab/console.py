@@ -17,14 +17,14 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
     """
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
         console=console,
     )
     with bar:
-        task = bar.add_task(f"{title:<34}", total=total, note="")
+        task = bar.add_task(f"{title:<38}", total=total, note="")
 
         def tick(done: int, loss: float | None = None) -> None:
             bar.update(task, completed=done)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -61,10 +62,12 @@ def run(
 
     layers = _look(teacher, data, console)
     console.print(_maps_table(layers))
+    console.print("Shares of weights; stable rank of the map, of its largest weights, of the rest.\n")
 
     changes = {"critical_ratio": ratios[0], "negligible_ratio": ratios[1]}
     swapped = with_attention(teacher, "sla", **changes)
-    _draw_classes(out / "block_classes.png", swapped, teacher, data)
+    classes, title = _classes(swapped, teacher, data)
+    figures.class_maps(out / "block_classes.png", classes, title)
 
     target = _predict(teacher, data, "evaluating: full attention", console)
     rows = [_row("full attention", teacher, target, target, data)]
@@ -90,13 +93,17 @@ def run(
         f"SLA, {config.steps} steps": tuned["sla"],
         f"SLA, {long_steps} steps": shipped,
     }
-    labels = data.labels[:samples]
-    videos = _sample(models, labels, config.seed, sample_steps, device, console)
-    figures.clip_strip(out / "clips.png", videos, [_caption(each) for each in labels.tolist()])
+    videos = _sample(models, samples, config.seed, sample_steps, device, console)
+    captions = [f"asked for {digit}" for digit in range(samples)]
+    figures.clip_strip(out / "clips.png", videos, captions)
     figures.clip_gif(out / "clips.gif", videos)
+    few = {name: clip[:2] for name, clip in videos.items()}
+    figures.overview(out / "overview.png", few, captions[:2], classes, title)
 
     console.print()
     console.print(_result_table(rows, clips))
+    console.print("Loss and distance to the teacher: mean squares over the predicted velocity.")
+    console.print("GFLOPs: all attention, one forward of one clip. Sparsity: 1 - critical share.")
     report = {
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(device),
@@ -114,7 +121,7 @@ def run(
     with whole(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     console.print(
-        f"\n{report['seconds']:.0f} s. In {out}: clips.gif, clips.png, block_classes.png, report.json",
+        f"\n{report['seconds']:.0f} s. In {out}: {', '.join(sorted(path.name for path in out.iterdir()))}",
         soft_wrap=True,
         highlight=False,
     )
@@ -150,25 +157,15 @@ def _look(teacher: VideoTransformer, data: evaluate.HeldOut, console: Console) -
     return layers
 
 
-def _draw_classes(path: Path, swapped: VideoTransformer, teacher: VideoTransformer, data: evaluate.HeldOut) -> None:
-    """The classes SLA gives to the maps of the untouched teacher."""
+def _classes(swapped: VideoTransformer, teacher: VideoTransformer, data: evaluate.HeldOut) -> tuple[list[Tensor], str]:
+    """The classes (H, Tq, Tk) that SLA gives to every layer of the untouched teacher, and a title."""
     config = swapped.config
+    ratios = config.critical_ratio, config.negligible_ratio
     maps = [
-        sla_ref.classify_blocks(
-            query,
-            key,
-            config.critical_ratio,
-            config.negligible_ratio,
-            block_q=config.block,
-            block_k=config.block,
-        ).labels[0]
+        sla_ref.classify_blocks(query, key, *ratios, block_q=config.block, block_k=config.block).labels[0]
         for query, key, _ in evaluate.attention_inputs(teacher, *_one_clip(teacher, data))
     ]
-    figures.class_maps(
-        path,
-        maps,
-        f"classes at {config.critical_ratio:.0%} / {config.negligible_ratio:.0%}, blocks of {config.block} tokens",
-    )
+    return maps, f"classes at {ratios[0]:.0%} critical, {ratios[1]:.0%} negligible; blocks of {config.block} tokens"
 
 
 def _predict(model: VideoTransformer, data: evaluate.HeldOut, title: str, console: Console) -> Tensor:
@@ -218,16 +215,17 @@ def _finetune(
 
 def _sample(
     models: dict[str, VideoTransformer],
-    labels: Tensor,
+    samples: int,
     seed: int,
     steps: int,
     device: torch.device,
     console: Console,
 ) -> dict[str, Tensor]:
-    """Clips of every model from the same noise and labels."""
+    """Clips of the digits 0, 1, ... from every model, from the same noise."""
+    labels = torch.tensor([[digit, NO_DIGIT] for digit in range(samples)], device=device)
     shape = next(iter(models.values())).config
     noise = torch.randn(
-        len(labels),
+        samples,
         shape.frames,
         shape.size,
         shape.size,
@@ -236,17 +234,13 @@ def _sample(
     videos = {}
     for name, model in models.items():
         with progress_bar(console, f"sampling: {name}", steps) as tick:
-            videos[name] = flow.sample(model.eval(), noise, labels.to(device), steps, tick).cpu()
+            videos[name] = flow.sample(model.eval(), noise, labels, steps, tick).cpu()
     return videos
 
 
-def _caption(labels: list[int]) -> str:
-    return "asked for " + " and ".join(str(label) for label in labels if label != NO_DIGIT)
-
-
 def _maps_table(layers: list[dict[str, float]]) -> Table:
-    table = Table(title="The teacher's attention maps on one held-out clip", title_justify="left")
-    for column in ("layer", "above 1/N", "below 1/(100 N)", "rank", f"top {TOP_SHARE:.0%}", "rest"):
+    table = Table(title="The teacher's attention maps on one held-out clip", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("layer", "above 1/N", "below 1/(100 N)", "stable rank", f"top {TOP_SHARE:.0%}", "rest"):
         table.add_column(column, justify="right")
     for number, layer in enumerate(layers, start=1):
         table.add_row(
@@ -255,19 +249,14 @@ def _maps_table(layers: list[dict[str, float]]) -> Table:
             f"{layer['below_hundredth']:.1%}",
             *(f"{layer[key]:.1f}" for key in ("stable_rank", "stable_rank_top", "stable_rank_rest")),
         )
-    table.caption = "shares of weights; stable rank of the whole map, its largest weights, the rest"
     return table
 
 
 def _result_table(rows: list[dict[str, Any]], clips: int) -> Table:
-    table = Table(title=f"Measured on {clips} held-out clips", title_justify="left")
+    table = Table(title=f"Measured on {clips} held-out clips", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("attention")
     for column in ("loss", "distance", "GFLOPs", "sparsity"):
         table.add_column(column, justify="right")
-    table.caption = (
-        "velocity loss; distance to the teacher's prediction (both mean squares);\n"
-        "FLOPs of all attention in one forward of one clip; sparsity = 1 - critical share"
-    )
     for row in rows:
         table.add_row(
             row["name"],

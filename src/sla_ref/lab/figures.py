@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -16,43 +16,80 @@ from ..analysis import CLASS_COLOURS, CLASS_NAMES
 from .files import whole
 
 INK = "#222222"
+SHOWN = 8  # frames of a clip in a strip
 
 
 def class_maps(path: Path, labels: list[Tensor], title: str) -> None:
-    """The labels (H, Tq, Tk) of every layer as a PNG: a column per layer, a row per head."""
+    """A PNG of the labels (H, Tq, Tk) of every layer: a column per layer, a row per head."""
+    figure = _figure(_classes_size(labels))
+    _draw_classes(figure, labels, title)
+    _save(figure, path)
+
+
+def clip_strip(path: Path, clips: dict[str, Tensor], captions: list[str]) -> None:
+    """A PNG of clips (n, F, S, S) of several models: a panel per clip, with a row of frames per model."""
+    figure = _figure(_clips_size(clips))
+    _draw_clips(figure, clips, captions)
+    _save(figure, path)
+
+
+def overview(path: Path, clips: dict[str, Tensor], captions: list[str], labels: list[Tensor], title: str) -> None:
+    """Both in one PNG: `clip_strip` above `class_maps`."""
+    (_, above), (width, below) = _clips_size(clips), _classes_size(labels)
+    figure = _figure((width, above + below))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[above, below])[:, 0]
+    _draw_clips(top, clips, captions)
+    _draw_classes(bottom, labels, title)
+    _save(figure, path)
+
+
+def _figure(inches: tuple[float, float]) -> Figure:
+    return Figure(figsize=inches, layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+
+
+def _classes_size(labels: list[Tensor]) -> tuple[float, float]:
+    """Width and height in inches."""
+    return 2.3 * len(labels) + 0.5, 2.3 * labels[0].shape[0] + 1.0
+
+
+def _draw_classes(figure: FigureBase, labels: list[Tensor], title: str) -> None:
     heads = labels[0].shape[0]
-    figure = Figure(figsize=(2.3 * len(labels) + 0.4, 2.3 * heads + 1.1), layout="constrained")
     figure.suptitle(title, color=INK, fontsize=11)
     colours = ListedColormap([CLASS_COLOURS[label] for label in (-1, 0, 1)])
     axes = figure.subplots(heads, len(labels), squeeze=False)
     for layer, maps in enumerate(labels):
+        axes[0, layer].set_title(f"layer {layer + 1}", color=INK, fontsize=10)
+        axes[-1, layer].set_xlabel("key blocks", color=INK, fontsize=9)
         for head, classes in enumerate(maps):
             panel = axes[head, layer]
             panel.imshow(classes.cpu().numpy(), cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-            if head == 0:
-                panel.set_title(f"layer {layer + 1}", color=INK, fontsize=10)
-            if layer == 0:
-                panel.set_ylabel(f"head {head + 1}\nquery blocks", color=INK, fontsize=9)
-            if head == heads - 1:
-                panel.set_xlabel("key blocks", color=INK, fontsize=9)
+    for head, row in enumerate(axes, start=1):
+        row[0].set_ylabel(f"head {head}\nquery blocks", color=INK, fontsize=9)
     figure.legend(
         handles=[Patch(color=CLASS_COLOURS[label], label=name) for label, name in CLASS_NAMES.items()],
         loc="outside lower center",
         ncols=3,
         frameon=False,
     )
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
 
 
-def clip_strip(path: Path, clips: dict[str, Tensor], captions: list[str], shown: int = 8) -> None:
-    """A PNG of clips (n, F, S, S): a panel per clip with a row per model, `shown` frames in each row."""
+def _clips_size(clips: dict[str, Tensor]) -> tuple[float, float]:
+    """Width and height in inches; a frame is an inch."""
+    count = len(next(iter(clips.values())))
+    return SHOWN + 1.7, count * (len(clips) + 0.35)
+
+
+def _draw_clips(figure: FigureBase, clips: dict[str, Tensor], captions: list[str]) -> None:
     count, frames, size = next(iter(clips.values())).shape[:3]
-    picked = torch.linspace(0, frames - 1, min(shown, frames)).round().long()
+    picked = torch.linspace(0, frames - 1, min(SHOWN, frames)).round().long()
     step = size + 2  # two white pixels between the frames
-    figure = Figure(figsize=(len(picked) + 1.4, count * (len(clips) + 0.35)), layout="constrained")
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
     for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
         rows = torch.stack([videos[index].cpu()[picked] for videos in clips.values()])
@@ -64,8 +101,6 @@ def clip_strip(path: Path, clips: dict[str, Tensor], captions: list[str], shown:
         panel.tick_params(length=0, labelsize=9, labelcolor=INK)
         panel.set_xticks([])
         panel.spines[:].set_visible(False)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
 
 
 def clip_gif(path: Path, clips: dict[str, Tensor], zoom: int = 4) -> None:
