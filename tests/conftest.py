@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported, so before anything imports it
 
-from sla_ref import backends
+from sla_ref import backends  # noqa: E402
 
 BACKENDS = tuple(backends.list_backends())
 

@@ -65,11 +65,19 @@ MAP = sla_ref.classify_blocks(Q, Q, block_q=8, block_k=8)
         ({"feature_map": "gelu"}, ValueError, "feature_map must be one of 'softmax', 'elu', 'relu' or a callable"),
         ({"feature_map": "hedgehog"}, ValueError, "'hedgehog' has weights, so SparseLinearAttention owns it"),
         ({"feature_map": 3}, TypeError, "feature_map must be a name or a callable, got int"),
-        ({"feature_map": lambda x: x[..., :2]}, ValueError, r"feature_map must keep the shape of query \(1, 2, 30, 4\)"),
+        (
+            {"feature_map": lambda x: x[..., :2]},
+            ValueError,
+            r"feature_map must keep the shape of query \(1, 2, 30, 4\)",
+        ),
         ({"feature_map": lambda x: 1}, TypeError, "feature_map must return a torch.Tensor, got int for query"),
         ({"block_map": "no"}, TypeError, "block_map must be a sla_ref.BlockMap, got str"),
         ({"block_map": MAP, "critical_ratio": 0.5}, ValueError, "critical_ratio must not be given beside a block_map"),
-        ({"block_map": MAP, "negligible_ratio": 0.5}, ValueError, "negligible_ratio must not be given beside a block_map"),
+        (
+            {"block_map": MAP, "negligible_ratio": 0.5},
+            ValueError,
+            "negligible_ratio must not be given beside a block_map",
+        ),
         ({"block_map": MAP, "block_q": 8}, ValueError, "block_q must not be given beside a block_map"),
         ({"block_map": MAP, "block_k": 8}, ValueError, "block_k must not be given beside a block_map"),
         (
@@ -216,7 +224,10 @@ def test_autocast_leaves_float64_alone():
 def test_compile_fullgraph_forward_and_backward_with_dynamic_lengths():
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda q, k, v: sla_ref.sparse_linear_attention(q, k, v, **SMALL), fullgraph=True, backend="aot_eager", dynamic=True
+        lambda q, k, v: sla_ref.sparse_linear_attention(q, k, v, **SMALL),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
     )
     for length in (30, 64, 47):
         inputs = tuple(tokens(length, seed=seed).requires_grad_() for seed in range(3))

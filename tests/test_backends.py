@@ -35,7 +35,9 @@ def test_float32(backend_name: str, case: testing.Case, device: str) -> None:
 def test_half_precision(backend_name: str, case: testing.Case, dtype: torch.dtype, device: str) -> None:
     if not (case.quick or backend_name == "torch" or device == "cuda"):
         pytest.skip("in the interpreter, half precision is tried on the quick cases; a GPU tries all")
-    checks = testing.check_case(backends.load(backend_name), case, device=device, dtype=dtype, thorough=device == "cuda")
+    checks = testing.check_case(
+        backends.load(backend_name), case, device=device, dtype=dtype, thorough=device == "cuda"
+    )
     assert checks
     assert_passed(checks)
 

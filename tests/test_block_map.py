@@ -80,7 +80,12 @@ def test_scores_are_not_squashed_by_a_softmax():
     query, key = torch.full((1, 1, 1, 1), 1000.0), torch.tensor([0.0, 9, 1, 2]).view(1, 1, 4, 1)
     scores = sla_ref.block_scores(query, key, block_q=1, block_k=1)
     assert scores.softmax(-1).flatten().tolist() == [0, 1, 0, 0]
-    assert sla_ref.classify_blocks(query, key, 0.5, 0.5, block_q=1, block_k=1).labels.flatten().tolist() == [-1, 1, -1, 1]
+    assert sla_ref.classify_blocks(query, key, 0.5, 0.5, block_q=1, block_k=1).labels.flatten().tolist() == [
+        -1,
+        1,
+        -1,
+        1,
+    ]
 
 
 def test_scores_ignore_autocast_and_gradients():

@@ -57,7 +57,9 @@ def test_a_backend_that_cannot_take_an_input_raises():
 
 
 def test_a_backend_that_is_not_installed_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(backends, "_BUILT_IN", {"torch": "sla_ref.backends.pytorch", "numba": "sla_ref.backends.absent"})
+    monkeypatch.setattr(
+        backends, "_BUILT_IN", {"torch": "sla_ref.backends.pytorch", "numba": "sla_ref.backends.absent"}
+    )
     reason = sla_ref.list_backends()["numba"]
     assert "cannot be imported" in reason
     assert "pip install 'sla-ref[numba]'" in reason

@@ -29,7 +29,11 @@ def faulty(forward=None, backward=None):
         return (backward or (lambda run, *args: run(*args)))(TORCH.backward, *args)
 
     return types.SimpleNamespace(
-        name="faulty", unavailable=lambda: None, unsupported=lambda q, m: None, forward=run_forward, backward=run_backward
+        name="faulty",
+        unavailable=lambda: None,
+        unsupported=lambda q, m: None,
+        forward=run_forward,
+        backward=run_backward,
     )
 
 
@@ -274,7 +278,7 @@ def test_assert_within():
     results = testing.run_backend(TORCH, problem)
     testing.assert_within(results, exact, budget)
     results["linear"][0, 0, 0, 0] += 1e-3
-    with pytest.raises(AssertionError, match="over the error budget: FAIL linear error 1.00e-03"):
+    with pytest.raises(AssertionError, match=r"over the error budget: FAIL linear error 1\.00e-03"):
         testing.assert_within(results, exact, budget)
 
 

@@ -1,9 +1,9 @@
-"""The public function: check the input, choose the backend, and run the one operator that autograd and compilers know."""
+"""The public function: check the input, choose the backend, run the one operator that autograd and compilers know."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class SLAOutput(NamedTuple):
     linear: Tensor
     """O^l, (B, H, Nq, D), the input's dtype. [Eq. 5]"""
     lse: Tensor
-    """Natural log-sum-exp of each row's critical scores, (B, H, Nq), float32 (float64 for float64); not differentiable."""
+    """Log-sum-exp (natural) of each row's critical scores, (B, H, Nq), float32 or float64; not differentiable."""
 
 
 def sparse_linear_attention(
@@ -48,11 +48,11 @@ def sparse_linear_attention(
 ) -> SLAOutput:
     """Exact attention over the critical key blocks, and linear attention over the marginal ones. [Eq. 4] [Eq. 5]
 
-    Under autocast, query, key and value are cast to the autocast dtype first (float64 stays), and nothing inside follows
-    autocast. Sums are float32 or better. Results repeat bit for bit on one device.
+    Under autocast, query, key and value are cast to the autocast dtype first (float64 stays), and nothing inside
+    follows autocast. Sums are float32 or better. Results repeat bit for bit on one device.
 
     Args:
-        query: (B, H, Nq, D), float16, bfloat16, float32 or float64, any strides. Nq, Nk >= 1 need not fill whole blocks.
+        query: (B, H, Nq, D), float16, bfloat16, float32 or float64, any strides. Nq, Nk >= 1 may leave a partial block.
         key, value: (B, H, Nk, D), query's dtype and device.
         block_map: the classes of all block pairs; made by `classify_blocks` from the next four arguments if None.
         critical_ratio, negligible_ratio: shares of critical and negligible key blocks; 0.05 and 0.10 if None.
@@ -65,8 +65,8 @@ def sparse_linear_attention(
         The outputs of both branches and the log-sum-exp. Gradients flow to query, key and value, through phi too.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or size, a ratio or block size stands
-            beside a block_map, or the backend cannot take the input.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or size, a ratio or block size
+            stands beside a block_map, or the backend cannot take the input.
         RuntimeError: the backend cannot be used on this machine; or the gradient of a gradient is asked for.
     """
     phi = resolve_feature_map(feature_map)
@@ -128,7 +128,9 @@ def attend(
         }
         for name, argument in given.items():
             if argument is not None:
-                raise ValueError(f"{name} must not be given beside a block_map, which already says it; got {argument!r}")
+                raise ValueError(
+                    f"{name} must not be given beside a block_map, which already says it; got {argument!r}"
+                )
         _check_block_map(block_map, query, key)
 
     sparse, linear, lse = _forward(
@@ -188,8 +190,8 @@ def _features(phi: FeatureMap, tokens: Tensor, name: str) -> Tensor:
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
-# The index lists of a BlockMap are made inside, from the labels: to autograd and compilers they do not exist. The backend
-# travels as a string, so that the backward runs on the backend of its forward, whatever is set by then.
+# The index lists of a BlockMap are made inside, from the labels: to autograd and compilers they do not exist. The
+# backend travels as a string, so that the backward runs on the backend of its forward, whatever is set by then.
 
 
 @torch.library.custom_op("sla_ref::forward", mutates_args=())
@@ -209,7 +211,7 @@ def _forward(
     block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
     chosen = backends.choose(backend, query, block_map)
     with torch.autocast(query.device.type, enabled=False):
-        return tuple(chosen.forward(query, key, value, phi_query, phi_key, block_map, scale))  # type: ignore[return-value]
+        return chosen.forward(query, key, value, phi_query, phi_key, block_map, scale)
 
 
 @torch.library.custom_op("sla_ref::backward", mutates_args=())
@@ -236,33 +238,33 @@ def _backward(
     saved = Saved(out_sparse, out_linear, lse)
     inputs = (query, key, value, phi_query, phi_key)
     with torch.autocast(query.device.type, enabled=False):
-        return tuple(chosen.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale))  # type: ignore[return-value]
+        return chosen.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale)
 
 
 @_forward.register_fake
-def _(query, key, value, phi_query, phi_key, labels, num_critical, block_q, block_k, scale, backend):
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty(query.shape), query.new_empty(query.shape), lse
 
 
 @_backward.register_fake
-def _(grad_sparse, grad_linear, query, key, value, phi_query, phi_key, *rest):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value, phi_query, phi_key))
+def _(grad_sparse: Tensor, grad_linear: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in rest[:5])
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, labels, num_critical, block_q, block_k, scale, backend = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*tensors, *output, labels)
     ctx.options = (num_critical, block_q, block_k, scale, backend)
 
 
-def _differentiate(ctx, grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None):
+def _differentiate(ctx: Any, grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     gradients = _backward(grad_sparse, grad_linear, *ctx.saved_tensors, *ctx.options)
     return *gradients, None, None, None, None, None, None
 
 
-def _refuse(ctx, *grads: Tensor) -> NoReturn:
+def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError("sparse_linear_attention has no second derivative: its gradient cannot be differentiated again")
 
 

@@ -1,6 +1,7 @@
 """Which key blocks a query block attends to, and how: pooling, scores, the three classes, and `BlockMap`.
 
-Nothing here is differentiated. The classification is a discrete choice, and the paper trains through the two branches only.
+Nothing here is differentiated. The classification is a discrete choice, and the paper trains through the two branches
+only.
 """
 
 from __future__ import annotations
@@ -44,10 +45,7 @@ def check_ratio(name: str, value: object, *, zero_allowed: bool) -> None:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise unless all are non-empty floating-point (B, H, N, D) tensors of one dtype and device, with equal B, H and D.
-
-    Lengths N may differ; who needs them equal checks that too.
-    """
+    """Raise unless all are non-empty float tensors (B, H, N, D) of one dtype and device that differ in N at most."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -128,7 +126,8 @@ def classify_blocks(
     """Sort the key blocks of every query block into critical, marginal and negligible. [Eq. 3] [Alg. 1 L5] [Alg. 1 L6]
 
     Each row of `block_scores` is ranked in stable descending order. Its first `max(1, int(critical_ratio * Tk))` blocks
-    are critical; its last `int(negligible_ratio * Tk)`, or what is left of the row, are negligible; the rest is marginal.
+    are critical; its last `int(negligible_ratio * Tk)`, or what is left of the row, are negligible; the rest is
+    marginal.
 
     Args:
         query: (B, H, Nq, D), any float dtype.
@@ -214,7 +213,10 @@ class BlockMap:
 
     @cached_property
     def max_critical(self) -> int:
-        """C, the largest number of critical blocks in a row, at least 1. A classified map knows it without reading data."""
+        """C, the largest number of critical blocks in a row, at least 1.
+
+        A classified map knows it without reading data.
+        """
         if self._num_critical is not None:
             return self._num_critical
         return max(1, int(self.kv_num_blocks.max()))
@@ -260,7 +262,7 @@ class BlockMap:
         return dense[:, :, : self.query_length, : self.key_length]
 
     def to_flex(self) -> BlockMask:
-        """The critical blocks as a FlexAttention `BlockMask`, with `mask_mod` set: its eager form ignores the blocks."""
+        """The critical blocks as a FlexAttention `BlockMask`; its eager form ignores blocks, so `mask_mod` is set."""
         from torch.nn.attention.flex_attention import BlockMask
 
         labels, block_q, block_k = self.labels, self.block_q, self.block_k

@@ -1,4 +1,7 @@
-"""The feature map phi of the linear branch: phi(Q), phi(K) take the place of exp(Q K^T). Positive maps keep weights positive."""
+"""The feature map phi of the linear branch: phi(Q), phi(K) take the place of exp(Q K^T).
+
+Positive maps keep weights positive.
+"""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
 class SparseLinearAttention(nn.Module):
     """Takes the place of softmax attention in a model: O = O^s + Proj(O^l). [Eq. 6]
 
-    Proj starts at zero, so that a fresh layer is the sparse branch alone and fine-tuning grows the linear branch. At zero,
-    the gradient reaches Proj only; one step later it reaches phi through Proj too.
+    Proj starts at zero, so that a fresh layer is the sparse branch alone and fine-tuning grows the linear branch. At
+    zero, the gradient reaches Proj only; one step later it reaches phi through Proj too.
 
     Args:
         head_dim: D, which query, key and value must have.
@@ -80,7 +80,13 @@ class SparseLinearAttention(nn.Module):
                 phi.reset_parameters()
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, block_map: BlockMap | None = None, scale: float | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        block_map: BlockMap | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """Attention of `query` (B, H, Nq, D) over `key`, `value` (B, H, Nk, D).
 
@@ -112,12 +118,14 @@ class SparseLinearAttention(nn.Module):
             scale=scale,
             backend=self.backend,
         )
-        # proj_l may be float32 beside bfloat16 tokens. Calling it, rather than taking its weight, keeps hooks and adapters.
+        # proj_l may be float32 beside bfloat16 tokens. Calling it, rather than taking its weight, keeps hooks and
+        # adapters.
         return sparse + self.proj_l(linear.to(self.proj_l.weight.dtype)).to(sparse.dtype)
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
         return (
             f"{self.head_dim}, critical_ratio={self.critical_ratio}, negligible_ratio={self.negligible_ratio}, "
-            f"block_q={self.block_q}, block_k={self.block_k}, feature_map={self.feature_map!r}, backend={self.backend!r}"
+            f"block_q={self.block_q}, block_k={self.block_k}, "
+            f"feature_map={self.feature_map!r}, backend={self.backend!r}"
         )

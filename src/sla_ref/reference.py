@@ -1,7 +1,8 @@
 """The specification: sparse-linear attention as the paper's equations, dense and masked.
 
-Every other rung of this package is tested against this page. It needs N x N memory and nothing but torch, takes any float
-dtype, and leaves the gradients to autograd. It does not have: blocks of work, an online softmax, a hand-written backward.
+Every other rung of this package is tested against this page. It needs N x N memory and nothing but torch, takes any
+float dtype, and leaves the gradients to autograd. It does not have: blocks of work, an online softmax, a hand-written
+backward.
 
 Glossary, for this file and for the one-letter names inside the kernels (paper symbol: meaning)
     query, key, value   Q, K, V         (B, H, N, D): batch, heads, tokens, head dimension (the paper's d)
@@ -31,12 +32,14 @@ def classify(
 ) -> Tensor:
     """Rank key blocks per query block and cut the ranking in three. [Eq. 2] [Eq. 3]
 
-    `query` (B, H, Nq, D), `key` (B, H, Nk, D) -> labels (B, H, Tq, Tk) int8. Stable descending order, so that among equal
-    scores the earlier block ranks higher. The softmax and 1/sqrt(d) of Eq. 2 keep the order and are left out.
+    `query` (B, H, Nq, D), `key` (B, H, Nk, D) -> labels (B, H, Tq, Tk) int8. The order is stable and descending: among
+    equal scores the earlier block ranks higher. The softmax and 1/sqrt(d) of Eq. 2 keep the order and are left out.
     """
-    pooled_query = torch.stack([block.double().mean(2) for block in query.detach().split(block_q, 2)], 2)  # (B, H, Tq, D)
-    pooled_key = torch.stack([block.double().mean(2) for block in key.detach().split(block_k, 2)], 2)  # (B, H, Tk, D)
-    scores = pooled_query @ pooled_key.mT  # (B, H, Tq, Tk)
+
+    def pool(tokens: Tensor, block: int) -> Tensor:  # (B, H, T, D)
+        return torch.stack([rows.mean(2) for rows in tokens.detach().double().split(block, 2)], 2)
+
+    scores = pool(query, block_q) @ pool(key, block_k).mT  # (B, H, Tq, Tk)
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the highest score of its row
 
     num_blocks = scores.shape[-1]
@@ -72,14 +75,16 @@ def sparse_linear_attention(
         sparse and linear (B, H, Nq, D), lse (B, H, Nq), in the input's dtype. A row without critical key has sparse = 0
         and lse = -inf; a row with a zero denominator has linear = 0. Both have zero gradient.
     """
-    label = labels.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)  # (B, H, >= Nq, >= Nk), one per token pair
+    label = labels.repeat_interleave(block_q, 2).repeat_interleave(
+        block_k, 3
+    )  # (B, H, >= Nq, >= Nk), one per token pair
     label = label[:, :, : query.shape[2], : key.shape[2]]
 
     # Sparse branch: softmax over the critical keys, normalised over them only. [Eq. 4]
     critical = label == 1
     S = (scale * query @ key.mT).masked_fill(~critical, -torch.inf)  # (B, H, Nq, Nk)
-    # A softmax over no key at all is 0 / 0. Such rows are computed on zeros and cleared afterwards: clearing alone would
-    # leave the NaN in the gradient.
+    # A softmax over no key at all is 0 / 0. Such rows are computed on zeros and cleared afterwards: clearing alone
+    # would leave the NaN in the gradient.
     no_key = ~critical.any(-1, keepdim=True)
     S = S.masked_fill(no_key, 0.0)
     sparse = torch.softmax(S, dim=-1).masked_fill(no_key, 0.0) @ value

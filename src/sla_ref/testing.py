@@ -1,8 +1,9 @@
 """Is a kernel right? Problems, a float64 oracle, an error budget, and the checks that every backend has to pass.
 
-Both sides of a comparison get the same block map: a near-tie in a ranking that falls the other way is no numerical error.
-The budget is no constant. Inputs are rounded to the dtype first; then the equations themselves, run in that dtype, say how
-much error the dtype costs, and a kernel may have twice that (three times for gradients) and the rounding of its result.
+Both sides of a comparison get the same block map: a near-tie in a ranking that falls the other way is no numerical
+error. The budget is no constant. Inputs are rounded to the dtype first; then the equations themselves, run in that
+dtype, say how much error the dtype costs, and a kernel may have twice that (three times for gradients) and the rounding
+of its result.
 
     report = sla_ref.testing.check_backend("triton", device="cuda")
     assert report.ok, report
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import backends, reference
 from .block_map import BlockMap, classify_blocks
 from .feature_maps import resolve_feature_map
-from .protocol import Backend, Gradients, Saved
+from .protocol import Backend, Gradients
 
 OUTPUTS = ("sparse", "linear", "lse")
 GRADIENTS = tuple(f"grad_{name}" for name in Gradients._fields)
@@ -48,13 +49,16 @@ class Problem(NamedTuple):
     scale: float
 
     @property
-    def inputs(self) -> tuple[Tensor, ...]:
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """query, key, value, phi_query, phi_key."""
         return self[:5]
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers in another dtype."""
-        return self._replace(**{name: getattr(self, name).to(dtype) for name in self._fields[:7]})
+        return self._map_tensors(lambda tensor: tensor.to(dtype))
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        return Problem._make([*map(change, self[:7]), self.block_map, self.scale])
 
 
 def make_problem(
@@ -101,13 +105,13 @@ def make_problem(
     if equal_keys:
         key = key[:, :, :1].expand_as(key)
     phi = resolve_feature_map(feature_map)
-    tensors = (query * spread, key * spread, value, phi(query), phi(key), normal(query_length), normal(query_length))
-    tensors = tuple(tensor.to(dtype).to(device).contiguous() for tensor in tensors)
+    exact = (query * spread, key * spread, value, phi(query), phi(key), normal(query_length), normal(query_length))
+    tensors = [tensor.to(dtype).to(device).contiguous() for tensor in exact]
     query, key = tensors[:2]
     block_map = classify_blocks(query, key, critical_ratio, negligible_ratio, block_q=block_q, block_k=block_k)
     if labels != "classified":
         block_map = replace(block_map, labels=_labels(labels, block_map.labels, generator), _num_critical=None)
-    return Problem(*tensors, block_map, head_dim**-0.5)
+    return Problem._make([*tensors, block_map, head_dim**-0.5])
 
 
 def _labels(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -126,8 +130,10 @@ def _labels(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def run_function(function: Callable[..., Sequence[Tensor]], problem: Problem) -> Results:
-    """Outputs of a differentiable function with the signature of `sla_ref.reference.sparse_linear_attention`, and autograd's
-    gradients. It may leave out lse."""
+    """Outputs and autograd's gradients of a function that is called as `reference.sparse_linear_attention` is.
+
+    It may leave out lse.
+    """
     leaves = [tensor.detach().requires_grad_() for tensor in problem.inputs]
     block_map = problem.block_map
     outputs = function(*leaves, block_map.labels, block_map.block_q, block_map.block_k, problem.scale)
@@ -162,8 +168,9 @@ def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
     """The error that each result may have, by name.
 
     float64: 1e-12, scaled by the largest value where that is above 1. Else: twice the error of the equations run in the
-    dtype, three times for gradients, and the rounding noise: four times as the largest entry, twice as root mean square. lse is
-    always computed in float32 or better. Where the equations overflow in the dtype, the noise alone counts.
+    dtype, three times for gradients, and the rounding noise: four times as the largest entry, twice as root mean
+    square. lse is always computed in float32 or better. Where the equations overflow in the dtype, the noise alone
+    counts.
     """
     dtype = problem.query.dtype
     if dtype == torch.float64:
@@ -186,8 +193,8 @@ def _rounding_noise(problem: Problem, exact: Results) -> Results:
     """The size of what rounding alone does to each result: one rounding unit of the dtype on every term of its sums.
 
     Roundings add up as independent errors do, by their squares, and do not cancel where terms do: with one key, dQ is
-    exactly 0, but as the difference of two numbers that both were rounded. Rounding the scores, in float32, moves P by |S|
-    units.
+    exactly 0, but as the difference of two numbers that both were rounded. Rounding the scores, in float32, moves P by
+    |S| units.
     """
     unit, unit_scores = torch.finfo(problem.query.dtype).eps, torch.finfo(torch.float32).eps
     wide = problem.to(torch.float64)
@@ -257,7 +264,8 @@ class Check:
     case: str = ""
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.case}{': ' if self.case else ''}{self.name} {self.seen}".rstrip()
+        where = f"{self.case}: " if self.case else ""
+        return f"{'ok  ' if self.passed else 'FAIL'} {where}{self.name} {self.seen}".rstrip()
 
 
 @dataclass
@@ -304,7 +312,15 @@ def _case(name: str, *, quick: bool = False, **arguments: Any) -> Case:
 CASES: tuple[Case, ...] = (
     _case("ragged", quick=True, query_length=150),
     _case("batch 2, heads 3", batch=2, heads=3, query_length=40, block_q=16, block_k=16, head_dim=16),
-    _case("cross attention, unequal blocks", quick=True, query_length=65, key_length=200, block_q=32, block_k=16, head_dim=32),
+    _case(
+        "cross attention, unequal blocks",
+        quick=True,
+        query_length=65,
+        key_length=200,
+        block_q=32,
+        block_k=16,
+        head_dim=32,
+    ),
     _case("random map", quick=True, labels="random", block_q=32, block_k=32, head_dim=32),
     *(_case(f"N {n}", query_length=n) for n in (1, 63, 64, 65, 127)),
     _case("tail of 32760", query_length=32760 % 64 + 2 * 64, critical_ratio=0.6),
@@ -332,9 +348,9 @@ def check_case(
 ) -> list[Check]:
     """The checks of a backend on one problem; `[]` if it cannot take the problem.
 
-    The tensors are strided views into NaN, and uninitialised memory is NaN too: what is read beside the tokens, or never
-    written, shows in the values. `thorough` runs again to see that bits repeat and are those of contiguous inputs, that
-    inputs are left alone, and that forward and backward go with those of the torch backend.
+    The tensors are strided views into NaN, and uninitialised memory is NaN too: what is read beside the tokens, or
+    never written, shows in the values. `thorough` runs again to see that bits repeat and are those of contiguous
+    inputs, that inputs are left alone, and that forward and backward go with those of the torch backend.
     """
     problem = make_problem(**case.arguments, dtype=dtype, device=device)
     if backend.unsupported(problem.query, problem.block_map) is not None:
@@ -408,7 +424,7 @@ def check_function(
     """Try a kernel of your own that is no backend: values and autograd's gradients on all cases.
 
     Args:
-        function: called as `sla_ref.reference.sparse_linear_attention` is; returns (sparse, linear) or (sparse, linear, lse).
+        function: called as `sla_ref.reference.sparse_linear_attention` is; returns sparse and linear, and maybe lse.
         device, dtypes, quick: as for `check_backend`.
     """
     report = Report(f"function {getattr(function, '__name__', function)!r} on {device}")
@@ -463,7 +479,7 @@ def _framed(problem: Problem) -> Problem:
         view = buffer[:, 3 : N + 3, :H, :D].transpose(1, 2)
         return view.copy_(tensor)
 
-    return problem._replace(**{name: frame(getattr(problem, name)) for name in Problem._fields[:7]})
+    return problem._map_tensors(frame)
 
 
 class _PoisonedMemory(TorchFunctionMode):

@@ -126,7 +126,7 @@ def register_backend(name: str, module: Backend) -> None:
 
 
 def list_backends() -> dict[str, str | None]:
-    """Each backend's name, with None where it can be used here, or the reason why not and the command that would help."""
+    """Each backend's name with None if it can be used here, else the reason and the command that would help."""
     return {name: _reason(name) for name in (*_BUILT_IN, *_registered, *_plug_ins())}
 
 
@@ -160,7 +160,7 @@ def load(name: str) -> Backend:
     if name in _registered:
         return _registered[name]
     if name in _BUILT_IN:
-        return importlib.import_module(_BUILT_IN[name])  # type: ignore[return-value]  # a module keeps the protocol
+        return importlib.import_module(_BUILT_IN[name])
     return _plug_ins()[name].load()
 
 

@@ -1,13 +1,13 @@
 """The backend `torch`: Algorithms 1 and 2 block by block in plain PyTorch, with the backward written by hand.
 
-    key blocks j ->   0   1   2   3   4        Sparse branch: query block i gathers its critical key blocks side by side,
-    query block i   [ 0   1  -1   1   0 ]      here [K_1 K_3], and runs one small softmax attention over them. Several
-                          |       |            query blocks make one step, as a batch of matrix products.
-                          +-- K --+            Linear branch: H_i = h_0 + h_4, for all i at once as one product
-                                               [labels == 0] @ [h_0 .. h_4].
+    key blocks j ->   0   1   2   3   4     Sparse branch: query block i gathers its critical key blocks
+    query block i   [ 0   1  -1   1   0 ]   side by side, here [K_1 K_3], and runs one small softmax attention
+                          |       |         over them. Several query blocks make one step: a batch of products.
+                          +-- K --+         Linear branch: H_i = h_0 + h_4, for all i at once as one product
+                                            [labels == 0] @ [h_0 .. h_4].
 
-No N x N tensor ever exists: work and memory grow with the critical blocks. As a query block sees all of its critical keys
-at once, the softmax needs no running maximum and sum; the GPU kernels, which see one block at a time, do.
+No N x N tensor ever exists: work and memory grow with the critical blocks. As a query block sees all of its critical
+keys at once, the softmax needs no running maximum and sum; the GPU kernels, which see one block at a time, do.
 
 Everything is computed in float32, or float64 for float64 inputs.
 """
@@ -80,8 +80,11 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _cut(tokens: Tensor, block: int) -> Tensor:
-    """(B, H, N, D) -> (B * H * T + 1, block, D): the blocks of all heads in a row, the last of each head padded with zeros,
-    and one block of zeros at the end, for index slots that stand for no block."""
+    """(B, H, N, D) -> (B * H * T + 1, block, D): the blocks of all heads in a row.
+
+    The last block of each head is padded with zeros. One block of zeros more stands at the end, for index slots that
+    stand for no block.
+    """
     B, H, N, D = tokens.shape
     T = -(-N // block)
     blocks = tokens.new_empty(B * H * T + 1, block, D, dtype=_compute_dtype(tokens))
@@ -105,7 +108,7 @@ def _join(blocks: Tensor, like: Tensor) -> Tensor:
 class _Critical(NamedTuple):
     """The critical key blocks of all query blocks, as rows into what `_cut` makes of the keys."""
 
-    index: Tensor
+    blocks: Tensor
     """(B * H * Tq, C) int64; slots that a query block does not use point to the block of zeros."""
     bias: Tensor | None
     """(B * H * Tk + 1, block_k): 0 for a real key, -inf for padding; None where no padding can be met."""
@@ -131,14 +134,14 @@ def _critical(block_map: BlockMap, dtype: torch.dtype) -> _Critical:
 
 
 def _steps(index: Tensor, Q: Tensor, K: Tensor) -> list[slice]:
-    """Cut the query blocks into steps: on a CPU so that a step's tiles stay in the cache, elsewhere for few launches."""
+    """Cut the query blocks into steps: on a CPU so that tiles stay in the cache, elsewhere for few launches."""
     scores_per_block = Q.shape[1] * index.shape[1] * K.shape[1]
-    step = max(1, (2**19 if Q.device.type == "cpu" else 2**26) // scores_per_block)
+    step = max(1, (2**21 if Q.device.type == "cpu" else 2**26) // scores_per_block)
     return [slice(start, min(start + step, len(index))) for start in range(0, len(index), step)]
 
 
 class _Scratch:
-    """Memory for the tiles of a step, used again by the next: allocating them anew costs a CPU as much as the arithmetic."""
+    """Memory for the tiles of a step, used again by the next: a CPU pays dearly for fresh memory."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.empty = torch.empty(0, dtype=dtype, device=device)
@@ -165,7 +168,9 @@ def _scores(Q: Tensor, K: Tensor, bias: Tensor | None, index: Tensor, scratch: _
     return S
 
 
-def _sparse_forward(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float) -> tuple[Tensor, Tensor]:
+def _sparse_forward(
+    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
+) -> tuple[Tensor, Tensor]:
     Q, K, V = _cut(query, block_map.block_q), _cut(key, block_map.block_k), _cut(value, block_map.block_k)
     Q *= scale
     index, bias = _critical(block_map, Q.dtype)
@@ -207,7 +212,9 @@ def _sparse_backward(
         _add_blocks(dV, index[rows], torch.bmm(P.mT, dO[rows], out=dKV))
         dS = dP.sub_(Ds[rows]).mul_(P)  # [Alg. 2 L12]
         torch.bmm(dS, K_crit, out=dQ[rows])
-        _add_blocks(dK, index[rows], torch.bmm(dS.mT, Q[rows], out=dKV))  # Q brings the scale that the paper's line lacks
+        _add_blocks(
+            dK, index[rows], torch.bmm(dS.mT, Q[rows], out=dKV)
+        )  # Q brings the scale that the paper's line lacks
     return _join(dQ.mul_(scale), query), _join(dK, key), _join(dV, value)
 
 
@@ -242,7 +249,9 @@ class _Linear(NamedTuple):
     """1 / (phi(Q_i) Z_i), and 0 where there is nothing to divide: (G, Tq, block_q, 1)"""
 
 
-def _linear_states(phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map: BlockMap) -> Iterator[tuple[slice, _Linear]]:
+def _linear_states(
+    phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map: BlockMap
+) -> Iterator[tuple[slice, _Linear]]:
     """A few heads at a time, so that their states h never hold more numbers than the tokens of all heads do."""
     B, H, Tq, Tk = block_map.labels.shape
     D = value.shape[-1]
@@ -262,7 +271,7 @@ def _linear_states(phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map:
 
 
 def _sum_over(member: Tensor, states: Tensor) -> Tensor:
-    """For each row i of the 0/1 `member` (G, Ti, Tj), the sum of the states (G, Tj, D, E) with member 1: (G, Ti, D, E)."""
+    """For each row of the 0/1 `member` (G, Ti, Tj), the sum of the states (G, Tj, D, E) with a 1: (G, Ti, D, E)."""
     total = (member @ states.flatten(2)).unflatten(2, states.shape[2:])
     if not total.sum().isfinite():  # 0 * NaN is NaN: a broken block would reach rows that it is no member of
         total.zero_()

@@ -55,12 +55,12 @@ LN_2 = tl.constexpr(math.log(2))
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 128
 
-_DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
+_LARGE_ARCHITECTURES = (0, 90, 100, 103)  # matrix instructions read shared memory, of which there is 227 KB; 0: interpreter
 
 
 # --- device helpers --------------------------------------------------------------------------------------------------
 # Tensors of tokens arrive as views, see `_view`: a descriptor, which the hardware of sm_90 and later reads tiles with, or
-# the pointer and the four strides.
+# the pointer and the strides of batch, head and token.
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _pointers(view, batch_head, num_heads, first, feature, ROWS: tl.constexpr, F
     batch = (batch_head // num_heads).to(tl.int64)
     head = (batch_head % num_heads).to(tl.int64)
     start = view[0] + batch * view[1] + head * view[2] + first.to(tl.int64) * view[3]
-    return start + (tl.arange(0, ROWS)[:, None] * view[3] + (feature + tl.arange(0, FEATURES))[None, :] * view[4])
+    return start + (tl.arange(0, ROWS)[:, None] * view[3] + (feature + tl.arange(0, FEATURES))[None, :])
 
 
 @triton.jit
@@ -682,12 +682,48 @@ def _backward_linear_key_kernel(
 
 
 class _Tiles(NamedTuple):
-    """How a kernel is cut and started: tokens or features at a time, warps, stages of the software pipeline."""
+    """How a kernel is cut and started."""
 
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+    rows: int = 64
+    """query rows at a time"""
+    keys: int = 64
+    """keys at a time"""
+    features: int = 64
+    """rows of a state at a time"""
+    warps: int = 4
+    stages: int = 2
+    """of the software pipeline: tiles that are on their way from memory"""
+    registers: int | None = None
+    """per thread at most, where fewer than the compiler would take let two programs share a multiprocessor"""
+
+    @property
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
+
+_EXACT = _Tiles(rows=32, keys=32, features=16, stages=1)  # float32: no matrix instruction, every product in registers
+_TILES = {
+    # D up to 64
+    "states": _Tiles(),
+    "forward": _Tiles(),
+    "linear_query": _Tiles(),
+    "linear_key": _Tiles(),
+    "dq": _Tiles(),
+    "dkdv": _Tiles(),
+    # D up to 128, matrix instructions that read their operands from shared memory: sm_90, sm_100
+    "linear_key 128": _Tiles(features=128, warps=8),
+    # the same with query blocks of 128: half the traffic for K and V
+    "forward 128 x 128": _Tiles(rows=128, features=32, warps=8, registers=128),
+    "dq 128 x 128": _Tiles(rows=128, warps=8),
+    # D up to 128, operands from registers: sm_80, sm_120
+    "states 128 small": _Tiles(stages=3),
+    "forward 128 small": _Tiles(keys=32, features=32, stages=3),
+    "linear_query 128 small": _Tiles(features=32, warps=8),
+    "dq 128 small": _Tiles(keys=32),
+    "dkdv 128 small": _Tiles(warps=8),
+}
+"""The table of launch parameters; the entry that says most about a case is taken."""
 
 
 def _architecture() -> int:
@@ -702,41 +738,52 @@ def _launch(kernel, programs: int, *args, **options) -> None:
 
 def _columns(head_dim: int) -> int:
     """D as the kernels see it: a power of two, and at least what a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _tiles(kernel: str, query: Tensor, block_map: BlockMap) -> _Tiles:
-    """The table of launch parameters."""
+    """The launch parameters of a kernel."""
+    tiles = _TILES[kernel]
     if query.element_size() == 4 and not _INTERPRETED:
-        rows, keys, warps, stages = 32, 32, 4, 1
-    else:
-        rows, keys, warps, stages = 64, 64, 4, 3
-        if kernel == "dkdv":
-            rows, keys, warps, stages = 64, 64, 4, 2
-        if kernel == "dq":
-            rows, keys, warps, stages = 64, 64, 4, 2
-    return _Tiles(min(rows, block_map.block_q), min(keys, block_map.block_k), warps, stages)
-
-
-def _features(query: Tensor) -> int:
-    """Rows of a state worked on at a time."""
-    return min(_columns(query.shape[-1]), 16 if query.element_size() == 4 and not _INTERPRETED else 64)
+        tiles = _EXACT
+    elif _columns(query.shape[-1]) == 128:
+        large = _architecture() in _LARGE_ARCHITECTURES
+        wishes = [f"{kernel} 128 x {block_map.block_q}", f"{kernel} 128"] if large else [f"{kernel} 128 small"]
+        tiles = next((_TILES[wish] for wish in wishes if wish in _TILES), tiles)
+    return tiles._replace(
+        rows=min(tiles.rows, block_map.block_q),
+        keys=min(tiles.keys, block_map.block_k),
+        features=min(tiles.features, _columns(query.shape[-1])),
+    )
 
 
 def _view(tensor: Tensor) -> tuple:
-    """A (B, H, N, D) tensor as kernels take it: pointer and strides."""
-    if max(tensor.stride()[2:]) >= 2**24:  # a tile of 128 tokens would overflow the int32 offsets inside it
-        tensor = tensor.contiguous()
-    return (tensor, *tensor.stride())
+    """A (B, H, N, D) tensor as kernels take it: pointer, and the strides of batch, head and token.
+
+    Triton compiles one kernel for strides that are multiples of 16 and another for those that are not, and these may add up
+    in another order. Where a view would get another kernel than its contiguous copy, it is copied: same numbers, same bits.
+    """
+    _, heads, length, head_dim = tensor.shape
+    strides = _outer_strides(tensor.shape, tensor.stride())
+    contiguous = _outer_strides(tensor.shape, (heads * length * head_dim, length * head_dim, head_dim))
+    alike = all((a % 16 == 0, a == 1) == (b % 16 == 0, b == 1) for a, b in zip(strides, contiguous, strict=True))
+    dense = tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
+    if alike and dense and strides[2] < 2**24:  # beyond that a tile of 128 tokens would overflow the int32 inside it
+        return (tensor, *strides)
+    return (tensor.clone(memory_format=torch.contiguous_format), *contiguous)
+
+
+def _outer_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True))
 
 
 def _descriptors_fit(*tensors: Tensor) -> bool:
     """Whether to let the hardware read tiles of these tensors by descriptor (TMA).
 
-    It wants rows on 16 bytes. It pays where matrix instructions read shared memory themselves, sm_90 and sm_100; on sm_120,
-    whose operands come from registers, it costs registers.
+    It wants rows on 16 bytes. It pays where matrix instructions read shared memory themselves; where their operands come
+    from registers, as on sm_120, it costs registers.
     """
-    if _architecture() not in _DESCRIPTOR_ARCHITECTURES or tensors[0].element_size() != 2:
+    if _INTERPRETED or _architecture() not in _LARGE_ARCHITECTURES or tensors[0].element_size() != 2:
         return False
     return all(
         tensor.data_ptr() % 16 == 0
@@ -758,12 +805,15 @@ def _sparse_views(*tensors_and_rows: tuple[Tensor, int]) -> tuple:
     return (*(_view(tensor) for tensor, _ in tensors_and_rows), False)
 
 
-def _head_chunks(query: Tensor, block_map: BlockMap, buffers: int):
-    """Cut the B * H heads so that the states of a chunk take no more memory than two tensors like `query`."""
+def _head_chunks(query: Tensor, block_map: BlockMap, per_query_block: int, tensors: int) -> list[tuple[int, int]]:
+    """Cut the B * H heads, as (first, number), so that the states of a chunk take the memory of `tensors` queries at most.
+
+    A chunk has one state for each key block, and `per_query_block` for each query block.
+    """
     heads = query.shape[0] * query.shape[1]
+    num_states = block_map.labels.shape[3] + per_query_block * block_map.labels.shape[2]
     columns = _columns(query.shape[-1])
-    num_blocks = block_map.labels.shape[2] * (buffers - 1) + block_map.labels.shape[3]  # all but one are per query block
-    size = min(heads, max(1, 2 * query.numel() // (num_blocks * (columns + 2) * columns)))
+    size = min(heads, max(1, tensors * query.numel() // (num_states * (columns + 2) * columns)))
     size = math.ceil(heads / math.ceil(heads / size))  # chunks of about one size
     return [(first, min(size, heads - first)) for first in range(0, heads, size)]
 
@@ -880,15 +930,17 @@ def _add_up(weights: Tensor, states: Tensor, sums: Tensor) -> None:
 
 
 def _marginal_sums(
-    phi_key: Tensor, value: Tensor, weights: Tensor, states: Tensor, sums: Tensor, first_head: int, block_k: int
+    phi_key: tuple, values: tuple, weights: Tensor, states: Tensor, sums: Tensor, first_head: int, block_map: BlockMap
 ) -> None:
     """h_j, z_j of all key blocks, H_i, Z_i of all query blocks, for the heads of a chunk. [Alg. 1 L4] [Alg. 1 L13]"""
     heads, num_key_blocks, _ = states.shape
+    value = values[0]
+    tiles = _tiles("states", value, block_map)
     _launch(
         _states_kernel,
         heads * num_key_blocks,
-        _view(phi_key),
-        _view(value),
+        phi_key,
+        values,
         states,
         first_head,
         value.shape[1],
@@ -896,9 +948,9 @@ def _marginal_sums(
         num_key_blocks,
         D=value.shape[-1],
         COLUMNS=_columns(value.shape[-1]),
-        BLOCK_K=block_k,
-        FEATURES=_features(value),
-        num_warps=4,
+        BLOCK_K=block_map.block_k,
+        FEATURES=tiles.features,
+        **tiles.options,
     )
     _add_up(weights[first_head : first_head + heads], states, sums)
 
@@ -918,6 +970,17 @@ def unavailable() -> str | None:
 
 def unsupported(query: Tensor, block_map: BlockMap) -> str | None:
     """Why this backend cannot take this input; None if it can."""
+    if (reason := refuses(query, block_map)) is not None:
+        return reason
+    if _INTERPRETED and query.device.type != "cpu":
+        return f"runs in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors, got {query.device}"
+    if not _INTERPRETED and query.device.type != "cuda":
+        return f"takes CUDA tensors, got {query.device} (TRITON_INTERPRET=1, set before Python starts, runs it on a CPU)"
+    return None
+
+
+def refuses(query: Tensor, block_map: BlockMap) -> str | None:
+    """Which dtype or size, if any, the kernels do not take on any device."""
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"takes float16, bfloat16 and float32, got {query.dtype}"
     if query.shape[-1] > MAX_HEAD_DIM:
@@ -925,10 +988,6 @@ def unsupported(query: Tensor, block_map: BlockMap) -> str | None:
     for word, size in (("block_q", block_map.block_q), ("block_k", block_map.block_k)):
         if size not in BLOCK_SIZES:
             return f"takes {word} in {BLOCK_SIZES}, got {size}"
-    if _INTERPRETED and query.device.type != "cpu":
-        return f"runs in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors, got {query.device}"
-    if not _INTERPRETED and query.device.type != "cuda":
-        return f"takes CUDA tensors, got {query.device} (TRITON_INTERPRET=1, set before Python starts, runs it on a CPU)"
     return None
 
 
@@ -951,24 +1010,22 @@ def forward(
     with torch.cuda.device_of(query):
         kv_num_blocks, kv_indices = _kv_lists(block_map)
         weights = _weights(query, block_map)
-        chunks = _head_chunks(query, block_map, 2)
+        chunks = _head_chunks(query, block_map, 1, 3)  # the backward needs more memory than this
         states = _empty_states(query, chunks[0][1], num_key_blocks)
         sums = _empty_states(query, chunks[0][1], num_query_blocks)
-        query_rows, key_rows, value_rows, descriptors = _sparse_views((query, tiles.rows), (key, tiles.keys), (value, tiles.keys))
+        *views, descriptors = _sparse_views((query, tiles.rows), (key, tiles.keys), (value, tiles.keys))
+        phi_query, phi_key, values, *outputs = map(_view, (phi_query, phi_key, value, out_sparse, out_linear))
         for first_head, heads in chunks:
-            _marginal_sums(phi_key, value, weights, states[:heads], sums[:heads], first_head, block_map.block_k)
+            _marginal_sums(phi_key, values, weights, states[:heads], sums[:heads], first_head, block_map)
             _launch(
                 _forward_kernel,
                 heads * num_query_blocks * (block_map.block_q // tiles.rows),
-                query_rows,
-                key_rows,
-                value_rows,
-                _view(phi_query),
+                *views,
+                phi_query,
                 kv_num_blocks,
                 kv_indices,
                 sums,
-                _view(out_sparse),
-                _view(out_linear),
+                *outputs,
                 lse,
                 scale,
                 first_head,
@@ -983,10 +1040,9 @@ def forward(
                 BLOCK_K=block_map.block_k,
                 ROWS=tiles.rows,
                 KEYS=tiles.keys,
-                FEATURES=_features(query),
+                FEATURES=tiles.features,
                 DESCRIPTORS=descriptors,
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
+                **tiles.options,
             )
     return Saved(out_sparse, out_linear, lse)
 
@@ -1031,21 +1087,21 @@ def _backward_linear(
     """Fills grad_phi_query, grad_phi_key, and grad_value with the linear branch's share."""
     num_heads, query_length, head_dim = phi_query.shape[1:]
     num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
-    shape = {"D": head_dim, "COLUMNS": _columns(head_dim), "FEATURES": _features(phi_query)}
+    shape = {"D": head_dim, "COLUMNS": _columns(head_dim)}
+    query_tiles, key_tiles = (_tiles(kernel, phi_query, block_map) for kernel in ("linear_query", "linear_key"))
     weights = _weights(phi_query, block_map)
-    chunks = _head_chunks(phi_query, block_map, 3)
+    chunks = _head_chunks(phi_query, block_map, 2, 2)
     states = _empty_states(phi_query, chunks[0][1], num_key_blocks)
     sums = _empty_states(phi_query, chunks[0][1], num_query_blocks)
     grad_sums = torch.empty_like(sums)
+    phi_keys, values, *key_outputs = map(_view, (phi_key, value, grad_phi_key, grad_value))
+    query_views = tuple(map(_view, (phi_query, grad_linear, out_linear, grad_phi_query)))
     for first_head, heads in chunks:
-        _marginal_sums(phi_key, value, weights, states[:heads], sums[:heads], first_head, block_map.block_k)
+        _marginal_sums(phi_keys, values, weights, states[:heads], sums[:heads], first_head, block_map)
         _launch(
             _backward_linear_query_kernel,
             heads * num_query_blocks,
-            _view(phi_query),
-            _view(grad_linear),
-            _view(out_linear),
-            _view(grad_phi_query),
+            *query_views,
             sums,
             grad_sums,
             first_head,
@@ -1053,7 +1109,8 @@ def _backward_linear(
             query_length,
             num_query_blocks,
             BLOCK_Q=block_map.block_q,
-            num_warps=4,
+            FEATURES=query_tiles.features,
+            **query_tiles.options,
             **shape,
         )
         grad_states = states[:heads]  # h_j, z_j are no longer needed: their gradients take their place
@@ -1061,17 +1118,17 @@ def _backward_linear(
         _launch(
             _backward_linear_key_kernel,
             heads * num_key_blocks,
-            _view(phi_key),
-            _view(value),
-            _view(grad_phi_key),
-            _view(grad_value),
+            phi_keys,
+            values,
+            *key_outputs,
             grad_states,
             first_head,
             num_heads,
             value.shape[2],
             num_key_blocks,
             BLOCK_K=block_map.block_k,
-            num_warps=4,
+            FEATURES=key_tiles.features,
+            **key_tiles.options,
             **shape,
         )
 
@@ -1119,8 +1176,7 @@ def _backward_sparse(
         ROWS=tiles.rows,
         KEYS=tiles.keys,
         DESCRIPTORS=descriptors,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.options,
         **shape,
     )
     tiles = _tiles("dkdv", query, block_map)
@@ -1146,7 +1202,6 @@ def _backward_sparse(
         ROWS=tiles.rows,
         KEYS=tiles.keys,
         DESCRIPTORS=descriptors,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.options,
         **shape,
     )

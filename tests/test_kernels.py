@@ -1,0 +1,107 @@
+"""What a compiler makes of the Triton kernels. Nothing compiles inside Triton's interpreter: each check is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from sla_ref import kernels
+
+pytestmark = [
+    pytest.mark.backend("triton"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+]
+
+NAMES = {
+    "lists",
+    "weights",
+    "states",
+    "forward",
+    "backward_linear_query",
+    "backward_linear_key",
+    "backward_dq",
+    "backward_dkdv",
+}
+INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
+
+
+def in_its_own_process(code: str, *arguments: str):
+    """What `code` prints, as JSON; `sys.argv[1:]` are the arguments."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", "import json, sys, torch\nfrom sla_ref import kernels\n" + code, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("head_dim", ["64", "128"])
+@pytest.mark.parametrize("target", kernels.TARGETS)
+def test_no_kernel_spills_or_overflows_shared_memory(target: str, head_dim: str) -> None:
+    code = """
+entries = [e for q in (64, 128) for e in kernels.report(sys.argv[1], head_dim=int(sys.argv[2]), block_q=q, block_k=64)]
+print(json.dumps([entry.as_dict() for entry in entries]))
+"""
+    entries = in_its_own_process(code, target, head_dim)
+    assert {entry["kernel"] for entry in entries} == NAMES
+    problems = [f"{entry['kernel']}, {entry['block_q']} x 64: {entry['problem']}" for entry in entries if entry["problem"]]
+    assert not problems
+    for entry in entries:
+        assert entry["stack"] == entry["spills"] == 0
+        assert 0 < entry["registers"] <= 255
+        if entry["kernel"] not in ("lists", "weights"):
+            assert entry["instruction"].split(".")[0] == INSTRUCTION[target], entry
+
+
+def test_float32_is_exact_and_16_bits_use_the_matrix_unit() -> None:
+    code = """
+found = {}
+for dtype in (torch.float32, torch.float16):
+    for name, binary in kernels.compile_kernels("sm_80", dtype=dtype, head_dim=32, block_q=32, block_k=32):
+        ptx = binary.asm["ptx"]
+        found[str(dtype) + " " + name] = ["tf32" in ptx, "mma." in ptx, "fma.rn.f32" in ptx]
+print(json.dumps(found))
+"""
+    found = in_its_own_process(code)
+    products = NAMES - {"lists", "weights"}
+    for name in products | {"sums"}:
+        assert found[f"torch.float32 {name}"] == [False, False, True], name
+    for name in products:
+        assert found[f"torch.float16 {name}"][:2] == [False, True], name
+
+
+def test_one_binary_for_all_lengths() -> None:
+    """32768 is a multiple of 16 and 32760 is not, the tail of one is whole and of the other partial: the same kernels."""
+    code = """
+hashes = []
+for length in (32760, 32768, 75600):
+    binaries = kernels.compile_kernels("sm_80", dtype=torch.bfloat16, head_dim=64, block_q=64, block_k=64, length=length)
+    hashes.append([binary.hash for name, binary in binaries])
+print(json.dumps(hashes))
+"""
+    one, other, third = in_its_own_process(code)
+    assert one == other == third
+
+
+def test_a_kernel_that_spills_is_a_problem() -> None:
+    common = dict(target="sm_120", dtype="bfloat16", head_dim=64, block_q=64, block_k=64, warps=4, registers=255)
+    fine = kernels.KernelReport(
+        "forward", **common, stack=0, spills=0, shared=1024, shared_limit=2048, instruction="mma.bf16"
+    )
+    assert fine.problem is None
+    for change, word in (({"stack": 8}, "stack"), ({"spills": 2}, "spill"), ({"shared": 4096}, "shared memory")):
+        assert word in kernels.KernelReport(**{**fine.__dict__, **change}).problem
+
+
+def test_unknown_target() -> None:
+    code = """
+try:
+    kernels.report("sm_70")
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    assert "sm_80, sm_90, sm_100, sm_120" in in_its_own_process(code)
