@@ -206,15 +206,15 @@ def _sparse_backward(
         K_crit = scratch.gather("K", K, index[rows])  # (n, C * block_k, D)
         V_crit = scratch.gather("V", V, index[rows])
         S = _scores(Q[rows], K_crit, bias, index[rows], scratch)  # (n, block_q, C * block_k)
-        P = S.sub_(lse[rows]).exp_()  # [Alg. 2 L10]
+        P = S.sub_(lse[rows]).exp_()  # [Alg. 2 L9]
         dP = torch.bmm(dO[rows], V_crit.mT, out=scratch("dP", *P.shape))  # [Alg. 2 L11]
         dKV = scratch("dKV", *K_crit.shape)
-        _add_blocks(dV, index[rows], torch.bmm(P.mT, dO[rows], out=dKV))
-        dS = dP.sub_(Ds[rows]).mul_(P)  # [Alg. 2 L12]
-        torch.bmm(dS, K_crit, out=dQ[rows])
-        _add_blocks(
-            dK, index[rows], torch.bmm(dS.mT, Q[rows], out=dKV)
-        )  # Q brings the scale that the paper's line lacks
+        torch.bmm(P.mT, dO[rows], out=dKV)  # [Alg. 2 L10]
+        _add_blocks(dV, index[rows], dKV)
+        dS = dP.sub_(Ds[rows]).mul_(P)  # [Alg. 2 L11]
+        torch.bmm(dS, K_crit, out=dQ[rows])  # [Alg. 2 L12]
+        torch.bmm(dS.mT, Q[rows], out=dKV)  # Q brings the scale that the paper's line lacks [Alg. 2 L12]
+        _add_blocks(dK, index[rows], dKV)
     return _join(dQ.mul_(scale), query), _join(dK, key), _join(dV, value)
 
 
@@ -258,7 +258,7 @@ def _linear_states(
     phi_Q = _cut(phi_query, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
     phi_K = _cut(phi_key, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
     V = _cut(value, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
-    marginal = (block_map.labels == MARGINAL).to(V.dtype).flatten(0, 1)
+    marginal = (block_map.labels == MARGINAL).to(V.dtype).flatten(0, 1)  # [Alg. 1 L12]
     group = max(1, B * H * block_map.block_k // D)
     for start in range(0, B * H, group):
         heads = slice(start, start + group)
@@ -293,18 +293,19 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, Tq, Tk = block_map.labels.shape
     all_dO = _cut(grad, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
-    all_Dl = (all_dO * _cut(saved.out_linear, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))).sum(-1, keepdim=True)
+    all_O = _cut(saved.out_linear, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
     dphi_Q = torch.empty_like(all_dO)
     dphi_K = all_dO.new_empty(B * H, Tk, block_map.block_k, value.shape[-1])
     dV = torch.empty_like(dphi_K)
     for heads, at in _linear_states(phi_query, phi_key, value, block_map):
-        dO, Dl = all_dO[heads], all_Dl[heads]  # [Alg. 2 L2]
+        dO = all_dO[heads]  # (G, Tq, block_q, D)
+        Dl = (dO * all_O[heads]).sum(-1, keepdim=True)  # (G, Tq, block_q, 1) [Alg. 2 L2]
         A = at.phi_Q * at.inverse  # (G, Tq, block_q, D)
-        dH_i = A.mT @ dO  # (G, Tq, D, D) [Alg. 2 L4]
+        dH_i = A.mT @ dO  # (G, Tq, D, D) [Alg. 2 L3]
         dZ_i = -(A.mT @ Dl)  # (G, Tq, D, 1) [Alg. 2 L4]
         dphi_Q[heads] = (dO @ at.H.mT - Dl @ at.Z.mT) * at.inverse  # [Alg. 2 L5]
         dH = _sum_over(at.marginal.mT, dH_i)  # (G, Tk, D, D) [Alg. 2 L14]
         dZ = _sum_over(at.marginal.mT, dZ_i)  # (G, Tk, D, 1) [Alg. 2 L14]
-        dphi_K[heads] = at.V @ dH.mT + dZ.mT  # [Alg. 2 L17]
+        dphi_K[heads] = at.V @ dH.mT + dZ.mT  # [Alg. 2 L16]
         dV[heads] = at.phi_K @ dH  # [Alg. 2 L17]
     return _join(dphi_Q.flatten(0, 1), phi_query), _join(dphi_K.flatten(0, 1), phi_key), _join(dV.flatten(0, 1), value)
