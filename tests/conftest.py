@@ -16,6 +16,8 @@ if DEVICE == "cpu":
 
 from sla_ref import backends  # noqa: E402
 
+torch.set_num_threads(1)  # test processes side by side share the cores; spinning threads would fight for them
+
 BACKENDS = tuple(backends.list_backends())
 
 

@@ -196,10 +196,61 @@ def backends() -> None:
         console.print(f"{name:<8} {reason or 'usable'}", highlight=False, markup=False)
 
 
-def _require(modules: tuple[str, ...]) -> None:
+@app.command()
+def kernels(
+    target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or sm_120.")] = "sm_90",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Compile the Triton kernels for a GPU, which need not be here, and report the resources that they use.
+
+    Every kernel at head_dim 64 and 128, blocks of 64 x 64 and 128 x 64. Exits with 1 if one of them uses stack, spills
+    registers, or needs more shared memory than the target has.
+    """
+    _require(("triton",), "triton")
+    import torch
+    from rich.table import Table
+
+    from .kernels import report
+
+    dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    table = Table(title=f"{target}, {dtype}; bytes")
+    columns = (
+        "kernel",
+        "D",
+        "blocks",
+        "warps",
+        "registers",
+        "stack",
+        "spills",
+        "shared",
+        "of",
+        "instruction",
+        "problem",
+    )
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    problems = 0
+    with console.status("compiling") as status:
+        for head_dim in (64, 128):
+            for block_q in (64, 128):
+                status.update(f"compiling for head_dim {head_dim}, blocks of {block_q} x 64")
+                for entry in report(target, dtype=dtypes[dtype], head_dim=head_dim, block_q=block_q, block_k=64):
+                    problems += entry.problem is not None
+                    blocks = f"{block_q} x 64"
+                    use = (entry.warps, entry.registers, entry.stack, entry.spills, entry.shared, entry.shared_limit)
+                    cells = (entry.kernel, head_dim, blocks, *use, entry.instruction, entry.problem or "")
+                    table.add_row(*map(str, cells))
+    console.print(table)
+    raise typer.Exit(1 if problems else 0)
+
+
+def _require(modules: tuple[str, ...], extra: str = "lab") -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise RuntimeError(f"this command needs {', '.join(missing)}, not installed here:\n{INSTALL}")
+        install = INSTALL.replace("[lab]", f"[{extra}]")
+        raise RuntimeError(f"this command needs {', '.join(missing)}, not installed here:\n{install}")
 
 
 def _device(name: str) -> torch.device:
