@@ -1,4 +1,4 @@
-"""What a compiler makes of the Triton kernels. Nothing compiles inside Triton's interpreter: each check is a process of its own."""
+"""What a compiler makes of the Triton kernels. Nothing compiles inside Triton's interpreter: a process for each check."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ print(json.dumps([entry.as_dict() for entry in entries]))
 """
     entries = in_its_own_process(code, target, head_dim)
     assert {entry["kernel"] for entry in entries} == NAMES
-    problems = [f"{entry['kernel']}, {entry['block_q']} x 64: {entry['problem']}" for entry in entries if entry["problem"]]
+    problems = [
+        f"{entry['kernel']}, {entry['block_q']} x 64: {entry['problem']}" for entry in entries if entry["problem"]
+    ]
     assert not problems
     for entry in entries:
         assert entry["stack"] == entry["spills"] == 0
@@ -75,11 +77,12 @@ print(json.dumps(found))
 
 
 def test_one_binary_for_all_lengths() -> None:
-    """32768 is a multiple of 16 and 32760 is not, the tail of one is whole and of the other partial: the same kernels."""
+    """32768 is a multiple of 16 and 32760 is not, and has a partial last block: the same kernels."""
     code = """
 hashes = []
 for length in (32760, 32768, 75600):
-    binaries = kernels.compile_kernels("sm_80", dtype=torch.bfloat16, head_dim=64, block_q=64, block_k=64, length=length)
+    shape = dict(head_dim=64, block_q=64, block_k=64, length=length)
+    binaries = kernels.compile_kernels("sm_80", dtype=torch.bfloat16, **shape)
     hashes.append([binary.hash for name, binary in binaries])
 print(json.dumps(hashes))
 """
@@ -88,7 +91,8 @@ print(json.dumps(hashes))
 
 
 def test_a_kernel_that_spills_is_a_problem() -> None:
-    common = dict(target="sm_120", dtype="bfloat16", head_dim=64, block_q=64, block_k=64, warps=4, registers=255)
+    common = {"target": "sm_120", "dtype": "bfloat16", "head_dim": 64, "block_q": 64, "block_k": 64}
+    common |= {"warps": 4, "registers": 255}
     fine = kernels.KernelReport(
         "forward", **common, stack=0, spills=0, shared=1024, shared_limit=2048, instruction="mma.bf16"
     )

@@ -1,7 +1,7 @@
 """What a compiler makes of the kernels, without a GPU: registers, stack, spills, shared memory, matrix instructions.
 
-The launchers of the backend run as they are, on tensors without data and with a driver that names the target; instead of
-starting a kernel they compile it. So the report shows the very binaries that would run on such a GPU.
+The launchers of the backend run as they are, on tensors without data and with a driver that names the target; instead
+of starting a kernel they compile it. So the report shows the very binaries that would run on such a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TARGETS = tuple(f"sm_{architecture}" for architecture in SHARED_MEMORY)
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One kernel, compiled for one target. Bytes throughout; spills are counted as instructions that touch the stack."""
+    """One kernel, compiled for one target. In bytes, but for spills: instructions that read or write the stack."""
 
     kernel: str
     target: str
@@ -53,7 +53,7 @@ class KernelReport:
             return f"needs {self.shared} bytes of shared memory, the architecture has {self.shared_limit}"
         return None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"problem": self.problem}
 
 
@@ -70,15 +70,15 @@ def _tool(name: str) -> str:
 def _matrix_instruction(ptx: str) -> str:
     """The kinds of matrix instruction in a kernel's PTX, most frequent first; "fma" where there is none."""
     found = Counter(re.findall(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*)", ptx))
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for instruction, count in found.items():
-        kind = re.match(r"wgmma|tcgen05|mma", instruction)[0]
+        kind = instruction.split(".")[0]
         operand = re.search(r"bf16|f16|tf32|f8", instruction)
         kinds[kind + (f".{operand[0]}" if operand else "")] += count
     return "+".join(kind for kind, _ in kinds.most_common()) or "fma"
 
 
-def _inspect(compiled) -> dict:
+def _inspect(compiled: Any) -> dict[str, int]:
     """Registers, stack, spills and shared memory of a compiled kernel, from its cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -107,7 +107,7 @@ class _TargetOnly:
 
         self.target = GPUTarget("cuda", architecture, 32)
 
-    def get_current_target(self):
+    def get_current_target(self) -> Any:
         return self.target
 
     def get_current_device(self) -> int:
@@ -135,21 +135,22 @@ def compile_kernels(
 
     compiled = {}
 
-    def compile_only(kernel, programs, *args, **options):
+    def compile_only(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
         binary = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
         compiled[kernel.__name__.strip("_").removesuffix("_kernel"), binary.hash] = binary
 
-    tokens = [torch.empty(1, 2, length, head_dim, dtype=dtype, device="meta") for _ in range(5)]
+    tokens = torch.empty(1, 2, length, head_dim, dtype=dtype, device="meta")
     blocks = (1, 2, math.ceil(length / block_q), math.ceil(length / block_k))
     block_map = BlockMap(torch.empty(blocks, dtype=torch.int8, device="meta"), block_q, block_k, length, length, 3)
-    if (reason := triton_fused.refuses(tokens[0], block_map)) is not None:
+    if (reason := triton_fused.refuses(tokens, block_map)) is not None:
         raise ValueError(f"the triton backend {reason}")
     driver = _TargetOnly(int(target.removeprefix("sm_")))
-    with mock.patch.object(triton.runtime.driver, "_active", driver), mock.patch.object(
-        triton_fused, "_launch", compile_only
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(triton_fused, "_launch", compile_only),
     ):
-        saved = triton_fused.forward(*tokens, block_map, 0.125)
-        triton_fused.backward(tokens[0], tokens[0], *tokens, saved, block_map, 0.125)
+        saved = triton_fused.forward(tokens, tokens, tokens, tokens, tokens, block_map, 0.125)
+        triton_fused.backward(tokens, tokens, tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
     return [(name, binary) for (name, _), binary in compiled.items()]
 
 

@@ -18,8 +18,8 @@ What one query block i needs, picture of one head (Tq x Tk blocks; `#` critical,
 
 No kernel reads a pair of blocks that is not critical. Every output element is written by one program, sums have a fixed
 order and there are no atomics, so results repeat bit for bit. One-letter names are those of the glossary in
-`sla_ref.reference`. A state is one row of memory of (COLUMNS + 2) * COLUMNS elements in the input's dtype, COLUMNS being D
-rounded up to a power of two:
+`sla_ref.reference`. A state is one row of memory of (COLUMNS + 2) * COLUMNS elements in the input's dtype, COLUMNS
+being D rounded up to a power of two:
 
     +--------------------+
     | h_j  COLUMNS rows  |   phi(K_j)^T V_j
@@ -27,8 +27,8 @@ rounded up to a power of two:
     | 1, bad, 0, 0, ...  |   how many blocks were added up, and how many of those hold a NaN or Inf
     +--------------------+
 
-The weight of a marginal pair is not 1 but a power of two near 1 / (marginal blocks of the row): H_i and Z_i then stay in
-float16's range at any length, and the factor cancels in phi H / (phi Z) without a rounding error.
+The weight of a marginal pair is not 1 but a power of two near 1 / (marginal blocks of the row): H_i and Z_i then stay
+in float16's range at any length, and the factor cancels in phi H / (phi Z) without a rounding error.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ LN_2 = tl.constexpr(math.log(2))
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 128
 
-_LARGE_ARCHITECTURES = (0, 90, 100, 103)  # matrix instructions read shared memory, of which there is 227 KB; 0: interpreter
+# Where matrix instructions read shared memory, of which there is 227 KB. 0 is the interpreter.
+_LARGE_ARCHITECTURES = (0, 90, 100, 103)
 
 
 # --- device helpers --------------------------------------------------------------------------------------------------
-# Tensors of tokens arrive as views, see `_view`: a descriptor, which the hardware of sm_90 and later reads tiles with, or
-# the pointer and the strides of batch, head and token.
+# Tensors of tokens arrive as views: a descriptor, with which the hardware reads tiles by itself (`_descriptor`), or the
+# pointer and the strides of batch, head and token (`_view`).
 
 
 @triton.jit
@@ -74,8 +75,10 @@ def _dot(a, b, acc=None):
 
 @triton.jit
 def _pointers(view, batch_head, num_heads, first, feature, ROWS: tl.constexpr, FEATURES: tl.constexpr):
-    """Pointers to ROWS tokens from `first` and FEATURES features from `feature`. What selects the tile is int64, for tensors
-    with more than 2^31 elements; offsets inside it are not, they cost registers. # [ROWS, FEATURES]"""
+    """Pointers to ROWS tokens from `first` and FEATURES features from `feature`. # [ROWS, FEATURES]
+
+    What selects the tile is int64, for tensors of more than 2^31 elements; offsets inside it, int32, save registers.
+    """
     batch = (batch_head // num_heads).to(tl.int64)
     head = (batch_head % num_heads).to(tl.int64)
     start = view[0] + batch * view[1] + head * view[2] + first.to(tl.int64) * view[3]
@@ -99,7 +102,16 @@ def _load_slab(
 
 @triton.jit
 def _store_slab(
-    view, batch_head, num_heads, first, length, feature, tile, D: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
+    view,
+    batch_head,
+    num_heads,
+    first,
+    length,
+    feature,
+    tile,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
     pointers = _pointers(view, batch_head, num_heads, first, feature, ROWS, FEATURES)
     tl.store(pointers, tile.to(view[0].dtype.element_ty), mask=_inside(first, length, feature, D, ROWS, FEATURES))
@@ -148,7 +160,7 @@ def _scores(Q, K, first_key, key_length, KEYS: tl.constexpr, PARTIAL: tl.constex
 
 @triton.jit
 def _sound(denominator, sums, COLUMNS: tl.constexpr):
-    """The denominator phi(Q_i) Z_i of each row; 0 in a query block without marginal block, NaN if one of them is bad."""
+    """The denominators phi(Q_i) Z_i: 0 in a query block without marginal block, NaN if one of them is bad. # [ROWS]"""
     blocks = tl.load(sums + (COLUMNS + 1) * COLUMNS).to(tl.float32)
     bad = tl.load(sums + (COLUMNS + 1) * COLUMNS + 1).to(tl.float32)
     return tl.where(bad > 0, float("nan"), tl.where(blocks > 0, denominator, 0.0))
@@ -172,7 +184,7 @@ def _lists_kernel(
     OUT: tl.constexpr,
     IN: tl.constexpr,
 ):
-    """The critical partners of OUT blocks, ascending: of query blocks along rows of the labels, of key blocks down columns.
+    """The critical partners of OUT blocks, ascending: of query blocks along rows of the labels, of key blocks down it.
 
     A list begins where `offsets` says (PACKED), or every `capacity` entries; then its length goes to `counts`.
     """
@@ -289,7 +301,7 @@ def _sums_kernel(
     IN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """sums = weights @ states in exact float32: H_i, Z_i from h_j, z_j [Alg. 1 L13], or their gradients [Alg. 2 L14]."""
+    """weights @ states in exact float32: H_i, Z_i from h_j, z_j [Alg. 1 L13], or back, their gradients [Alg. 2 L14]."""
     program = tl.program_id(0)
     tiles_out = tl.cdiv(num_out, OUT)
     tiles = tl.cdiv(SIZE, TILE)
@@ -393,7 +405,7 @@ def _forward_kernel(
     l = tl.zeros([ROWS], tl.float32)
     O = tl.zeros([ROWS, COLUMNS], tl.float32)
     # The list ascends, so that only its last block can be the partial one: the others go without a mask.
-    for step in range(0, num_steps - STEPS):
+    for step in range(num_steps - STEPS):
         first_key = tl.load(kv_indices + step // STEPS) * BLOCK_K + step % STEPS * KEYS
         O, l, m = _softmax_step(
             O, l, m, Q, key, value, bh, num_heads, first_key, key_length, scale, D, KEYS, COLUMNS, DESCRIPTORS, False
@@ -499,7 +511,8 @@ def _backward_dq_kernel(
     O = _load_slab(out_sparse, bh, num_heads, first, query_length, 0, D, ROWS, COLUMNS)  # [ROWS, COLUMNS]
     delta = tl.sum(dO.to(tl.float32) * O.to(tl.float32), 1)  # D^s, [ROWS] [Alg. 2 L2]
     lse += bh.to(tl.int64) * query_length
-    L = tl.load(lse + row, mask=row < query_length, other=float("inf")) * LOG2_E  # exp2(S - inf): no weight past the end
+    # Past the end lse reads as inf: exp2(S - inf) is no weight.
+    L = tl.load(lse + row, mask=row < query_length, other=float("inf")) * LOG2_E  # [ROWS]
     scratch = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(row_lse + scratch, L)
     tl.store(row_delta + scratch, delta)
@@ -507,25 +520,27 @@ def _backward_dq_kernel(
     kv_indices += block.to(tl.int64) * capacity
     STEPS: tl.constexpr = BLOCK_K // KEYS  # per key block
     num_steps = tl.load(kv_num_blocks + block) * STEPS
-    scale_log2 = scale * LOG2_E
+    log2_scale = scale * LOG2_E
     Q = _load(query, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
     dQ = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(0, num_steps - STEPS):  # all but the last block, as in the forward
+    for step in range(num_steps - STEPS):  # all but the last block, as in the forward
         first_key = tl.load(kv_indices + step // STEPS) * BLOCK_K + step % STEPS * KEYS
         dQ = _dq_step(
-            dQ, Q, dO, L, delta, key, value, bh, num_heads, first_key, key_length, scale_log2, D, KEYS, COLUMNS,
-            DESCRIPTORS, False,
+            dQ, Q, dO, L, delta, key, value, bh, num_heads, first_key, key_length, log2_scale,
+            D, KEYS, COLUMNS, DESCRIPTORS, False,
         )  # fmt: skip
     for step in range(tl.maximum(num_steps - STEPS, 0), num_steps):
         first_key = tl.load(kv_indices + step // STEPS) * BLOCK_K + step % STEPS * KEYS
         dQ = _dq_step(
-            dQ, Q, dO, L, delta, key, value, bh, num_heads, first_key, key_length, scale_log2, D, KEYS, COLUMNS,
-            DESCRIPTORS, True,
+            dQ, Q, dO, L, delta, key, value, bh, num_heads, first_key, key_length, log2_scale,
+            D, KEYS, COLUMNS, DESCRIPTORS, True,
         )  # fmt: skip
     _store_slab(grad_query, bh, num_heads, first, query_length, 0, dQ * scale, D, ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["num_heads", "query_length", "key_length", "num_query_blocks", "num_key_blocks", "capacity"])
+@triton.jit(
+    do_not_specialize=["num_heads", "query_length", "key_length", "num_query_blocks", "num_key_blocks", "capacity"]
+)
 def _backward_dkdv_kernel(
     query,
     key,
@@ -570,7 +585,7 @@ def _backward_dkdv_kernel(
     STEPS: tl.constexpr = BLOCK_Q // ROWS  # per query block
     num_steps = (tl.load(offsets + 1) - start) * STEPS
     q_indices += bh.to(tl.int64) * capacity + start
-    scale_log2 = scale * LOG2_E
+    log2_scale = scale * LOG2_E
     K = _load(key, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
     V = _load(value, bh, num_heads, first_key, key_length, D, KEYS, COLUMNS, DESCRIPTORS)  # [KEYS, COLUMNS]
     dK = tl.zeros([KEYS, COLUMNS], tl.float32)
@@ -581,7 +596,7 @@ def _backward_dkdv_kernel(
         # Keys past the end need no mask here: their rows of K and V are zero and their gradients are not stored.
         Q = _load(query, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
         S = _dot(K, tl.trans(Q))  # [KEYS, ROWS]
-        P = tl.exp2(S * scale_log2 - tl.load(row_lse + row)[None, :])  # [Alg. 2 L9]
+        P = tl.exp2(S * log2_scale - tl.load(row_lse + row)[None, :])  # [Alg. 2 L9]
         dO = _load(grad_sparse, bh, num_heads, first, query_length, D, ROWS, COLUMNS, DESCRIPTORS)  # [ROWS, COLUMNS]
         dV = _dot(P.to(dO.dtype), dO, dV)  # [Alg. 2 L10]
         dP = _dot(V, tl.trans(dO))  # [KEYS, ROWS] [Alg. 2 L11]
@@ -673,7 +688,9 @@ def _backward_linear_key_kernel(
         dz = tl.load(grad_state + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
         dphi = _dot(V, tl.trans(dh)) + dz[None, :]  # [BLOCK_K, FEATURES] [Alg. 2 L16]
         _store_slab(grad_phi_key, bh, num_heads, first, key_length, feature, dphi, D, BLOCK_K, FEATURES)
-        phi = _load_slab(phi_key, bh, num_heads, first, key_length, feature, D, BLOCK_K, FEATURES)  # [BLOCK_K, FEATURES]
+        phi = _load_slab(
+            phi_key, bh, num_heads, first, key_length, feature, D, BLOCK_K, FEATURES
+        )  # [BLOCK_K, FEATURES]
         dV = _dot(phi, dh, dV)  # [Alg. 2 L17]
     _store_slab(grad_value, bh, num_heads, first, key_length, 0, dV, D, BLOCK_K, COLUMNS)
 
@@ -704,26 +721,25 @@ class _Tiles(NamedTuple):
 
 _EXACT = _Tiles(rows=32, keys=32, features=16, stages=1)  # float32: no matrix instruction, every product in registers
 _TILES = {
-    # D up to 64
     "states": _Tiles(),
     "forward": _Tiles(),
     "linear_query": _Tiles(),
     "linear_key": _Tiles(),
     "dq": _Tiles(),
     "dkdv": _Tiles(),
-    # D up to 128, matrix instructions that read their operands from shared memory: sm_90, sm_100
+    # D over 64, matrix instructions that read their operands from shared memory: sm_90, sm_100
     "linear_key 128": _Tiles(features=128, warps=8),
-    # the same with query blocks of 128: half the traffic for K and V
-    "forward 128 x 128": _Tiles(rows=128, features=32, warps=8, registers=128),
-    "dq 128 x 128": _Tiles(rows=128, warps=8),
-    # D up to 128, operands from registers: sm_80, sm_120
+    # the same, query blocks of 128; with all of its rows at once the forward reads K and V half as often
+    "forward 128 x 128 sm_90": _Tiles(rows=128, features=32, warps=8, registers=128),
+    "linear_query 128 x 128": _Tiles(warps=8),
+    # operands from registers, less shared memory: sm_80, sm_120
+    "dkdv small": _Tiles(warps=8),
     "states 128 small": _Tiles(stages=3),
-    "forward 128 small": _Tiles(keys=32, features=32, stages=3),
+    "forward 128 small": _Tiles(warps=8),
     "linear_query 128 small": _Tiles(features=32, warps=8),
     "dq 128 small": _Tiles(keys=32),
-    "dkdv 128 small": _Tiles(warps=8),
 }
-"""The table of launch parameters; the entry that says most about a case is taken."""
+"""Launch parameters for 16 bits, by kernel, D if over 64, x block_q, architecture: the most special entry counts."""
 
 
 def _architecture() -> int:
@@ -743,25 +759,27 @@ def _columns(head_dim: int) -> int:
 
 def _tiles(kernel: str, query: Tensor, block_map: BlockMap) -> _Tiles:
     """The launch parameters of a kernel."""
-    tiles = _TILES[kernel]
+    architecture, columns = _architecture(), _columns(query.shape[-1])
+    if architecture in _LARGE_ARCHITECTURES:
+        case = f"{kernel} {columns} x {block_map.block_q}"
+        names = [f"{case} sm_{architecture}", case, f"{kernel} {columns}"]
+    else:
+        names = [f"{kernel} {columns} small", f"{kernel} small"]
+    tiles = next(_TILES[name] for name in (*names, kernel) if name in _TILES)
     if query.element_size() == 4 and not _INTERPRETED:
         tiles = _EXACT
-    elif _columns(query.shape[-1]) == 128:
-        large = _architecture() in _LARGE_ARCHITECTURES
-        wishes = [f"{kernel} 128 x {block_map.block_q}", f"{kernel} 128"] if large else [f"{kernel} 128 small"]
-        tiles = next((_TILES[wish] for wish in wishes if wish in _TILES), tiles)
     return tiles._replace(
         rows=min(tiles.rows, block_map.block_q),
         keys=min(tiles.keys, block_map.block_k),
-        features=min(tiles.features, _columns(query.shape[-1])),
+        features=min(tiles.features, columns),
     )
 
 
 def _view(tensor: Tensor) -> tuple:
     """A (B, H, N, D) tensor as kernels take it: pointer, and the strides of batch, head and token.
 
-    Triton compiles one kernel for strides that are multiples of 16 and another for those that are not, and these may add up
-    in another order. Where a view would get another kernel than its contiguous copy, it is copied: same numbers, same bits.
+    Triton compiles one kernel for strides that are multiples of 16 and another for those that are not, and these may
+    add up in another order. A view that would get another kernel than its contiguous copy is copied: the bits are equal.
     """
     _, heads, length, head_dim = tensor.shape
     strides = _outer_strides(tensor.shape, tensor.stride())
@@ -780,8 +798,8 @@ def _outer_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ..
 def _descriptors_fit(*tensors: Tensor) -> bool:
     """Whether to let the hardware read tiles of these tensors by descriptor (TMA).
 
-    It wants rows on 16 bytes. It pays where matrix instructions read shared memory themselves; where their operands come
-    from registers, as on sm_120, it costs registers.
+    It wants rows on 16 bytes. It pays where matrix instructions read shared memory themselves; where their operands
+    come from registers, as on sm_120, it costs registers.
     """
     if _INTERPRETED or _architecture() not in _LARGE_ARCHITECTURES or tensors[0].element_size() != 2:
         return False
@@ -799,14 +817,14 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _sparse_views(*tensors_and_rows: tuple[Tensor, int]) -> tuple:
-    """The tensors whose tiles the sparse branch reads, each with the tokens of its tile; last, whether by descriptor."""
+    """What the sparse branch reads its tiles from, given tensors and tokens a tile; last, whether by descriptor."""
     if _descriptors_fit(*(tensor for tensor, _ in tensors_and_rows)):
         return (*(_descriptor(tensor, rows) for tensor, rows in tensors_and_rows), True)
     return (*(_view(tensor) for tensor, _ in tensors_and_rows), False)
 
 
 def _head_chunks(query: Tensor, block_map: BlockMap, per_query_block: int, tensors: int) -> list[tuple[int, int]]:
-    """Cut the B * H heads, as (first, number), so that the states of a chunk take the memory of `tensors` queries at most.
+    """Cut the B * H heads, as (first, number), so that a chunk's states take the memory of `tensors` queries at most.
 
     A chunk has one state for each key block, and `per_query_block` for each query block.
     """
@@ -930,7 +948,7 @@ def _add_up(weights: Tensor, states: Tensor, sums: Tensor) -> None:
 
 
 def _marginal_sums(
-    phi_key: tuple, values: tuple, weights: Tensor, states: Tensor, sums: Tensor, first_head: int, block_map: BlockMap
+    phi_keys: tuple, values: tuple, weights: Tensor, states: Tensor, sums: Tensor, first_head: int, block_map: BlockMap
 ) -> None:
     """h_j, z_j of all key blocks, H_i, Z_i of all query blocks, for the heads of a chunk. [Alg. 1 L4] [Alg. 1 L13]"""
     heads, num_key_blocks, _ = states.shape
@@ -939,7 +957,7 @@ def _marginal_sums(
     _launch(
         _states_kernel,
         heads * num_key_blocks,
-        phi_key,
+        phi_keys,
         values,
         states,
         first_head,
@@ -975,7 +993,9 @@ def unsupported(query: Tensor, block_map: BlockMap) -> str | None:
     if _INTERPRETED and query.device.type != "cpu":
         return f"runs in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors, got {query.device}"
     if not _INTERPRETED and query.device.type != "cuda":
-        return f"takes CUDA tensors, got {query.device} (TRITON_INTERPRET=1, set before Python starts, runs it on a CPU)"
+        return (
+            f"takes CUDA tensors, got {query.device} (TRITON_INTERPRET=1, set before Python starts, runs it on a CPU)"
+        )
     return None
 
 
@@ -1010,18 +1030,18 @@ def forward(
     with torch.cuda.device_of(query):
         kv_num_blocks, kv_indices = _kv_lists(block_map)
         weights = _weights(query, block_map)
-        chunks = _head_chunks(query, block_map, 1, 3)  # the backward needs more memory than this
+        chunks = _head_chunks(query, block_map, 1, 4)  # the backward needs more memory than this
         states = _empty_states(query, chunks[0][1], num_key_blocks)
         sums = _empty_states(query, chunks[0][1], num_query_blocks)
         *views, descriptors = _sparse_views((query, tiles.rows), (key, tiles.keys), (value, tiles.keys))
-        phi_query, phi_key, values, *outputs = map(_view, (phi_query, phi_key, value, out_sparse, out_linear))
+        phi_queries, phi_keys, values, *outputs = map(_view, (phi_query, phi_key, value, out_sparse, out_linear))
         for first_head, heads in chunks:
-            _marginal_sums(phi_key, values, weights, states[:heads], sums[:heads], first_head, block_map)
+            _marginal_sums(phi_keys, values, weights, states[:heads], sums[:heads], first_head, block_map)
             _launch(
                 _forward_kernel,
                 heads * num_query_blocks * (block_map.block_q // tiles.rows),
                 *views,
-                phi_query,
+                phi_queries,
                 kv_num_blocks,
                 kv_indices,
                 sums,
@@ -1066,7 +1086,15 @@ def backward(
     with torch.cuda.device_of(query):
         # The states of the linear branch are gone before dQ and dK are allocated.
         _backward_linear(
-            grad_linear, phi_query, phi_key, value, saved.out_linear, grad_phi_query, grad_phi_key, grad_value, block_map
+            grad_linear,
+            phi_query,
+            phi_key,
+            value,
+            saved.out_linear,
+            grad_phi_query,
+            grad_phi_key,
+            grad_value,
+            block_map,
         )
         grad_query, grad_key = torch.empty_like(grad_phi_query), torch.empty_like(grad_phi_key)
         _backward_sparse(grad_sparse, query, key, value, saved, grad_query, grad_key, grad_value, block_map, scale)
