@@ -59,7 +59,7 @@ def test_check_backend_reports(backend_name: str, device: str) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 def test_a_bad_number_goes_where_the_maths_puts_it(backend_name: str, bad: float, device: str) -> None:
-    """One bad key: rows that hold its block critical lose `sparse`, rows that hold it marginal lose `linear`, no others."""
+    """One bad key spoils `sparse` where its block is critical, `linear` where it is marginal, and nothing else."""
     problem = testing.make_problem(query_length=96, head_dim=16, block_q=16, block_k=16, device=device)
     labels = problem.block_map.labels
     classes = [set(labels[0, 0, :, j].tolist()) for j in range(labels.shape[-1])]

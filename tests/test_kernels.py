@@ -1,4 +1,4 @@
-"""What a compiler makes of the Triton kernels. Nothing compiles inside Triton's interpreter: a process for each check."""
+"""What a compiler makes of the Triton kernels; each check in a process of its own, outside of the interpreter."""
 
 from __future__ import annotations
 

@@ -234,15 +234,43 @@ def test_usable_without_gpu_only_in_the_interpreter(monkeypatch) -> None:
     assert "TRITON_INTERPRET=1" in triton_fused.unavailable()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 20 GB")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 6 GB")
 def test_more_than_two_to_the_31_elements() -> None:
     shape = (1, 2, 1_060_000, 1024)  # 2.2e9 elements; the 16 features in front of each row are used
     buffer = torch.zeros(shape, dtype=torch.float16, device="cuda")[..., :16]
     small = torch.randn(1, 2, 2000, 16, dtype=torch.float16, device="cuda")
     buffer[:, :, -2000:] = small
-    labels = torch.full((1, 2, 16, 16), -1, dtype=torch.int8, device="cuda").tril().contiguous() * 0 + 1
+    labels = torch.randint(-1, 2, (1, 2, 16, 16), dtype=torch.int8, device="cuda")
     query = buffer[:, :, -2000:]
     block_map = BlockMap(labels, 128, 128, 2000, 2000)
     far = triton_fused.forward(query, query, query, query, query, block_map, 0.25)
     near = triton_fused.forward(small, small, small, small, small, block_map, 0.25)
     assert torch.equal(far.out_sparse, near.out_sparse)
+    assert torch.equal(far.out_linear, near.out_linear)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_sequences_are_right_and_repeat(head_dim: int, block_q: int) -> None:
+    """At Wan's length thousands of programs share the GPU: a race that small cases never lose shows here.
+
+    The oracle would be N x N; the torch backend, on the same numbers in float32, stands in for it.
+    """
+    problem = testing.make_problem(
+        heads=4,
+        query_length=32760,
+        head_dim=head_dim,
+        block_q=block_q,
+        critical_ratio=0.05,
+        negligible_ratio=0.1,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    first = run(problem)
+    for _ in range(5):
+        assert testing._same_bits(first.values(), run(problem).values())
+    expected = testing.run_backend(backends.load("torch"), problem.to(torch.float32))
+    for name, values in first.items():
+        error = (values.float() - expected[name]).square().mean().sqrt()
+        assert error <= 0.02 * expected[name].square().mean().sqrt(), name

@@ -324,7 +324,8 @@ CASES: tuple[Case, ...] = (
     _case("random map", quick=True, labels="random", block_q=32, block_k=32, head_dim=32),
     *(_case(f"N {n}", query_length=n) for n in (1, 63, 64, 65, 127)),
     _case("tail of 32760", query_length=32760 % 64 + 2 * 64, critical_ratio=0.6),
-    *(_case(f"D {d}", head_dim=d, query_length=70, block_q=32, block_k=32) for d in (16, 40, 72, 80, 96, 128)),
+    *(_case(f"D {d}", head_dim=d, query_length=70, block_q=32, block_k=32) for d in (16, 40, 72, 80, 96)),
+    *(_case(f"D 128, blocks {q} x 64", head_dim=128, block_q=q) for q in (64, 128)),
     *(
         _case(f"blocks {q} x {k}", block_q=q, block_k=k, query_length=150, key_length=140, head_dim=32)
         for q, k in ((16, 16), (128, 64), (64, 128), (128, 128))

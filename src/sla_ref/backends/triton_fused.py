@@ -779,7 +779,7 @@ def _view(tensor: Tensor) -> tuple:
     """A (B, H, N, D) tensor as kernels take it: pointer, and the strides of batch, head and token.
 
     Triton compiles one kernel for strides that are multiples of 16 and another for those that are not, and these may
-    add up in another order. A view that would get another kernel than its contiguous copy is copied: the bits are equal.
+    add up in another order. A view that would get another kernel than its contiguous copy is copied, for equal bits.
     """
     _, heads, length, head_dim = tensor.shape
     strides = _outer_strides(tensor.shape, tensor.stride())
