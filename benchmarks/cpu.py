@@ -123,7 +123,7 @@ def main(
                     f"{row['forward_backward_ratio']:.1f}x",
                 )
         growth = Table(
-            title="sparse branch alone, forward, D 64, 12 critical blocks for each query block; milliseconds"
+            title="sparse branch, forward, 12 critical blocks"
         )
         for column in ("N", "ms", "ms per 1024 tokens"):
             growth.add_column(column, justify="right")

@@ -1,0 +1,44 @@
+"""docs/performance.md shows what the files in benchmarks/results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "performance.md").read_text()
+GPU = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text())
+CPU = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+
+
+def gpu_row(name: str, row: dict) -> str:
+    sdpa = GPU["sdpa_cudnn"]
+    cells = [name]
+    for key in ("forward", "forward_graph", "forward_backward", "forward_backward_graph"):
+        base = sdpa[key.removesuffix("_graph")]
+        cells.append(f"{row[key]:.2f} ({base / row[key]:.1f}x)" if key in row else "-")
+    return f"| {' | '.join(cells)} | {row['peak_mib']:.0f} ({row['peak_mib'] / sdpa['peak_mib']:.2f}x) |"
+
+
+def cpu_row(row: dict) -> str:
+    forward = f"{row['sdpa_forward']:.1f} | {row['sla_forward']:.1f} | {row['forward_ratio']:.1f}x"
+    both = f"{row['sdpa_forward_backward']:.1f} | {row['sla_forward_backward']:.1f}"
+    return f"| {row['head_dim']} | {row['length']} | {forward} | {both} | {row['forward_backward_ratio']:.1f}x |"
+
+
+ROWS = [gpu_row("SDPA, cuDNN", GPU["sdpa_cudnn"])]
+ROWS += [gpu_row(f"sla_ref {blocks}", row) for blocks, row in GPU["layer"].items()]
+ROWS += [gpu_row(f"thu-ml/SLA {blocks}", row) for blocks, row in GPU["released_code"].items()]
+ROWS += [cpu_row(row) for row in CPU["rows"]]
+ROWS += [
+    f"| {row['length']} | {row['ms']:.1f} | {1024 * row['ms'] / row['length']:.2f} |"
+    for row in CPU["sparse_branch_forward"]
+]
+ROWS += [f"| {GPU['kernels_us'][name]} |" for name in ("_backward_dkdv_kernel", "_forward_kernel", "_states_kernel")]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_page_has_the_row(row: str):
+    assert row in PAGE
