@@ -90,6 +90,22 @@ print(json.dumps(hashes))
     assert one == other == third
 
 
+def test_no_product_is_in_flight_when_its_operand_is_fetched_anew() -> None:
+    """A pipelined loop that waits for all products but one raced on an H200: see the linear branch of the forward."""
+    code = """
+found = []
+for block_q in (64, 128):
+    shape = dict(head_dim=128, block_q=block_q, block_k=64)
+    for name, binary in kernels.compile_kernels("sm_90", dtype=torch.bfloat16, **shape):
+        waits = [line for line in binary.asm["ptx"].splitlines() if "wgmma.wait_group" in line]
+        found.append([name, len(waits), [line.strip() for line in waits if not line.strip().rstrip(";").endswith(" 0")]])
+print(json.dumps(found))
+"""
+    found = in_its_own_process(code)
+    assert sum(number for _, number, _ in found) > 10
+    assert [entry for entry in found if entry[2]] == []
+
+
 def test_a_kernel_that_spills_is_a_problem() -> None:
     common = {"target": "sm_120", "dtype": "bfloat16", "head_dim": 64, "block_q": 64, "block_k": 64}
     common |= {"warps": 4, "registers": 255}

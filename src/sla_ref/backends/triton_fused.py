@@ -424,7 +424,9 @@ def _forward_kernel(
     sums = _state(sums, block, COLUMNS)
     O = tl.zeros([ROWS, COLUMNS], tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
-    for feature in range(0, COLUMNS, FEATURES):
+    # Not pipelined: phi is read by the matrix unit and for the denominator. For such a tile Triton's pipeline (3.6 on
+    # sm_90) has one buffer, and would fetch the next tile into it while the product of this one is still under way.
+    for feature in tl.range(0, COLUMNS, FEATURES, num_stages=1):
         phi = _load_slab(phi_query, bh, num_heads, first, query_length, feature, D, ROWS, FEATURES)  # [ROWS, FEATURES]
         H = tl.load(sums + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
         Z = tl.load(sums + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
@@ -730,7 +732,7 @@ _TILES = {
     # D over 64, matrix instructions that read their operands from shared memory: sm_90, sm_100
     "linear_key 128": _Tiles(features=128, warps=8),
     # the same, query blocks of 128; with all of its rows at once the forward reads K and V half as often
-    "forward 128 x 128 sm_90": _Tiles(rows=128, features=32, warps=8, registers=128),
+    "forward 128 x 128 sm_90": _Tiles(rows=128, features=128, warps=8, registers=128),
     "linear_query 128 x 128": _Tiles(warps=8),
     # operands from registers, less shared memory: sm_80, sm_120
     "dkdv small": _Tiles(warps=8),
