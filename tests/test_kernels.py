@@ -97,8 +97,8 @@ found = []
 for block_q in (64, 128):
     shape = dict(head_dim=128, block_q=block_q, block_k=64)
     for name, binary in kernels.compile_kernels("sm_90", dtype=torch.bfloat16, **shape):
-        waits = [line for line in binary.asm["ptx"].splitlines() if "wgmma.wait_group" in line]
-        found.append([name, len(waits), [line.strip() for line in waits if not line.strip().rstrip(";").endswith(" 0")]])
+        waits = [line.strip(" \\t;") for line in binary.asm["ptx"].splitlines() if "wgmma.wait_group" in line]
+        found.append([name, len(waits), [wait for wait in waits if not wait.endswith(" 0")]])
 print(json.dumps(found))
 """
     found = in_its_own_process(code)
