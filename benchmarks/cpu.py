@@ -122,9 +122,7 @@ def main(
                     f"{row['sla_forward_backward']:.1f}",
                     f"{row['forward_backward_ratio']:.1f}x",
                 )
-        growth = Table(
-            title="sparse branch, forward, 12 critical blocks"
-        )
+        growth = Table(title="sparse branch, forward, 12 critical blocks")
         for column in ("N", "ms", "ms per 1024 tokens"):
             growth.add_column(column, justify="right")
         sparse = {}
