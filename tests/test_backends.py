@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sla_ref import backends, testing
 
@@ -81,3 +83,34 @@ def test_a_bad_query_spoils_its_own_row(backend_name: str, device: str) -> None:
     for out in (saved.out_sparse, saved.out_linear):
         assert out[0, 1, 40].isnan().all()
         assert out.isnan().any(-1).sum() == 1
+
+
+@pytest.mark.backend("torch")
+@settings(max_examples=40, deadline=None)
+@given(
+    query_length=st.integers(1, 90),
+    key_length=st.integers(1, 90),
+    head_dim=st.sampled_from([1, 3, 8, 24]),
+    block_q=st.sampled_from([1, 5, 16, 64]),
+    block_k=st.sampled_from([1, 5, 16, 64]),
+    labels=st.sampled_from(["classified", "random", "critical", "marginal", "negligible"]),
+    feature_map=st.sampled_from(["softmax", "elu", "relu"]),
+    seed=st.integers(0, 99),
+)
+def test_torch_backend_on_any_problem(**arguments) -> None:
+    problem = testing.make_problem(**arguments, dtype=torch.float64)
+    exact = testing.oracle(problem)
+    results = testing.run_backend(backends.load("torch"), problem)
+    testing.assert_within(results, exact, testing.error_budget(problem, exact))
+
+
+@pytest.mark.backend("torch")
+def test_torch_backend_repeats_on_two_threads() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        problem = testing.make_problem(query_length=2048, block_q=64, block_k=64)
+        first, second = (testing.run_backend(backends.load("torch"), problem) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    finally:
+        torch.set_num_threads(threads)
