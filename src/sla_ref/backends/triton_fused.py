@@ -424,8 +424,8 @@ def _forward_kernel(
     sums = _state(sums, block, COLUMNS)
     O = tl.zeros([ROWS, COLUMNS], tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
-    # Not pipelined: phi is read by the matrix unit and for the denominator. For such a tile Triton's pipeline (3.6 on
-    # sm_90) has one buffer, and would fetch the next tile into it while the product of this one is still under way.
+    # Not pipelined: phi is read by the matrix unit and for the denominator. For such a tile Triton's pipeline (3.6 and
+    # 3.7, on sm_90) has one buffer, and fetches the next tile into it while the product of this one is under way.
     for feature in tl.range(0, COLUMNS, FEATURES, num_stages=1):
         phi = _load_slab(phi_query, bh, num_heads, first, query_length, feature, D, ROWS, FEATURES)  # [ROWS, FEATURES]
         H = tl.load(sums + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
