@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sla_ref
+from sla_ref.backends import pytorch
 from sla_ref.lab.files import whole
 from sla_ref.lab.machine import machine
 
@@ -83,8 +84,6 @@ def sparse_branch(length: int, critical_blocks: int, turns: int) -> float:
     ratio = (critical_blocks + 0.5) / (length // 64)
     block_map = sla_ref.classify_blocks(query, key, ratio, 1.0)
     assert block_map.max_critical == critical_blocks
-    from sla_ref.backends import pytorch
-
     return fastest({"sparse": lambda: pytorch._sparse_forward(query, key, value, block_map, 0.125)}, turns)["sparse"]
 
 

@@ -202,3 +202,30 @@ def test_python_m_is_the_same_program():
         env=os.environ | {"COLUMNS": "200"},
     )
     assert result.stdout.startswith("torch    usable")
+
+
+@pytest.mark.parametrize(("stack", "code"), [(0, 0), (16, 1)])
+def test_kernels_exits_with_one_where_a_kernel_uses_stack(capsys, monkeypatch, stack, code):
+    """The compilation itself is tested in test_kernels.py."""
+    pytest.importorskip("triton")
+    from sla_ref import kernels
+
+    def report(target, *, dtype, head_dim, block_q, block_k):
+        sizes = (str(dtype), head_dim, block_q, block_k)
+        return [kernels.KernelReport("forward", target, *sizes, 4, 128, stack, 0, 1024, 2048, "wgmma.bf16")]
+
+    monkeypatch.setattr(kernels, "report", report)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["kernels", "--target", "sm_90"])
+    assert end.value.code == code
+    printed = capsys.readouterr().out
+    assert "forward" in printed
+    assert (f"uses {stack} bytes of stack (0 spill instructions)" in printed) == bool(stack), "nothing may be cut off"
+
+
+def test_kernels_refuses_unknown_names(capsys):
+    pytest.importorskip("triton")
+    assert "target must be one of sm_80, sm_90, sm_100, sm_120, got 'sm_70'" in error(
+        capsys, "kernels", "--target", "sm_70"
+    )
+    assert "dtype must be one of bfloat16, float16, float32, got 'int8'" in error(capsys, "kernels", "--dtype", "int8")

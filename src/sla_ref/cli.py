@@ -242,7 +242,7 @@ def kernels(
                     use = (entry.warps, entry.registers, entry.stack, entry.spills, entry.shared, entry.shared_limit)
                     cells = (entry.kernel, head_dim, blocks, *use, entry.instruction, entry.problem or "")
                     table.add_row(*map(str, cells))
-    console.print(table)
+    console.print(table, width=200, soft_wrap=True)  # a narrow terminal may wrap lines, but no figure is cut off
     raise typer.Exit(1 if problems else 0)
 
 
