@@ -242,7 +242,8 @@ def kernels(
                     use = (entry.warps, entry.registers, entry.stack, entry.spills, entry.shared, entry.shared_limit)
                     cells = (entry.kernel, head_dim, blocks, *use, entry.instruction, entry.problem or "")
                     table.add_row(*map(str, cells))
-    console.print(table, width=200, soft_wrap=True)  # a narrow terminal may wrap lines, but no figure is cut off
+    # Wide enough for every figure: a narrow terminal wraps the lines, where rich would cut them.
+    Console(width=max(console.width, 200)).print(table)
     raise typer.Exit(1 if problems else 0)
 
 
