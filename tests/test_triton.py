@@ -31,6 +31,10 @@ def run(problem: testing.Problem) -> testing.Results:
     return testing.run_backend(triton_fused, problem)
 
 
+def run_softmax(problem: testing.Problem) -> testing.Results:
+    return testing.run_softmax(triton_fused, problem)
+
+
 def assert_right(problem: testing.Problem, results: testing.Results | None = None) -> None:
     exact = testing.oracle(problem)
     testing.assert_within(results or run(problem), exact, testing.error_budget(problem, exact))
@@ -51,7 +55,7 @@ FAULTS = {  # what is wrong: the line, what it becomes, a result in which it mus
         "COLUMNS * COLUMNS + columns, (0 * z).to(",
         "linear",
     ),
-    "states: h counts twice, z once": ("h = _dot(tl.trans(slab), V)", "h = 2 * _dot(tl.trans(slab), V)", "linear"),
+    "states: h counts twice, z once": ("h = _dot(tl.trans(phi), slab)", "h = 2 * _dot(tl.trans(phi), slab)", "linear"),
     "sums: the weights of another block": (
         "tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))",
         "tl.load(weights + (out[:, None] * out_stride + (inner ^ 1)[None, :] * in_stride))",
@@ -62,12 +66,36 @@ FAULTS = {  # what is wrong: the line, what it becomes, a result in which it mus
     "forward: lse in base 2": ("(m + tl.log2(l)) * LN_2", "(m + tl.log2(l))", "lse"),
     "forward: phi(Q) H is not divided": ("O / denominator[:, None])\n", "O)\n", "linear"),
     "dq: D^s is forgotten": ("dS = P * (dP - delta[:, None])", "dS = P * dP", "grad_query"),
-    "dkdv: scale is forgotten in dK": ("dK * scale, D, KEYS", "dK, D, KEYS", "grad_key"),
+    "dkdv: scale is forgotten in dK": ("dK *= scale", "dK *= 1", "grad_key"),
     "dkdv: dV is overwritten": ("    dV += _load_slab(grad_value,", "    _ = _load_slab(grad_value,", "grad_value"),
     "dkdv: one query block too few": ("- start) * STEPS", "- start) * STEPS - 1", "grad_key"),
-    "linear query: Z is skipped in dQ^phi": ("- delta[:, None] * z_slab[None, :]", "", "grad_phi_query"),
+    "linear query: Z is skipped in dQ^phi": ("- delta[:, None] * Z[None, :]", "", "grad_phi_query"),
     "linear query: dZ has the wrong sign": ("dZ = -tl.sum(", "dZ = tl.sum(", "grad_phi_key"),
     "linear key: dz is skipped": ("+ dz[None, :]", "", "grad_phi_key"),
+}
+SOFTMAX_FAULTS = {  # the same, in the form that computes phi by itself
+    "softmax: keys past the end have features": (
+        "tl.where((first + tl.arange(0, ROWS) < length)[:, None], phi, 0.0)",
+        "phi",
+        "linear",
+    ),
+    "softmax: features that are padding count": (
+        'tl.where((feature + tl.arange(0, FEATURES) < D)[None, :], tokens, float("-inf"))',
+        "tokens",
+        "linear",
+    ),
+    "linear query: the gradient of softmax is skipped": ("weight if SOFTMAX else", "", "grad_query"),
+    "linear key: phi . dphi is forgotten": ("(dphi - along[:, None])", "dphi", "grad_key"),
+    "dq: the linear branch's share is overwritten": (
+        "dQ += _load_slab(grad_query",
+        "_ = _load_slab(grad_query",
+        "grad_query",
+    ),
+    "dkdv: the linear branch's share is overwritten": (
+        "dK += _load_slab(grad_key",
+        "_ = _load_slab(grad_key",
+        "grad_key",
+    ),
 }
 
 
@@ -92,6 +120,15 @@ def test_planted_fault_is_caught(fault: str, tmp_path, device: str) -> None:
     budget = testing.error_budget(problem, exact)
     results = testing.run_backend(with_fault(tmp_path, old, new), problem)
     caught = [check.name for check in testing._compare(results, exact, budget) if not check.passed]
+    assert where in caught, f"caught in {caught}"
+
+
+@pytest.mark.parametrize("fault", SOFTMAX_FAULTS)
+def test_planted_fault_in_the_form_with_softmax_is_caught(fault: str, tmp_path, device: str) -> None:
+    old, new, where = SOFTMAX_FAULTS[fault]
+    problem = testing.make_problem(**{**SMALL, "head_dim": 24}, device=device)
+    results = testing.run_softmax(with_fault(tmp_path, old, new), problem)
+    caught = [check.name for check in testing._compare(results, *testing._softmax_budget(problem)) if not check.passed]
     assert where in caught, f"caught in {caught}"
 
 
@@ -252,7 +289,8 @@ def test_more_than_two_to_the_31_elements() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("block_q", [64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_sequences_are_right_and_repeat(head_dim: int, block_q: int) -> None:
+@pytest.mark.parametrize("run", [run, run_softmax], ids=["phi given", "softmax inside"])
+def test_long_sequences_are_right_and_repeat(run, head_dim: int, block_q: int) -> None:
     """At Wan's length thousands of programs share the GPU: a race that small cases never lose shows here.
 
     The oracle would be N x N; the torch backend, on the same numbers in float32, stands in for it.
@@ -270,7 +308,8 @@ def test_long_sequences_are_right_and_repeat(head_dim: int, block_q: int) -> Non
     first = run(problem)
     for _ in range(5):
         assert testing._same_bits(first.values(), run(problem).values())
-    expected = testing.run_backend(backends.load("torch"), problem.to(torch.float32))
+    form = testing.run_softmax if run is run_softmax else testing.run_backend
+    expected = form(backends.load("torch"), problem.to(torch.float32))
     for name, values in first.items():
         error = (values.float() - expected[name]).square().mean().sqrt()
         assert error <= 0.02 * expected[name].square().mean().sqrt(), name

@@ -17,8 +17,8 @@ from .block_map import (
     check_tensors,
     classify_blocks,
 )
-from .feature_maps import FeatureMap, resolve_feature_map
-from .protocol import Saved
+from .feature_maps import FeatureMap, resolve_feature_map, softmax
+from .protocol import Backend, Saved
 
 
 class SLAOutput(NamedTuple):
@@ -133,12 +133,13 @@ def attend(
                 )
         _check_block_map(block_map, query, key)
 
+    inside = phi_query is softmax and phi_key is softmax  # the default, which the operator computes by itself
     sparse, linear, lse = _forward(
         query,
         key,
         value,
-        _features(phi_query, query, "query"),
-        _features(phi_key, key, "key"),
+        None if inside else _features(phi_query, query, "query"),
+        None if inside else _features(phi_key, key, "key"),
         block_map.labels,
         block_map._num_critical,
         block_map.block_q,
@@ -192,6 +193,8 @@ def _features(phi: FeatureMap, tokens: Tensor, name: str) -> Tensor:
 # --- the operator ----------------------------------------------------------------------------------------------------
 # The index lists of a BlockMap are made inside, from the labels: to autograd and compilers they do not exist. The
 # backend travels as a string, so that the backward runs on the backend of its forward, whatever is set by then.
+# Without phi_query and phi_key, phi is softmax: a backend may then compute it where it is read, and nothing is kept of
+# it for the backward. The gradient through it is part of query's and key's.
 
 
 @torch.library.custom_op("sla_ref::forward", mutates_args=())
@@ -199,8 +202,8 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi_query: Tensor,
-    phi_key: Tensor,
+    phi_query: Tensor | None,
+    phi_key: Tensor | None,
     labels: Tensor,
     num_critical: int | None,
     block_q: int,
@@ -211,7 +214,9 @@ def _forward(
     block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
     chosen = backends.choose(backend, query, block_map)
     with torch.autocast(query.device.type, enabled=False):
-        return chosen.forward(query, key, value, phi_query, phi_key, block_map, scale)
+        if phi_query is not None and phi_key is not None:
+            return chosen.forward(query, key, value, phi_query, phi_key, block_map, scale)
+        return forward_softmax(chosen, query, key, value, block_map, scale)
 
 
 @torch.library.custom_op("sla_ref::backward", mutates_args=())
@@ -221,8 +226,8 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi_query: Tensor,
-    phi_key: Tensor,
+    phi_query: Tensor | None,
+    phi_key: Tensor | None,
     out_sparse: Tensor,
     out_linear: Tensor,
     lse: Tensor,
@@ -232,13 +237,49 @@ def _backward(
     block_k: int,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
     chosen = backends.choose(backend, query, block_map)
     saved = Saved(out_sparse, out_linear, lse)
-    inputs = (query, key, value, phi_query, phi_key)
     with torch.autocast(query.device.type, enabled=False):
-        return chosen.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale)
+        if phi_query is not None and phi_key is not None:
+            inputs = (query, key, value, phi_query, phi_key)
+            return list(chosen.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale))
+        return list(backward_softmax(chosen, grad_sparse, grad_linear, query, key, value, saved, block_map, scale))
+
+
+def forward_softmax(
+    backend: Backend, query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
+) -> Saved:
+    """The backend's forward with phi = softmax, by its own `forward_softmax` if it has one."""
+    if hasattr(backend, "forward_softmax"):
+        return backend.forward_softmax(query, key, value, block_map, scale)
+    return backend.forward(query, key, value, softmax(query), softmax(key), block_map, scale)
+
+
+def backward_softmax(
+    backend: Backend,
+    grad_sparse: Tensor,
+    grad_linear: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saved: Saved,
+    block_map: BlockMap,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value with phi = softmax, by the backend's own `backward_softmax` if it has one."""
+    if hasattr(backend, "backward_softmax"):
+        return backend.backward_softmax(grad_sparse, grad_linear, query, key, value, saved, block_map, scale)
+    phi_query, through_query = torch.func.vjp(softmax, query)  # type: ignore[misc]
+    phi_key, through_key = torch.func.vjp(softmax, key)  # type: ignore[misc]
+    inputs = (query, key, value, phi_query, phi_key)
+    gradients = backend.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale)
+    return (
+        gradients.query + through_query(gradients.phi_query)[0],
+        gradients.key + through_key(gradients.phi_key)[0],
+        gradients.value,
+    )
 
 
 @_forward.register_fake
@@ -248,8 +289,8 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_backward.register_fake
-def _(grad_sparse: Tensor, grad_linear: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in rest[:5])
+def _(grad_sparse: Tensor, grad_linear: Tensor, *rest: Any) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in rest[:5] if tensor is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -261,10 +302,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     gradients = _backward(grad_sparse, grad_linear, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None, None, None
+    return *gradients, *[None] * (11 - len(gradients))
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
+def _refuse(ctx: Any, *grads: Any) -> NoReturn:
     raise RuntimeError("sparse_linear_attention has no second derivative: its gradient cannot be differentiated again")
 
 

@@ -122,6 +122,8 @@ def compile_kernels(
 ) -> list[tuple[str, Any]]:
     """(name, what triton compiled) for every kernel that a forward and a backward start, in that order, each once.
 
+    "softmax" behind a name: in the form that computes phi by itself, after those that read it.
+
     Arguments and errors as for `report`; `length` is the number of tokens.
     """
     import triton
@@ -137,7 +139,8 @@ def compile_kernels(
 
     def compile_only(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
         binary = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
-        compiled[kernel.__name__.strip("_").removesuffix("_kernel"), binary.hash] = binary
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        compiled[name + (" softmax" if options.get("SOFTMAX") else ""), binary.hash] = binary
 
     tokens = torch.empty(1, 2, length, head_dim, dtype=dtype, device="meta")
     blocks = (1, 2, math.ceil(length / block_q), math.ceil(length / block_k))
@@ -151,6 +154,8 @@ def compile_kernels(
     ):
         saved = triton_fused.forward(tokens, tokens, tokens, tokens, tokens, block_map, 0.125)
         triton_fused.backward(tokens, tokens, tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
+        triton_fused.forward_softmax(tokens, tokens, tokens, block_map, 0.125)
+        triton_fused.backward_softmax(tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
     return [(name, binary) for (name, _), binary in compiled.items()]
 
 

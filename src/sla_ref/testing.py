@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import backends, reference
+from .attention import backward_softmax, forward_softmax
 from .block_map import BlockMap, classify_blocks
-from .feature_maps import resolve_feature_map
+from .feature_maps import resolve_feature_map, softmax
 from .protocol import Backend, Gradients
 
 OUTPUTS = ("sparse", "linear", "lse")
@@ -151,6 +152,16 @@ def run_backend(backend: Backend, problem: Problem, backward: Backend | None = N
     return dict(zip((*OUTPUTS, *GRADIENTS), (*saved, *gradients), strict=True))
 
 
+def run_softmax(backend: Backend, problem: Problem) -> Results:
+    """Outputs of a backend with phi = softmax inside the operator, and the gradients of query, key and value."""
+    query, key, value = problem[:3]
+    saved = forward_softmax(backend, query, key, value, problem.block_map, problem.scale)
+    gradients = backward_softmax(
+        backend, problem.grad_sparse, problem.grad_linear, query, key, value, saved, problem.block_map, problem.scale
+    )
+    return dict(zip((*OUTPUTS, *GRADIENTS[:3]), (*saved, *gradients), strict=True))
+
+
 def oracle(problem: Problem) -> Results:
     """The equations in float64, on the problem's rounded inputs. N x N memory."""
     return run_function(reference.sparse_linear_attention, problem.to(torch.float64))
@@ -175,9 +186,17 @@ def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
     dtype = problem.query.dtype
     if dtype == torch.float64:
         return {name: Bound(*[1e-12 * max(1.0, _largest(values))] * 2) for name, values in exact.items()}
+    return _budget(exact, _plain(problem), _rounding_noise(problem, exact))
+
+
+def _plain(problem: Problem) -> Results:
+    """The equations in the problem's dtype, but lse, which is always computed in float32 or better."""
     plain = run_function(reference.sparse_linear_attention, problem)
     plain["lse"] = run_function(reference.sparse_linear_attention, problem.to(torch.float32))["lse"]
-    noise = _rounding_noise(problem, exact)
+    return plain
+
+
+def _budget(exact: Results, plain: Results, noise: Results) -> dict[str, Bound]:
     budget = {}
     for name, values in exact.items():
         error = _difference(plain[name], values)
@@ -223,6 +242,43 @@ def _rounding_noise(problem: Problem, exact: Results) -> Results:
         "grad_phi_key": dA2.mT @ phi_Q2,
     }
     return {name: values.sqrt() for name, values in squares.items()}
+
+
+# Where phi is softmax and belongs to the operator, its gradient is a part of query's and key's: dx = phi (dphi - phi .
+# dphi). What follows carries results and their noise on through that.
+
+
+def _with_softmax(problem: Problem) -> Problem:
+    return problem._replace(phi_query=softmax(problem.query), phi_key=softmax(problem.key))
+
+
+def _through_softmax(results: Results, problem: Problem) -> Results:
+    through = dict(results)
+    for name, phi in (("query", problem.phi_query), ("key", problem.phi_key)):
+        grad = through.pop(f"grad_phi_{name}")
+        through[f"grad_{name}"] = results[f"grad_{name}"] + phi * (grad - (phi * grad).sum(-1, keepdim=True))
+    return through
+
+
+def _noise_through_softmax(noise: Results, exact: Results, problem: Problem) -> Results:
+    unit = torch.finfo(problem.query.dtype).eps
+    through = dict(noise)
+    for name, phi in (("query", problem.phi_query), ("key", problem.phi_key)):
+        grad = f"grad_phi_{name}"
+        phi2 = phi.double().square()
+        square = through.pop(grad).square() + (unit * exact[grad]).square()
+        square = phi2 * (square + (phi2 * square).sum(-1, keepdim=True))
+        through[f"grad_{name}"] = (noise[f"grad_{name}"].square() + square).sqrt()
+    return through
+
+
+def _softmax_budget(problem: Problem) -> tuple[Results, dict[str, Bound]]:
+    """Oracle and budget of the problem's query, key and value with phi = softmax inside; not for float64."""
+    wide, rounded = _with_softmax(problem.to(torch.float64)), _with_softmax(problem)
+    exact = oracle(wide)
+    noise = _noise_through_softmax(_rounding_noise(rounded, exact), exact, rounded)
+    exact = _through_softmax(exact, wide)
+    return exact, _budget(exact, _through_softmax(_plain(rounded), rounded), noise)
 
 
 def assert_within(results: Results, exact: Results, budget: dict[str, Bound]) -> None:
@@ -301,6 +357,11 @@ class Case:
     arguments: dict[str, Any]
     quick: bool = False
 
+    @property
+    def softmax_inside(self) -> bool:
+        """Whether phi is softmax of the problem's query and key: a backend's form that computes it is tried too."""
+        return not self.arguments.keys() & {"feature_map", "spread"}
+
     def __str__(self) -> str:
         return self.name
 
@@ -362,6 +423,14 @@ def check_case(
     with _PoisonedMemory():
         results = run_backend(backend, framed)
     checks = [*_compare(results, exact, budget), *_check_form(results, problem)]
+    if hasattr(backend, "forward_softmax") and case.softmax_inside:
+        with _PoisonedMemory():
+            inside = run_softmax(backend, framed)
+        found = [*_compare(inside, *_softmax_budget(problem)), *_check_form(inside, problem)]
+        if thorough:
+            again = run_softmax(backend, problem)
+            found.append(Check("repeats bit for bit, contiguous", _same_bits(inside.values(), again.values())))
+        checks += [replace(check, name=f"{check.name}, softmax inside") for check in found]
     if thorough:
         checks.append(Check("inputs are left as they were", _same_bits(framed[:7], problem[:7])))
         checks.append(Check("repeats bit for bit", _same_bits(results.values(), run_backend(backend, framed).values())))
@@ -460,8 +529,8 @@ def _check_form(results: Results, problem: Problem) -> list[Check]:
     forms = dict.fromkeys(("sparse", "linear"), (query.shape, query.dtype))
     forms["lse"] = (query.shape[:3], torch.promote_types(query.dtype, torch.float32))
     forms |= {name: (tensor.shape, tensor.dtype) for name, tensor in zip(GRADIENTS, problem.inputs, strict=True)}
-    for name, (shape, dtype) in forms.items():
-        got = results[name]
+    for name, got in results.items():
+        shape, dtype = forms[name]
         fits = got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == query.device
         checks.append(Check(f"form of {name}", fits, f"{tuple(got.shape)} {got.dtype} strides {got.stride()}"))
     return checks

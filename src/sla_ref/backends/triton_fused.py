@@ -138,6 +138,62 @@ def _load(
 
 
 @triton.jit
+def _exponentials(
+    view, bh, num_heads, first, length, feature, top, D: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
+):
+    """exp(x - top) of some features of some tokens, 0 for a feature that is padding. # [ROWS, FEATURES]"""
+    tokens = _load_slab(view, bh, num_heads, first, length, feature, D, ROWS, FEATURES).to(tl.float32)
+    tokens = tl.where((feature + tl.arange(0, FEATURES) < D)[None, :], tokens, float("-inf"))
+    return tl.exp2((tokens - top[:, None]) * LOG2_E)
+
+
+@triton.jit
+def _softmax_of_rows(
+    view,
+    bh,
+    num_heads,
+    first,
+    length,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    """What `_load_phi` needs of whole rows where phi is softmax: maximum, 1 / sum of exponentials. # [ROWS], [ROWS]"""
+    top = tl.zeros([ROWS], tl.float32)
+    share = tl.zeros([ROWS], tl.float32)
+    if SOFTMAX:
+        tokens = _load_slab(view, bh, num_heads, first, length, 0, D, ROWS, COLUMNS).to(tl.float32)
+        top = tl.max(tl.where((tl.arange(0, COLUMNS) < D)[None, :], tokens, float("-inf")), 1)
+        share = 1 / tl.sum(_exponentials(view, bh, num_heads, first, length, 0, top, D, ROWS, COLUMNS), 1)
+    return top, share
+
+
+@triton.jit
+def _load_phi(
+    view,
+    bh,
+    num_heads,
+    first,
+    length,
+    feature,
+    top,
+    share,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    """Some features of phi of some tokens: the softmax of what is read, or what is read. # [ROWS, FEATURES]"""
+    if SOFTMAX:
+        phi = _exponentials(view, bh, num_heads, first, length, feature, top, D, ROWS, FEATURES) * share[:, None]
+        phi = tl.where((first + tl.arange(0, ROWS) < length)[:, None], phi, 0.0).to(view[0].dtype.element_ty)
+    else:
+        phi = _load_slab(view, bh, num_heads, first, length, feature, D, ROWS, FEATURES)
+    return phi
+
+
+@triton.jit
 def _state(states, index, COLUMNS: tl.constexpr):
     """Where the state of block `index` begins (see the picture above)."""
     return states + index.to(tl.int64) * ((COLUMNS + 2) * COLUMNS)
@@ -260,6 +316,7 @@ def _states_kernel(
     COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FEATURES: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):
     """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4]"""
     program = tl.program_id(0)
@@ -267,22 +324,24 @@ def _states_kernel(
     bh = first_head + program // num_key_blocks
     first = j * BLOCK_K
     state = _state(states, program, COLUMNS)
+    top, share = _softmax_of_rows(phi_key, bh, num_heads, first, key_length, D, BLOCK_K, COLUMNS, SOFTMAX)
+    phi = _load_phi(phi_key, bh, num_heads, first, key_length, 0, top, share, D, BLOCK_K, COLUMNS, SOFTMAX)
     V = _load_slab(value, bh, num_heads, first, key_length, 0, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
-    phi = _load_slab(phi_key, bh, num_heads, first, key_length, 0, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
     # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So a block with a NaN or Inf counts as
     # zeros, and as bad; the query blocks that it is marginal to turn their rows into NaN.
     finite = (tl.abs(phi.to(tl.float32)) < float("inf")) & (tl.abs(V.to(tl.float32)) < float("inf"))
     good = tl.min(tl.min(finite.to(tl.int32), 1), 0)
-    V = tl.where(good == 1, V, 0.0).to(V.dtype)
-    z = tl.sum(tl.where(good == 1, phi.to(tl.float32), 0.0), 0)  # [COLUMNS]
-    for feature in range(0, COLUMNS, FEATURES):
-        slab = _load_slab(phi_key, bh, num_heads, first, key_length, feature, D, BLOCK_K, FEATURES)
-        slab = tl.where(good == 1, slab, 0.0).to(V.dtype)
-        h = _dot(tl.trans(slab), V)  # [FEATURES, COLUMNS]
-        tl.store(state + _state_slab(feature, FEATURES, COLUMNS), h.to(states.dtype.element_ty))
+    phi = tl.where(good == 1, phi, 0.0).to(phi.dtype)  # [BLOCK_K, COLUMNS]
     columns = tl.arange(0, COLUMNS)
-    counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
+    z = tl.sum(phi.to(tl.float32), 0)  # [COLUMNS]
     tl.store(state + COLUMNS * COLUMNS + columns, z.to(states.dtype.element_ty))
+    for column in range(0, COLUMNS, FEATURES):
+        slab = _load_slab(value, bh, num_heads, first, key_length, column, D, BLOCK_K, FEATURES)
+        slab = tl.where(good == 1, slab, 0.0).to(phi.dtype)
+        h = _dot(tl.trans(phi), slab)  # [COLUMNS, FEATURES]
+        place = columns[:, None] * COLUMNS + (column + tl.arange(0, FEATURES))[None, :]
+        tl.store(state + place, h.to(states.dtype.element_ty))
+    counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
     tl.store(state + (COLUMNS + 1) * COLUMNS + columns, counts.to(states.dtype.element_ty))
 
 
@@ -385,6 +444,7 @@ def _forward_kernel(
     KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):
     """Both branches for ROWS rows of query block i. [Alg. 1 L7-L16]"""
     program = tl.program_id(0)
@@ -424,14 +484,15 @@ def _forward_kernel(
     sums = _state(sums, block, COLUMNS)
     O = tl.zeros([ROWS, COLUMNS], tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
+    top, share = _softmax_of_rows(phi_query, bh, num_heads, first, query_length, D, ROWS, COLUMNS, SOFTMAX)
     # Not pipelined: phi is read by the matrix unit and for the denominator. For such a tile Triton's pipeline (3.6 and
     # 3.7, on sm_90) has one buffer, and fetches the next tile into it while the product of this one is under way.
     for feature in tl.range(0, COLUMNS, FEATURES, num_stages=1):
-        phi = _load_slab(phi_query, bh, num_heads, first, query_length, feature, D, ROWS, FEATURES)  # [ROWS, FEATURES]
+        phi = _load_phi(phi_query, bh, num_heads, first, query_length, feature, top, share, D, ROWS, FEATURES, SOFTMAX)
         H = tl.load(sums + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
         Z = tl.load(sums + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
-        O = _dot(phi, H, O)
         denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
+        O = _dot(phi, H, O)
     denominator = _sound(denominator, sums, COLUMNS)
     O = tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])
     _store_slab(out_linear, bh, num_heads, first, query_length, 0, O, D, ROWS, COLUMNS)
@@ -496,8 +557,11 @@ def _backward_dq_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):
     """dQ for ROWS rows of query block i, along its list of critical key blocks. [Alg. 2 L12]
+
+    Where phi is softmax, `grad_query` holds the linear branch's share already; it is added to.
 
     On the way it leaves lse and D^s in scratch that is padded to whole blocks, where `_backward_dkdv_kernel` reads them
     without a mask.
@@ -537,7 +601,10 @@ def _backward_dq_kernel(
             dQ, Q, dO, L, delta, key, value, bh, num_heads, first_key, key_length, log2_scale,
             D, KEYS, COLUMNS, DESCRIPTORS, True,
         )  # fmt: skip
-    _store_slab(grad_query, bh, num_heads, first, query_length, 0, dQ * scale, D, ROWS, COLUMNS)
+    dQ *= scale
+    if SOFTMAX:
+        dQ += _load_slab(grad_query, bh, num_heads, first, query_length, 0, D, ROWS, COLUMNS).to(tl.float32)
+    _store_slab(grad_query, bh, num_heads, first, query_length, 0, dQ, D, ROWS, COLUMNS)
 
 
 @triton.jit(
@@ -568,11 +635,12 @@ def _backward_dkdv_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
     Scores are held transposed, [KEYS, ROWS], so that each product reads its operands as they lie in memory.
-    `grad_value` holds the linear branch's share already; it is added to.
+    `grad_value` holds the linear branch's share already, where phi is softmax `grad_key` too; they are added to.
     """
     program = tl.program_id(0)
     block = program // (BLOCK_K // KEYS)
@@ -604,7 +672,10 @@ def _backward_dkdv_kernel(
         dP = _dot(V, tl.trans(dO))  # [KEYS, ROWS] [Alg. 2 L11]
         dS = P * (dP - tl.load(row_delta + row)[None, :])  # [Alg. 2 L11]
         dK = _dot(dS.to(Q.dtype), Q, dK)  # [Alg. 2 L12]
-    _store_slab(grad_key, bh, num_heads, first_key, key_length, 0, dK * scale, D, KEYS, COLUMNS)
+    dK *= scale
+    if SOFTMAX:
+        dK += _load_slab(grad_key, bh, num_heads, first_key, key_length, 0, D, KEYS, COLUMNS).to(tl.float32)
+    _store_slab(grad_key, bh, num_heads, first_key, key_length, 0, dK, D, KEYS, COLUMNS)
     dV += _load_slab(grad_value, bh, num_heads, first_key, key_length, 0, D, KEYS, COLUMNS).to(tl.float32)
     _store_slab(grad_value, bh, num_heads, first_key, key_length, 0, dV, D, KEYS, COLUMNS)
 
@@ -628,8 +699,9 @@ def _backward_linear_query_kernel(
     COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     FEATURES: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):
-    """dQ^phi, dH_i and dZ_i for query block i. [Alg. 2 L3-L5]"""
+    """dQ^phi, or its share of dQ where phi is softmax, dH_i and dZ_i for query block i. [Alg. 2 L3-L5]"""
     block = tl.program_id(0)
     i = block % num_query_blocks
     bh = first_head + block // num_query_blocks
@@ -637,9 +709,15 @@ def _backward_linear_query_kernel(
     sums = _state(sums, block, COLUMNS)
     grad_sums = _state(grad_sums, block, COLUMNS)
 
-    phi = _load_slab(phi_query, bh, num_heads, first, query_length, 0, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
-    Z = tl.load(sums + COLUMNS * COLUMNS + tl.arange(0, COLUMNS)).to(tl.float32)  # [COLUMNS]
-    denominator = _sound(tl.sum(phi.to(tl.float32) * Z[None, :], 1), sums, COLUMNS)
+    top, share = _softmax_of_rows(phi_query, bh, num_heads, first, query_length, D, BLOCK_Q, COLUMNS, SOFTMAX)
+    denominator = tl.zeros([BLOCK_Q], tl.float32)
+    for feature in range(0, COLUMNS, FEATURES):
+        Z = tl.load(sums + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
+        phi = _load_phi(
+            phi_query, bh, num_heads, first, query_length, feature, top, share, D, BLOCK_Q, FEATURES, SOFTMAX
+        )  # [BLOCK_Q, FEATURES]
+        denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
+    denominator = _sound(denominator, sums, COLUMNS)
     inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
     dO = _load_slab(grad_linear, bh, num_heads, first, query_length, 0, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
     O = _load_slab(out_linear, bh, num_heads, first, query_length, 0, D, BLOCK_Q, COLUMNS)  # [BLOCK_Q, COLUMNS]
@@ -647,14 +725,18 @@ def _backward_linear_query_kernel(
     for feature in range(0, COLUMNS, FEATURES):
         H = tl.load(sums + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
         row_of_z = COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)
-        z_slab = tl.load(sums + row_of_z).to(tl.float32)  # [FEATURES]
-        dphi = (_dot(dO, tl.trans(H)) - delta[:, None] * z_slab[None, :]) * inverse[:, None]  # [Alg. 2 L5]
+        Z = tl.load(sums + row_of_z).to(tl.float32)  # [FEATURES]
+        dphi = _dot(dO, tl.trans(H)) - delta[:, None] * Z[None, :]  # [Alg. 2 L5], but for the division
+        phi = _load_phi(
+            phi_query, bh, num_heads, first, query_length, feature, top, share, D, BLOCK_Q, FEATURES, SOFTMAX
+        )
+        weight = phi.to(tl.float32) * inverse[:, None]  # phi(Q_i) / (phi(Q_i) Z_i), [BLOCK_Q, FEATURES]
+        # dx = phi (dphi - phi . dphi), and phi . dphi = 0: O^l is the same for a longer phi(Q).
+        dphi *= weight if SOFTMAX else inverse[:, None]
         _store_slab(grad_phi_query, bh, num_heads, first, query_length, feature, dphi, D, BLOCK_Q, FEATURES)
 
-        slab = _load_slab(phi_query, bh, num_heads, first, query_length, feature, D, BLOCK_Q, FEATURES)
-        share = slab.to(tl.float32) * inverse[:, None]  # phi(Q_i) / (phi(Q_i) Z_i), [BLOCK_Q, FEATURES]
-        dH = _dot(tl.trans(share.to(dO.dtype)), dO)  # [FEATURES, COLUMNS] [Alg. 2 L3]
-        dZ = -tl.sum(share * delta[:, None], 0)  # [FEATURES] [Alg. 2 L4]
+        dH = _dot(tl.trans(weight.to(dO.dtype)), dO)  # [FEATURES, COLUMNS] [Alg. 2 L3]
+        dZ = -tl.sum(weight * delta[:, None], 0)  # [FEATURES] [Alg. 2 L4]
         tl.store(grad_sums + _state_slab(feature, FEATURES, COLUMNS), dH.to(grad_sums.dtype.element_ty))
         tl.store(grad_sums + row_of_z, dZ.to(grad_sums.dtype.element_ty))
     counts = (COLUMNS + 1) * COLUMNS + tl.arange(0, COLUMNS)  # they have no gradient
@@ -676,24 +758,35 @@ def _backward_linear_key_kernel(
     COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FEATURES: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):
-    """dK^phi, and the linear branch's share of dV, for key block j. [Alg. 2 L16] [Alg. 2 L17]"""
+    """dK^phi (its share of dK where phi is softmax) and the share of dV for key block j. [Alg. 2 L16] [Alg. 2 L17]"""
     block = tl.program_id(0)
     j = block % num_key_blocks
     bh = first_head + block // num_key_blocks
     first = j * BLOCK_K
     grad_state = _state(grad_states, block, COLUMNS)
     V = _load_slab(value, bh, num_heads, first, key_length, 0, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
+    top, share = _softmax_of_rows(phi_key, bh, num_heads, first, key_length, D, BLOCK_K, COLUMNS, SOFTMAX)
     dV = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
+    along = tl.zeros([BLOCK_K], tl.float32)
+    for feature in range(0, COLUMNS, FEATURES):
+        dh = tl.load(grad_state + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
+        dz = tl.load(grad_state + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
+        phi = _load_phi(phi_key, bh, num_heads, first, key_length, feature, top, share, D, BLOCK_K, FEATURES, SOFTMAX)
+        dV = _dot(phi, dh, dV)  # [Alg. 2 L17]
+        along += tl.sum(phi.to(tl.float32) * dz[None, :], 1)
+    along += tl.sum(V.to(tl.float32) * dV, 1)  # phi . dphi, [BLOCK_K]
     for feature in range(0, COLUMNS, FEATURES):
         dh = tl.load(grad_state + _state_slab(feature, FEATURES, COLUMNS))  # [FEATURES, COLUMNS]
         dz = tl.load(grad_state + COLUMNS * COLUMNS + feature + tl.arange(0, FEATURES)).to(tl.float32)  # [FEATURES]
         dphi = _dot(V, tl.trans(dh)) + dz[None, :]  # [BLOCK_K, FEATURES] [Alg. 2 L16]
+        if SOFTMAX:  # dx = phi (dphi - phi . dphi)
+            phi = _load_phi(
+                phi_key, bh, num_heads, first, key_length, feature, top, share, D, BLOCK_K, FEATURES, SOFTMAX
+            )
+            dphi = phi.to(tl.float32) * (dphi - along[:, None])
         _store_slab(grad_phi_key, bh, num_heads, first, key_length, feature, dphi, D, BLOCK_K, FEATURES)
-        phi = _load_slab(
-            phi_key, bh, num_heads, first, key_length, feature, D, BLOCK_K, FEATURES
-        )  # [BLOCK_K, FEATURES]
-        dV = _dot(phi, dh, dV)  # [Alg. 2 L17]
     _store_slab(grad_value, bh, num_heads, first, key_length, 0, dV, D, BLOCK_K, COLUMNS)
 
 
@@ -729,17 +822,25 @@ _TILES = {
     "linear_key": _Tiles(),
     "dq": _Tiles(),
     "dkdv": _Tiles(),
-    # D over 64, matrix instructions that read their operands from shared memory: sm_90, sm_100
+    # matrix instructions that read their operands from shared memory: sm_90, sm_100
+    "linear_query 64 x 128": _Tiles(warps=8),
+    # the same, D over 64: whole rows at a time, so that softmax computes its exponentials once
+    "states 128": _Tiles(features=32, registers=128),
+    "forward 128": _Tiles(features=128),
+    "linear_query 128": _Tiles(features=128, warps=8),
     "linear_key 128": _Tiles(features=128, warps=8),
     # the same, query blocks of 128; with all of its rows at once the forward reads K and V half as often
     "forward 128 x 128 sm_90": _Tiles(rows=128, features=128, warps=8, registers=128),
     "linear_query 128 x 128": _Tiles(warps=8),
+    "linear_query 128 x 128 sm_90": _Tiles(features=128, warps=16),
     # operands from registers, less shared memory: sm_80, sm_120
     "dkdv small": _Tiles(warps=8),
+    "dq small": _Tiles(keys=32),
+    "linear_query small": _Tiles(features=32),
     "states 128 small": _Tiles(stages=3),
-    "forward 128 small": _Tiles(warps=8),
+    "forward 128 small": _Tiles(keys=32, warps=8),
+    "linear_key 128 small": _Tiles(warps=8),
     "linear_query 128 small": _Tiles(features=32, warps=8),
-    "dq 128 small": _Tiles(keys=32),
 }
 """Launch parameters for 16 bits, by kernel, D if over 64, x block_q, architecture: the most special entry counts."""
 
@@ -950,7 +1051,14 @@ def _add_up(weights: Tensor, states: Tensor, sums: Tensor) -> None:
 
 
 def _marginal_sums(
-    phi_keys: tuple, values: tuple, weights: Tensor, states: Tensor, sums: Tensor, first_head: int, block_map: BlockMap
+    phi_keys: tuple,
+    values: tuple,
+    weights: Tensor,
+    states: Tensor,
+    sums: Tensor,
+    first_head: int,
+    block_map: BlockMap,
+    softmax: bool,
 ) -> None:
     """h_j, z_j of all key blocks, H_i, Z_i of all query blocks, for the heads of a chunk. [Alg. 1 L4] [Alg. 1 L13]"""
     heads, num_key_blocks, _ = states.shape
@@ -970,6 +1078,7 @@ def _marginal_sums(
         COLUMNS=_columns(value.shape[-1]),
         BLOCK_K=block_map.block_k,
         FEATURES=tiles.features,
+        SOFTMAX=softmax,
         **tiles.options,
     )
     _add_up(weights[first_head : first_head + heads], states, sums)
@@ -1023,6 +1132,56 @@ def forward(
     scale: float,
 ) -> Saved:
     """Algorithm 1, lines 4 and 7 to 16."""
+    return _forward(query, key, value, phi_query, phi_key, block_map, scale, softmax=False)
+
+
+def backward(
+    grad_sparse: Tensor,
+    grad_linear: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    saved: Saved,
+    block_map: BlockMap,
+    scale: float,
+) -> Gradients:
+    """Algorithm 2."""
+    inputs = (query, key, value, phi_query, phi_key)
+    return _backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale, softmax=False)
+
+
+def forward_softmax(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float) -> Saved:
+    """`forward` with phi = softmax, made where it is read: phi(Q) and phi(K) are never in memory."""
+    return _forward(query, key, value, query, key, block_map, scale, softmax=True)
+
+
+def backward_softmax(
+    grad_sparse: Tensor,
+    grad_linear: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saved: Saved,
+    block_map: BlockMap,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value that belong to `forward_softmax`, those through phi included."""
+    inputs = (query, key, value, query, key)
+    return _backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale, softmax=True)[:3]
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor,
+    phi_key: Tensor,
+    block_map: BlockMap,
+    scale: float,
+    softmax: bool,
+) -> Saved:
     num_heads, query_length, head_dim = query.shape[1:]
     num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
     out_sparse = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -1038,7 +1197,7 @@ def forward(
         *views, descriptors = _sparse_views((query, tiles.rows), (key, tiles.keys), (value, tiles.keys))
         phi_queries, phi_keys, values, *outputs = map(_view, (phi_query, phi_key, value, out_sparse, out_linear))
         for first_head, heads in chunks:
-            _marginal_sums(phi_keys, values, weights, states[:heads], sums[:heads], first_head, block_map)
+            _marginal_sums(phi_keys, values, weights, states[:heads], sums[:heads], first_head, block_map, softmax)
             _launch(
                 _forward_kernel,
                 heads * num_query_blocks * (block_map.block_q // tiles.rows),
@@ -1064,12 +1223,13 @@ def forward(
                 KEYS=tiles.keys,
                 FEATURES=tiles.features,
                 DESCRIPTORS=descriptors,
+                SOFTMAX=softmax,
                 **tiles.options,
             )
     return Saved(out_sparse, out_linear, lse)
 
 
-def backward(
+def _backward(
     grad_sparse: Tensor,
     grad_linear: Tensor,
     query: Tensor,
@@ -1080,13 +1240,14 @@ def backward(
     saved: Saved,
     block_map: BlockMap,
     scale: float,
+    softmax: bool,
 ) -> Gradients:
-    """Algorithm 2."""
-    grad_phi_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    grad_phi_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    grad_value = torch.empty_like(grad_phi_key)
+    grad_phi_query, grad_phi_key, grad_value = (
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)
+    )
+    # Where phi is softmax, its gradients end up in those of query and key: the same tensors.
+    grad_query, grad_key = grad_phi_query, grad_phi_key
     with torch.cuda.device_of(query):
-        # The states of the linear branch are gone before dQ and dK are allocated.
         _backward_linear(
             grad_linear,
             phi_query,
@@ -1097,9 +1258,13 @@ def backward(
             grad_phi_key,
             grad_value,
             block_map,
+            softmax,
         )
-        grad_query, grad_key = torch.empty_like(grad_phi_query), torch.empty_like(grad_phi_key)
-        _backward_sparse(grad_sparse, query, key, value, saved, grad_query, grad_key, grad_value, block_map, scale)
+        if not softmax:  # the states of the linear branch are gone by now
+            grad_query, grad_key = torch.empty_like(grad_phi_query), torch.empty_like(grad_phi_key)
+        _backward_sparse(
+            grad_sparse, query, key, value, saved, grad_query, grad_key, grad_value, block_map, scale, softmax
+        )
     return Gradients(grad_query, grad_key, grad_value, grad_phi_query, grad_phi_key)
 
 
@@ -1113,6 +1278,7 @@ def _backward_linear(
     grad_phi_key: Tensor,
     grad_value: Tensor,
     block_map: BlockMap,
+    softmax: bool,
 ) -> None:
     """Fills grad_phi_query, grad_phi_key, and grad_value with the linear branch's share."""
     num_heads, query_length, head_dim = phi_query.shape[1:]
@@ -1127,7 +1293,7 @@ def _backward_linear(
     phi_keys, values, *key_outputs = map(_view, (phi_key, value, grad_phi_key, grad_value))
     query_views = tuple(map(_view, (phi_query, grad_linear, out_linear, grad_phi_query)))
     for first_head, heads in chunks:
-        _marginal_sums(phi_keys, values, weights, states[:heads], sums[:heads], first_head, block_map)
+        _marginal_sums(phi_keys, values, weights, states[:heads], sums[:heads], first_head, block_map, softmax)
         _launch(
             _backward_linear_query_kernel,
             heads * num_query_blocks,
@@ -1140,6 +1306,7 @@ def _backward_linear(
             num_query_blocks,
             BLOCK_Q=block_map.block_q,
             FEATURES=query_tiles.features,
+            SOFTMAX=softmax,
             **query_tiles.options,
             **shape,
         )
@@ -1158,6 +1325,7 @@ def _backward_linear(
             num_key_blocks,
             BLOCK_K=block_map.block_k,
             FEATURES=key_tiles.features,
+            SOFTMAX=softmax,
             **key_tiles.options,
             **shape,
         )
@@ -1174,8 +1342,9 @@ def _backward_sparse(
     grad_value: Tensor,
     block_map: BlockMap,
     scale: float,
+    softmax: bool,
 ) -> None:
-    """Fills grad_query and grad_key, and adds the sparse branch's share to grad_value."""
+    """Fills grad_query and grad_key, or adds to them where phi is softmax, and adds to grad_value."""
     batch, num_heads, query_length, head_dim = query.shape
     num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
     shape = {"D": head_dim, "COLUMNS": _columns(head_dim), "BLOCK_Q": block_map.block_q, "BLOCK_K": block_map.block_k}
@@ -1206,6 +1375,7 @@ def _backward_sparse(
         ROWS=tiles.rows,
         KEYS=tiles.keys,
         DESCRIPTORS=descriptors,
+        SOFTMAX=softmax,
         **tiles.options,
         **shape,
     )
@@ -1232,6 +1402,7 @@ def _backward_sparse(
         ROWS=tiles.rows,
         KEYS=tiles.keys,
         DESCRIPTORS=descriptors,
+        SOFTMAX=softmax,
         **tiles.options,
         **shape,
     )
