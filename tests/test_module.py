@@ -121,12 +121,12 @@ def test_compiled_layer_with_dynamic_lengths():
     layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, feature_map="hedgehog", **BLOCKS)
     torch.nn.init.normal_(layer.proj_l.weight)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (30, 64, 47):
+    for length in (30, 47):
         x = tuple(torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
-        wanted = (*x, *layer.parameters())
-        torch.testing.assert_close(compiled(*x), layer(*x))
-        got = torch.autograd.grad(compiled(*x).square().sum(), wanted)
-        for one, other in zip(got, torch.autograd.grad(layer(*x).square().sum(), wanted), strict=True):
+        wanted, out, expected = (*x, *layer.parameters()), compiled(*x), layer(*x)
+        torch.testing.assert_close(out, expected)
+        got = torch.autograd.grad(out.square().sum(), wanted)
+        for one, other in zip(got, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
             torch.testing.assert_close(one, other)
 
 
