@@ -190,7 +190,7 @@ class _WanSelfAttention(nn.Module):
         query, key, value = (tensor.unflatten(-1, (attn.heads, -1)) for tensor in (query, key, value))  # (B, N, H, D)
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-        value = value.to(query.dtype)  # as after a norm that autocast keeps in float32
+        value = value.to(query.dtype)  # autocast may keep the norms in float32
         out = super().forward(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # (B, H, N, D)
         out = out.transpose(1, 2).flatten(-2)
         for step in attn.to_out:  # projection, dropout
