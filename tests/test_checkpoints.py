@@ -109,6 +109,14 @@ def test_a_layer_alone_and_the_authors_layer():
         assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
 
 
+def test_a_feature_map_with_weights_that_layers_share_is_one_entry_for_the_optimizer():
+    model, shared = Model(), nn.Linear(D, D)
+    for number in (0, 2):
+        model.blocks[number].attention = sla_ref.SparseLinearAttention(D, feature_map=shared)
+    group = checkpoints.sla_parameters(model)
+    assert len(group) == len(set(group)) == 2 * 2 + 2
+
+
 def test_weights_are_cast_to_the_models_dtype():
     model = Model().to(torch.bfloat16)
     checkpoints.load_sla_state_dict(model, weights(TURBO))

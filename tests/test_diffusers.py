@@ -361,6 +361,8 @@ class Pipeline:
         ({"critical_ratio": 0}, ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0"),
         ({"negligible_ratio": 2}, ValueError, "negligible_ratio must be"),
         ({"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),
+        ({"critical_ratio": 2, "variant": "main"}, ValueError, "critical_ratio must be"),
+        ({"block_k": 0, "variant": "main"}, ValueError, "block_k must be an int >= 1, got 0"),
         ({"feature_map": "tanh"}, ValueError, "feature_map must be one of"),
         ({"backend": "nope"}, ValueError, "backend must be one of"),
         ({"variant": "SLA-2"}, ValueError, "variant must be one of 'main', 'SLA-1', 'paper', got 'SLA-2'"),

@@ -36,7 +36,6 @@ _ADDED = re.compile(r"(?:^|\.)(?:proj_l\.(?:weight|bias)|phi_(?:query|key)\.weig
 _SHARED = ("proj_l.weight", "proj_l.bias")
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
-
 Layer = SparseLinearAttention | thu_ml.SparseLinearAttention
 
 
@@ -57,7 +56,7 @@ def sla_layers(model: nn.Module) -> dict[str, Layer]:
 
 def sla_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that SLA added, as one group for an optimizer. Errors as `sla_layers`."""
-    return list(_parameters(model).values())
+    return list(dict.fromkeys(_parameters(model).values()))  # a feature map with weights may be shared by layers
 
 
 def save_sla(model: nn.Module, path: str | Path) -> None:

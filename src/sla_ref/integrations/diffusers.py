@@ -27,7 +27,13 @@ except ImportError as missing:
         "sla_ref.integrations.diffusers needs diffusers 0.36 or newer: pip install 'sla-ref[diffusers]'"
     ) from missing
 
-from ..block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO
+from ..block_map import (
+    DEFAULT_BLOCK,
+    DEFAULT_CRITICAL_RATIO,
+    DEFAULT_NEGLIGIBLE_RATIO,
+    check_block_size,
+    check_ratio,
+)
 from ..feature_maps import FeatureMap
 from ..module import SparseLinearAttention
 from . import thu_ml
@@ -85,6 +91,10 @@ def install_sla(
     """
     attentions = _self_attentions(transformer)
     chosen = _chosen(layers, len(attentions))
+    # The layers check the rest, but the authors' one has other names for these.
+    check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
+    check_block_size("block_q", block_q)
+    check_block_size("block_k", block_k)
     if any(isinstance(attention.processor, _WanSelfAttention) for attention in attentions):
         raise ValueError("transformer must be without SLA, which is installed already; remove_sla takes it out")
     if getattr(transformer, "_parallel_config", None) is not None:
