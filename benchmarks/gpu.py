@@ -37,47 +37,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 MIB = 2**20
 
 
-# --- the two sides ---------------------------------------------------------------------------------------------------
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
-class Problem:
-    """Inputs, and the functions that are timed on them."""
+class Clock:
+    """Times work on one device, and its memory there."""
 
-    def __init__(self, tiny: bool) -> None:
+    def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shape = (1, 2, 300, 32) if tiny else (1, 12, 32760, 128)
-        self.dtype = torch.bfloat16
-        self.blocks = ((64, 32),) if tiny else ((128, 64), (64, 64))
-        generator = torch.Generator().manual_seed(0)
-        tensors = (torch.randn(self.shape, generator=generator).to(self.dtype).to(self.device) for _ in range(4))
-        *self.inputs, self.grad = (tensor.contiguous() for tensor in tensors)
-        for tensor in self.inputs:
-            tensor.requires_grad_()
-
-    def sdpa(self) -> Tensor:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        backend = SDPBackend.CUDNN_ATTENTION if self.device.type == "cuda" else SDPBackend.MATH
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*self.inputs)
-
-    def layer(self, block_q: int, block_k: int) -> torch.nn.Module:
-        import sla_ref
-
-        torch.manual_seed(0)
-        layer = sla_ref.SparseLinearAttention(
-            self.shape[-1], *RATIOS, block_q=block_q, block_k=block_k, backend="triton"
-        )
-        torch.nn.init.normal_(layer.proj_l.weight, std=self.shape[-1] ** -0.5)  # zero at the start: nothing to multiply
-        return layer.to(self.device, self.dtype)
-
-    def forward(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(function)
-
-    def both(self, function: Callable[[], Tensor], parameters: tuple = ()) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(function(), (*self.inputs, *parameters), self.grad)
-
-    # --- measuring
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -122,6 +89,47 @@ class Problem:
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+# --- the two sides ---------------------------------------------------------------------------------------------------
+
+
+class Problem(Clock):
+    """Inputs, and the functions that are timed on them."""
+
+    def __init__(self, tiny: bool) -> None:
+        super().__init__()
+        self.shape = (1, 2, 300, 32) if tiny else (1, 12, 32760, 128)
+        self.dtype = torch.bfloat16
+        self.blocks = ((64, 32),) if tiny else ((128, 64), (64, 64))
+        generator = torch.Generator().manual_seed(0)
+        tensors = (torch.randn(self.shape, generator=generator).to(self.dtype).to(self.device) for _ in range(4))
+        *self.inputs, self.grad = (tensor.contiguous() for tensor in tensors)
+        for tensor in self.inputs:
+            tensor.requires_grad_()
+
+    def sdpa(self) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backend = SDPBackend.CUDNN_ATTENTION if self.device.type == "cuda" else SDPBackend.MATH
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*self.inputs)
+
+    def layer(self, block_q: int, block_k: int) -> torch.nn.Module:
+        import sla_ref
+
+        torch.manual_seed(0)
+        layer = sla_ref.SparseLinearAttention(
+            self.shape[-1], *RATIOS, block_q=block_q, block_k=block_k, backend="triton"
+        )
+        torch.nn.init.normal_(layer.proj_l.weight, std=self.shape[-1] ** -0.5)  # zero at the start: nothing to multiply
+        return layer.to(self.device, self.dtype)
+
+    def forward(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return torch.no_grad()(function)
+
+    def both(self, function: Callable[[], Tensor], parameters: tuple = ()) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(function(), (*self.inputs, *parameters), self.grad)
 
 
 def sdpa_figures(problem: Problem) -> dict[str, float]:
@@ -279,9 +287,11 @@ def attempt(part: Callable[[], object]) -> object:
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
 
-def about(device: torch.device, commit: str | None) -> dict[str, object]:
+def about(
+    device: torch.device, commit: str | None, packages: tuple[str, ...] = ("torch", "triton", "numpy")
+) -> dict[str, object]:
     versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "numpy"):
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

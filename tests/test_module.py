@@ -115,6 +115,49 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
+def test_compiled_layer_with_dynamic_lengths():
+    """Forward and backward in one graph each, for the tokens and for the layer's own weights, Hedgehog's among them."""
+    torch._dynamo.reset()
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, feature_map="hedgehog", **BLOCKS)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (30, 47):
+        x = tuple(torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
+        wanted, out, expected = (*x, *layer.parameters()), compiled(*x), layer(*x)
+        torch.testing.assert_close(out, expected)
+        got = torch.autograd.grad(out.square().sum(), wanted)
+        for one, other in zip(got, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_compiled_and_checkpointed_under_autocast(device):
+    """The three together, as a training script has them."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch._dynamo.reset()
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, **BLOCKS).to(device)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = tuple(tensor.detach().to(device).requires_grad_() for tensor in inputs())
+    wanted = (*x, *layer.parameters())
+    with torch.autocast(device, dtype=torch.bfloat16):
+        plain = layer(*x)
+        together = checkpoint(compiled, *x, use_reentrant=False)
+    assert together.dtype == torch.bfloat16
+    torch.testing.assert_close(together, plain)
+    got = torch.autograd.grad(together.float().square().sum(), wanted)
+    for one, other in zip(got, torch.autograd.grad(plain.float().square().sum(), wanted), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-2)
+
+
+def test_second_derivative_of_the_layer_is_refused_in_words():
+    layer, x = sla_ref.SparseLinearAttention(16, 0.3, 0.3, **BLOCKS), inputs()
+    (first,) = torch.autograd.grad(layer(*x).sum(), x[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.square().sum().backward()
+
+
 def test_hooks_and_adapters_on_proj_are_honoured():
     layer = sla_ref.SparseLinearAttention(16, **BLOCKS)
     layer.proj_l.register_forward_hook(lambda module, args, out: out + 1)

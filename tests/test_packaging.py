@@ -101,7 +101,7 @@ def test_constraints_pin_every_need():
             assert canonicalize_name(name) not in pins, f"{name} is pinned twice"
             pins[canonicalize_name(name)] = version
     extras = PROJECT["optional-dependencies"]
-    for need in PROJECT["dependencies"] + [need for extra in extras for need in extras[extra] if extra != "diffusers"]:
+    for need in PROJECT["dependencies"] + [need for extra in extras for need in extras[extra]]:
         requirement = Requirement(need)
         if requirement.name == PROJECT["name"]:
             continue

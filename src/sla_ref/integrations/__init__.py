@@ -1,0 +1,8 @@
+"""SLA in other people's models and with other people's names.
+
+- `diffusers`    SLA in a Wan transformer of diffusers; needs the extra `diffusers`
+- `checkpoints`  the added weights alone: saved, loaded, and read under the names that other projects gave them
+- `thu_ml`       the layer as users of the authors' code, thu-ml/SLA, know it
+
+Each is imported by its name; `import sla_ref` loads none of them.
+"""

@@ -1,0 +1,223 @@
+"""SLA in the self-attention of a Wan transformer of diffusers. Needs the extra `diffusers`.
+
+    transformer = WanTransformer3DModel.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", subfolder="transformer")
+    install_sla(transformer, critical_ratio=0.05)
+    optimizer = torch.optim.AdamW(sla_parameters(transformer))
+    ...
+    save_sla(transformer, "sla.safetensors")
+
+diffusers chooses its attention backends by names from a closed list, with no place for weights. An attention processor
+that is an `nn.Module` has one: its weights are part of the model, as `blocks.{i}.attn1.processor.proj_l.weight`.
+`from_pretrained` drops names it does not know, so that the added weights travel in a file of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+except ImportError as missing:
+    raise ImportError(
+        "sla_ref.integrations.diffusers needs diffusers 0.36 or newer: pip install 'sla-ref[diffusers]'"
+    ) from missing
+
+from ..block_map import (
+    DEFAULT_BLOCK,
+    DEFAULT_CRITICAL_RATIO,
+    DEFAULT_NEGLIGIBLE_RATIO,
+    check_block_size,
+    check_ratio,
+)
+from ..feature_maps import FeatureMap
+from ..module import SparseLinearAttention
+from . import thu_ml
+from .checkpoints import (
+    load_sla,
+    load_sla_state_dict,
+    read_checkpoint,
+    save_sla,
+    sla_parameters,
+    split_sla_state_dict,
+)
+
+__all__ = [
+    "install_sla",
+    "load_sla",
+    "load_sla_state_dict",
+    "read_checkpoint",
+    "remove_sla",
+    "save_sla",
+    "sla_parameters",
+    "split_sla_state_dict",
+]
+
+
+def install_sla(
+    transformer: WanTransformer3DModel,
+    critical_ratio: float = DEFAULT_CRITICAL_RATIO,
+    negligible_ratio: float | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    block_q: int = DEFAULT_BLOCK,
+    block_k: int = DEFAULT_BLOCK,
+    feature_map: str | FeatureMap = "softmax",
+    variant: str = "paper",
+    backend: str | None = None,
+) -> None:
+    """Puts an SLA layer of its own into each block's self-attention; cross-attention stays as it is.
+
+    Proj is created float32 and zero on the block's device, to be trained; `transformer.to()` applies to it afterwards.
+    Call this before `torch.compile` or a wrapper for several devices, and before an optimizer is made.
+
+    Args:
+        transformer: a `WanTransformer3DModel`, as `pipeline.transformer`; Wan 2.2 has a second, `transformer_2`.
+        critical_ratio: as in `sla_ref.SparseLinearAttention`.
+        negligible_ratio: likewise; 0.10 if None. Only variant "paper" takes one.
+        layers: numbers of the blocks that get SLA, the others stay dense; all if None.
+        block_q, block_k, feature_map, backend: as in `sla_ref.SparseLinearAttention`.
+        variant: "paper", or "main" or "SLA-1" for weights trained with the authors' code, TurboDiffusion's for example:
+            see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value, SLA is installed already, the transformer's
+            self-attention has another processor than diffusers' own, is split over devices, or has no weights yet. The
+            transformer is then as it was.
+    """
+    attentions = _self_attentions(transformer)
+    chosen = _chosen(layers, len(attentions))
+    # The layers check the rest, but the authors' one has other names for these.
+    check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
+    check_block_size("block_q", block_q)
+    check_block_size("block_k", block_k)
+    if any(isinstance(attention.processor, _WanSelfAttention) for attention in attentions):
+        raise ValueError("transformer must be without SLA, which is installed already; remove_sla takes it out")
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError("transformer must be whole, got one that enable_parallelism has split over devices")
+    new = []
+    for number in chosen:
+        attention = attentions[number]
+        place, device = f"blocks.{number}.attn1", next(attention.parameters()).device
+        if type(attention.processor) is not WanAttnProcessor:
+            kind = type(attention.processor).__name__
+            raise ValueError(f"transformer must have diffusers' WanAttnProcessor in {place}, got {kind}")
+        if device.type == "meta":
+            raise ValueError(f"transformer must hold its weights, got {place} on the meta device; load them first")
+        head_dim = attention.inner_dim // attention.heads
+        processor: _WanSelfAttention
+        if variant == "paper":
+            share = DEFAULT_NEGLIGIBLE_RATIO if negligible_ratio is None else negligible_ratio
+            processor = WanSLAProcessor(
+                head_dim,
+                critical_ratio,
+                share,
+                block_q=block_q,
+                block_k=block_k,
+                feature_map=feature_map,
+                backend=backend,
+            )
+        elif negligible_ratio is not None:
+            raise ValueError(f"negligible_ratio must be None for variant {variant!r}, got {negligible_ratio!r}")
+        else:
+            processor = WanReleasedSLAProcessor(
+                head_dim, critical_ratio, feature_map, block_q, block_k, variant=variant, backend=backend
+            )
+        processor.replaced = attention.processor
+        new.append((attention, processor.to(device)))
+    for attention, processor in new:
+        attention.set_processor(processor)
+
+
+def remove_sla(transformer: WanTransformer3DModel) -> None:
+    """Puts back the processors that `install_sla` replaced, and with that the original model; drops SLA's weights.
+
+    Raises:
+        TypeError: transformer is no `WanTransformer3DModel`.
+        ValueError: it has no SLA.
+    """
+    attentions = [each for each in _self_attentions(transformer) if isinstance(each.processor, _WanSelfAttention)]
+    if not attentions:
+        raise ValueError("transformer must have SLA installed, got one without")
+    for attention in attentions:
+        attention.set_processor(attention.processor.replaced)
+
+
+def _self_attentions(transformer: WanTransformer3DModel) -> list[WanAttention]:
+    if not isinstance(transformer, WanTransformer3DModel):
+        hint = "; a pipeline has it as .transformer" if hasattr(transformer, "transformer") else ""
+        raise TypeError(f"transformer must be diffusers' WanTransformer3DModel, got {type(transformer).__name__}{hint}")
+    return [block.attn1 for block in transformer.blocks]
+
+
+def _chosen(layers: Iterable[int] | None, depth: int) -> list[int]:
+    if layers is None:
+        return list(range(depth))
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be block numbers or None, got {layers!r}")
+    chosen = list(layers)
+    for number in chosen:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"layers must hold ints, got {number!r} of type {type(number).__name__}")
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= number < depth for number in chosen):
+        raise ValueError(f"layers must hold different numbers from 0 to {depth - 1}, at least one, got {chosen}")
+    return chosen
+
+
+# --- the processor ---------------------------------------------------------------------------------------------------
+
+
+class _WanSelfAttention(nn.Module):
+    """What Wan does around its self-attention; the attention itself is that of the class beside this one."""
+
+    replaced: WanAttnProcessor
+    # diffusers sets this on processors that have it, where tokens are split over devices.
+    _parallel_config: Any = None
+
+    def forward(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Self-attention of `hidden_states` (B, N, C), the arguments as diffusers passes them."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("SLA takes self-attention without a mask, got encoder_hidden_states or attention_mask")
+        if self._parallel_config is not None:
+            raise RuntimeError("SLA needs all tokens on one device, but enable_parallelism has split them")
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        # The norm runs over all heads at once, so it comes before they are told apart.
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (tensor.unflatten(-1, (attn.heads, -1)) for tensor in (query, key, value))  # (B, N, H, D)
+        if rotary_emb is not None:
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        value = value.to(query.dtype)  # autocast may keep the norms in float32
+        out = super().forward(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # (B, H, N, D)
+        out = out.transpose(1, 2).flatten(-2)
+        for step in attn.to_out:  # projection, dropout
+            out = step(out)
+        return out
+
+
+class WanSLAProcessor(_WanSelfAttention, SparseLinearAttention):  # type: ignore[misc]  # forward takes other arguments
+    """An SLA layer as the attention processor of Wan's self-attention; arguments as `sla_ref.SparseLinearAttention`."""
+
+
+class WanReleasedSLAProcessor(_WanSelfAttention, thu_ml.SparseLinearAttention):  # type: ignore[misc]
+    """The authors' layer in the same place; arguments as `sla_ref.integrations.thu_ml.SparseLinearAttention`."""
+
+
+def _rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of features of `tokens` (B, N, H, D) by its angle, which cos and sin (1, N, 1, D) hold twice."""
+    cos, sin = cos[..., 0::2], sin[..., 0::2]
+    even, odd = tokens[..., 0::2], tokens[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(tokens.dtype)

@@ -1,0 +1,441 @@
+"""SLA in diffusers' Wan transformer: the same model around another attention."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sla_ref
+
+pytest.importorskip("diffusers", reason="needs the extra diffusers")
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+from sla_ref.integrations import diffusers as wan
+from sla_ref.integrations import thu_ml
+
+DENSE = {"critical_ratio": 1.0, "block_q": 8, "block_k": 8}  # every block exact: what the model computed before
+SPARSE = {"critical_ratio": 0.2, "negligible_ratio": 0.2, "block_q": 8, "block_k": 8}
+
+
+def transformer(**config) -> WanTransformer3DModel:
+    """Two layers, two heads of 16, random weights; norms too, which start as ones."""
+    small = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**small | config)
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.weight.normal_(1, 0.5)
+    return model.eval()
+
+
+def inputs(dtype: torch.dtype = torch.float32, **more) -> dict:
+    """Latents of 3 x 8 x 10 pixels, which are 60 tokens: no multiple of 8."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 4, 3, 8, 10, generator=generator).to(dtype),
+        "timestep": torch.tensor([900, 300]),
+        "encoder_hidden_states": torch.randn(2, 5, 16, generator=generator).to(dtype),
+        "return_dict": False,
+    } | more
+
+
+def run(model: torch.nn.Module, *args, **more) -> torch.Tensor:
+    return model(**inputs(*args, **more))[0]
+
+
+def trained(model: WanTransformer3DModel) -> WanTransformer3DModel:
+    """With Proj away from its zero."""
+    torch.manual_seed(2)
+    for parameter in wan.sla_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def installed() -> WanTransformer3DModel:
+    model = transformer()
+    wan.install_sla(model, **SPARSE)
+    return trained(model)
+
+
+# --- the same mathematics --------------------------------------------------------------------------------------------
+
+
+def test_every_block_critical_is_the_original():
+    model = transformer()
+    expected = run(model)
+    wan.install_sla(model, **DENSE)
+    torch.testing.assert_close(run(model), expected)
+
+
+def test_it_is_sla_that_runs():
+    """Layer by layer: what goes into the first attention, through the equations, is what comes out."""
+    model = transformer()
+    wan.install_sla(model, **SPARSE)
+    trained(model)
+    attention, caught = model.blocks[0].attn1, {}
+    attention.register_forward_hook(lambda module, args, out: caught.update(args=args, out=out))
+    run(model)
+    hidden_states, _, _, (cos, sin) = caught["args"]
+
+    def heads(tokens):
+        return tokens.reshape(2, 60, 2, 16).transpose(1, 2)
+
+    def rotated(tokens):  # each pair of features is one complex number
+        angle = torch.complex(cos, sin).transpose(1, 2)[..., 0::2]
+        return torch.view_as_real(torch.view_as_complex(tokens.reshape(2, 2, 60, 8, 2)) * angle).flatten(-2)
+
+    query = rotated(heads(attention.norm_q(attention.to_q(hidden_states))))
+    key = rotated(heads(attention.norm_k(attention.to_k(hidden_states))))
+    value = heads(attention.to_v(hidden_states))
+    labels = sla_ref.reference.classify(query, key, 0.2, 0.2, 8, 8)
+    sparse, linear, _ = sla_ref.reference.sparse_linear_attention(
+        query, key, value, query.softmax(-1), key.softmax(-1), labels, 8, 8, 0.25
+    )
+    out = sla_ref.reference.combine(sparse, linear, *wan.sla_parameters(model)[:2])
+    torch.testing.assert_close(attention.to_out[0](out.transpose(1, 2).flatten(2)), caught["out"])
+
+
+def test_fused_projections(installed):
+    expected = run(installed)
+    installed.fuse_qkv_projections()
+    attention = installed.blocks[0].attn1
+    assert attention.fused_projections
+    torch.nn.init.zeros_(attention.to_k.weight)  # which the fused projection has taken the place of
+    torch.testing.assert_close(run(installed), expected)
+
+
+def test_image_to_video_model_with_its_added_projections():
+    model = transformer(added_kv_proj_dim=32, image_dim=16)
+    more = {
+        "encoder_hidden_states": torch.randn(2, 512, 16, generator=torch.Generator().manual_seed(3)),
+        "encoder_hidden_states_image": torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(4)),
+    }
+    expected = run(model, **more)
+    wan.install_sla(model, **DENSE)
+    torch.testing.assert_close(run(model, **more), expected)
+
+
+@pytest.mark.parametrize("variant", ["main", "SLA-1"])
+def test_variants_of_the_released_code(variant):
+    model = transformer()
+    expected = run(model)
+    wan.install_sla(model, **DENSE, variant=variant)
+    layer = model.blocks[1].attn1.processor
+    assert isinstance(layer, thu_ml.SparseLinearAttention) and layer.variant == variant
+    torch.testing.assert_close(run(model), expected, atol=2e-2, rtol=2e-2)  # in bfloat16
+    with pytest.raises(ValueError, match=r"negligible_ratio must be None for variant 'main', got 0.1"):
+        wan.install_sla(transformer(), 0.1, 0.1, variant="main")
+
+
+# --- where it is put -------------------------------------------------------------------------------------------------
+
+
+def test_cross_attention_and_other_layers_stay():
+    model = transformer()
+    before = model.attn_processors
+    wan.install_sla(model, layers=[1])
+    changed = {name for name, processor in model.attn_processors.items() if processor is not before[name]}
+    assert changed == {"blocks.1.attn1.processor"}
+
+
+def test_weights_are_the_models_own(installed):
+    added = {f"blocks.{i}.attn1.processor.proj_l.{part}" for i in (0, 1) for part in ("weight", "bias")}
+    assert set(installed.state_dict()) == set(transformer().state_dict()) | added
+    group = wan.sla_parameters(installed)
+    assert [id(parameter) for parameter in group] == [
+        id(parameter) for name, parameter in installed.named_parameters() if name in added
+    ]
+    installed.double()
+    assert all(parameter.dtype == torch.float64 for parameter in wan.sla_parameters(installed))
+    assert run(installed, torch.float64).dtype == torch.float64
+
+
+def test_options_arrive():
+    model = transformer()
+    options = {"block_q": 16, "block_k": 8, "feature_map": "hedgehog", "backend": "torch"}
+    wan.install_sla(model, 0.3, 0.2, **options)
+    layer = model.blocks[0].attn1.processor
+    assert isinstance(layer, sla_ref.SparseLinearAttention)
+    assert (layer.critical_ratio, layer.negligible_ratio) == (0.3, 0.2)
+    assert {name: getattr(layer, name) for name in options} == options
+    assert len(wan.sla_parameters(model)) == 2 * 4
+
+
+def test_remove_restores_the_original():
+    model = transformer()
+    before, names, expected = model.attn_processors, list(model.state_dict()), run(model)
+    wan.install_sla(model, **SPARSE)
+    assert not torch.equal(run(trained(model)), expected)
+    wan.remove_sla(model)
+    assert model.attn_processors == before
+    assert list(model.state_dict()) == names
+    assert torch.equal(run(model), expected)
+    wan.install_sla(model, **SPARSE)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def gradients(model: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    run(model).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_gradients_reach_every_parameter():
+    model = transformer()
+    wan.install_sla(model, **SPARSE)  # Proj still zero
+    for name, gradient in gradients(model).items():
+        assert gradient is not None and gradient.isfinite().all() and gradient.any(), name
+
+
+def test_one_step_on_the_added_parameters_changes_them_alone(installed):
+    before = copy.deepcopy(installed.state_dict())
+    gradients(installed)
+    torch.optim.SGD(wan.sla_parameters(installed), lr=0.1).step()
+    changed = {name for name, value in installed.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".processor." in name}
+
+
+def test_gradient_checkpointing(installed):
+    expected = gradients(installed)
+    installed.enable_gradient_checkpointing()
+    calls = []
+    installed.blocks[0].attn1.register_forward_hook(lambda *args: calls.append(1))
+    for name, gradient in gradients(installed).items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert len(calls) == 2, "the block ran again for the backward"
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # Wan's own norms under autocast
+def test_bfloat16_autocast(installed):
+    expected = run(installed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(installed)
+        gradients(installed)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_autocast_that_keeps_the_norms_in_float32():
+    """As it does on some devices: query and key come out of their norms wider than value."""
+    model = transformer()
+    for block in model.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.register_forward_hook(lambda module, args, out: out.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = run(model)
+        wan.install_sla(model, **DENSE)
+        torch.testing.assert_close(run(model), expected, atol=3e-2, rtol=3e-2)
+
+
+def test_model_in_bfloat16(installed):
+    expected = run(installed)
+    proj = installed.blocks[0].attn1.processor.proj_l
+    installed.to(torch.bfloat16)
+    assert proj.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(run(installed, torch.bfloat16).float(), expected, atol=0.1, rtol=0.1)
+    proj.float()  # and float32 beside bfloat16
+    torch.testing.assert_close(run(installed, torch.bfloat16).float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at what goes into a block
+def test_compiled_forward_and_backward(installed):
+    torch._dynamo.reset()
+    expected, out = gradients(installed), run(installed)
+    installed.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(installed), out)
+    for name, gradient in gradients(installed).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_sampling_with_diffusers_scheduler():
+    """The loop of WanPipeline: guidance, the scheduler's steps; SLA with every block critical ends where SDPA does."""
+
+    @torch.no_grad()
+    def sample(model):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(4)
+        generator = torch.Generator().manual_seed(5)
+        latents = torch.randn(1, 4, 3, 8, 10, generator=generator)
+        prompt, negative = torch.randn(2, 1, 5, 16, generator=generator)
+        for time in scheduler.timesteps:
+            wanted, unwanted = (
+                model(latents, time.expand(1), text, return_dict=False)[0] for text in (prompt, negative)
+            )
+            latents = scheduler.step(unwanted + 5.0 * (wanted - unwanted), time, latents, return_dict=False)[0]
+        return latents
+
+    model = transformer()
+    dense = sample(model)
+    wan.install_sla(model, **DENSE)
+    torch.testing.assert_close(sample(model), dense, atol=1e-4, rtol=1e-4)
+    wan.remove_sla(model)
+    wan.install_sla(model, **SPARSE)
+    sparse = sample(model)
+    assert sparse.isfinite().all() and not torch.allclose(sparse, dense, atol=1e-2)
+
+
+def test_the_benchmark_rehearses(tmp_path, monkeypatch):
+    folder, out = Path(__file__).parents[1] / "benchmarks", tmp_path / "wan.json"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr("sys.argv", ["wan.py", "--tiny", "--turns", "1", "--json", str(out)])
+    runpy.run_path(str(folder / "wan.py"), run_name="__main__")
+    result = json.loads(out.read_text())
+    assert result["about"].keys() == {"device", "versions", "commit", "date"}
+    for name in ("SDPA, torch's choice", "SLA 32x16"):
+        assert all(isinstance(value, float) and value > 0 for value in result["arms"][name].values()), name
+        assert result["arms"][name].keys() >= {"forward", "self_attention", "training_step"}
+
+
+# --- files and copies ------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(installed, tmp_path):
+    wan.save_sla(installed, tmp_path / "sla.safetensors")
+    other = transformer()
+    wan.install_sla(other, **SPARSE)
+    assert not torch.equal(run(other), run(installed))
+    wan.load_sla(other, tmp_path / "sla.safetensors")
+    assert torch.equal(run(other), run(installed))
+    with pytest.raises(FileExistsError, match="path must name a new file"):
+        wan.save_sla(installed, tmp_path / "sla.safetensors")
+
+
+def test_the_way_through_from_pretrained(installed, tmp_path):
+    """What docs/wan.md says: the model as diffusers saves it, the added weights beside it."""
+    wan.save_sla(installed, tmp_path / "sla.safetensors")
+    expected = run(installed)
+    wan.remove_sla(installed)
+    installed.save_pretrained(tmp_path)
+    other = WanTransformer3DModel.from_pretrained(tmp_path)
+    wan.install_sla(other, **SPARSE)
+    wan.load_sla(other, tmp_path / "sla.safetensors")
+    assert torch.equal(run(other), expected)
+
+
+def test_deepcopy_and_torch_save(installed):
+    expected = run(installed)
+    file = io.BytesIO()
+    torch.save(installed, file)
+    file.seek(0)
+    for clone in (copy.deepcopy(installed), torch.load(file, weights_only=False)):
+        assert torch.equal(run(clone), expected)
+        wan.remove_sla(clone)
+        assert not torch.equal(run(clone), expected)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+class Pipeline:
+    transformer = None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"transformer": torch.nn.Linear(1, 1)}, TypeError, "must be diffusers' WanTransformer3DModel, got Linear$"),
+        ({"transformer": Pipeline()}, TypeError, "got Pipeline; a pipeline has it as .transformer"),
+        ({"critical_ratio": 0}, ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0"),
+        ({"negligible_ratio": 2}, ValueError, "negligible_ratio must be"),
+        ({"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),
+        ({"critical_ratio": 2, "variant": "main"}, ValueError, "critical_ratio must be"),
+        ({"block_k": 0, "variant": "main"}, ValueError, "block_k must be an int >= 1, got 0"),
+        ({"feature_map": "tanh"}, ValueError, "feature_map must be one of"),
+        ({"backend": "nope"}, ValueError, "backend must be one of"),
+        ({"variant": "SLA-2"}, ValueError, "variant must be one of 'main', 'SLA-1', 'paper', got 'SLA-2'"),
+        ({"layers": [0, 2]}, ValueError, r"layers must hold different numbers from 0 to 1, at least one, got \[0, 2\]"),
+        ({"layers": [0, 0]}, ValueError, "layers must hold different numbers"),
+        ({"layers": []}, ValueError, "layers must hold different numbers"),
+        ({"layers": [-1]}, ValueError, "layers must hold different numbers"),
+        ({"layers": 1}, TypeError, "layers must be block numbers or None, got 1"),
+        ({"layers": ["1"]}, TypeError, "layers must hold ints, got '1' of type str"),
+    ],
+)
+def test_bad_input_leaves_the_model_as_it_was(changes, error, message):
+    model = transformer()
+    before = model.attn_processors
+    with pytest.raises(error, match=message):
+        wan.install_sla(**{"transformer": model} | changes)
+    assert model.attn_processors == before
+
+
+def test_a_head_dim_that_the_feature_map_cannot_take():
+    model = transformer(attention_head_dim=16)
+    model.blocks[1].attn1.inner_dim = 30  # the second layer alone: nothing may be installed in the first
+    before = model.attn_processors
+    with pytest.raises(ValueError, match="head_dim must be an even int >= 2 for the hedgehog feature map, got 15"):
+        wan.install_sla(model, feature_map="hedgehog")
+    assert model.attn_processors == before
+
+
+def test_twice_and_without(installed):
+    before = installed.attn_processors
+    with pytest.raises(ValueError, match="SLA, which is installed already; remove_sla takes it out"):
+        wan.install_sla(installed)
+    assert installed.attn_processors == before
+    with pytest.raises(ValueError, match="transformer must have SLA installed"):
+        wan.remove_sla(transformer())
+
+
+def test_another_processor_is_not_replaced():
+    model = transformer()
+    model.blocks[1].attn1.set_processor(Pipeline())
+    with pytest.raises(ValueError, match=r"WanAttnProcessor in blocks.1.attn1, got Pipeline"):
+        wan.install_sla(model)
+    assert "proj_l" not in " ".join(model.state_dict())
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = transformer()
+    with pytest.raises(ValueError, match=r"got blocks.0.attn1 on the meta device; load them first"):
+        wan.install_sla(model)
+
+
+def test_split_tokens_are_refused(installed):
+    """Each device would attend to its own tokens only, and nothing would say so."""
+    for block in installed.blocks:
+        block.attn1.processor._parallel_config = object()
+    with pytest.raises(RuntimeError, match="SLA needs all tokens on one device"):
+        run(installed)
+    model = transformer()
+    model._parallel_config = object()
+    with pytest.raises(ValueError, match="one that enable_parallelism has split over devices"):
+        wan.install_sla(model)
+
+
+def test_masks_and_cross_attention_are_refused(installed):
+    attention, tokens = installed.blocks[0].attn1, torch.zeros(1, 4, 32)
+    for arguments in ((tokens, tokens), (tokens, None, torch.ones(4, 4))):
+        with pytest.raises(ValueError, match="SLA takes self-attention without a mask"):
+            attention(*arguments)
+
+
+def test_without_diffusers_the_import_says_what_helps(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "sla_ref.integrations.diffusers")
+    with pytest.raises(ImportError, match=r"pip install 'sla-ref\[diffusers\]'"):
+        importlib.import_module("sla_ref.integrations.diffusers")
