@@ -1,13 +1,13 @@
 """Fine-tune the lab's video model with each kind of attention, for several lengths and seeds, and compare.
 
     python benchmarks/finetune.py --json benchmarks/results/finetune.json    # minutes on a CPU
-    python benchmarks/finetune.py --device cuda --precision bfloat16 --steps 250 --steps 1000 --steps 4000 --batch 64 \\
-        --clips 1024 --json finetune-gpu.json
+
+and for a GPU, say, --device cuda --precision bfloat16 --batch 64 --clips 1024 --steps 250 --steps 1000 --steps 4000.
 
 Every run starts from the shipped teacher, swaps the attention, and sees the clips and the noise that its seed decides:
 for one seed and length the arms differ in nothing but the attention. Each length is a run of its own, with a whole
 one-cycle schedule. "full" is the control: the same training without a swap. "sla, Proj only" trains the one layer that
-SLA adds, and leaves the teacher's weights as they are. Losses are measured on held-out clips with fixed noise and times.
+SLA adds, and leaves the teacher's weights as they are. Losses are on held-out clips with fixed noise and times.
 """
 
 from __future__ import annotations
