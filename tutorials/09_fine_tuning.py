@@ -75,8 +75,8 @@ assert teacher_loss < untrained["sla"] == untrained["sparse"] < untrained["l+s"]
 # Linear attention in place of softmax does the most harm. Adding it to the sparse branch as it is does harm as well:
 # what it adds was never part of what the model learned to expect.
 #
-# SLA and `sparse` have the same loss to the last bit. A new SLA layer's Proj is zero, and $O = O^s +
-# \mathrm{Proj}(O^l)$ is then the sparse branch alone. Proj is all that SLA adds to the model:
+# SLA and `sparse` have the same loss to the last bit. A new SLA layer's Proj is zero, and
+# $O = O^s + \mathrm{Proj}(O^l)$ is then the sparse branch alone. Proj is all that SLA adds to the model:
 
 # %%
 student = with_attention(teacher, "sla")
