@@ -50,8 +50,10 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def milliseconds(self, function: Callable[[], object], turns: int) -> float:
-        """Median of `turns` after a few to warm up."""
+    def milliseconds(self, function: Callable[[], object], turns: int = 101) -> float:
+        """Median of `turns` after a few to warm up. They are queued, so that the time Python takes shows only where it
+        is longer than the work itself; a short series falls into one slow moment of the host as a whole.
+        """
         if self.device.type != "cuda":
             started = time.perf_counter()
             function()
@@ -66,7 +68,7 @@ class Clock:
         torch.cuda.synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in events)
 
-    def replayed(self, function: Callable[[], object], turns: int) -> float:
+    def replayed(self, function: Callable[[], object]) -> float:
         """Median time of the same work as a CUDA graph."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -77,7 +79,7 @@ class Clock:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             function()
-        return self.milliseconds(graph.replay, turns)
+        return self.milliseconds(graph.replay)
 
     def peak(self, function: Callable[[], object]) -> float:
         """MiB above the inputs."""
@@ -135,8 +137,8 @@ class Problem(Clock):
 def sdpa_figures(problem: Problem) -> dict[str, float]:
     both = problem.both(problem.sdpa)
     figures = {
-        "forward": problem.milliseconds(problem.forward(problem.sdpa), 15),
-        "forward_backward": problem.milliseconds(both, 11),
+        "forward": problem.milliseconds(problem.forward(problem.sdpa)),
+        "forward_backward": problem.milliseconds(both),
     }
     if problem.device.type == "cuda":
         figures["peak_mib"] = problem.peak(both)
@@ -153,12 +155,12 @@ def layer_figures(problem: Problem, block_q: int, block_k: int) -> dict[str, obj
     both()
     problem.wait()
     figures: dict[str, object] = {"cold_start_s": time.perf_counter() - started}
-    figures["forward"] = problem.milliseconds(forward, 31)
-    figures["forward_backward"] = problem.milliseconds(both, 31)
+    figures["forward"] = problem.milliseconds(forward)
+    figures["forward_backward"] = problem.milliseconds(both)
     if problem.device.type == "cuda":
         figures["peak_mib"] = problem.peak(both)
-        figures["forward_graph"] = attempt(lambda: problem.replayed(forward, 31))
-        figures["forward_backward_graph"] = attempt(lambda: problem.replayed(both, 31))
+        figures["forward_graph"] = attempt(lambda: problem.replayed(forward))
+        figures["forward_backward_graph"] = attempt(lambda: problem.replayed(both))
     repeats = 100 if problem.device.type == "cuda" else 1
     first = (forward(), *both())
     different = sum(
@@ -193,8 +195,8 @@ def released_code_figures(problem: Problem) -> dict[str, object]:
         layer = layer.to(problem.device)
         both = problem.both(lambda layer=layer: layer(*problem.inputs))
         figures[f"{block_q}x{block_k}"] = {
-            "forward": problem.milliseconds(problem.forward(lambda layer=layer: layer(*problem.inputs)), 15),
-            "forward_backward": problem.milliseconds(both, 11),
+            "forward": problem.milliseconds(problem.forward(lambda layer=layer: layer(*problem.inputs))),
+            "forward_backward": problem.milliseconds(both),
             "peak_mib": problem.peak(both),
         }
     return figures

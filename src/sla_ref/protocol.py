@@ -41,6 +41,11 @@ class Backend(Protocol):
     """The functions of a backend. Tensors arrive validated (see `sla_ref.sparse_linear_attention`), with any strides.
 
     `query`, `phi_query`: (B, H, Nq, D); `key`, `value`, `phi_key`: (B, H, Nk, D); all of one dtype and device.
+
+    A backend may compute the default feature map, softmax, where it reads phi. It then has two functions more, equal to
+    these with phi = softmax(query), softmax(key): `forward_softmax(query, key, value, block_map, scale) -> Saved` and
+    `backward_softmax(grad_sparse, grad_linear, query, key, value, saved, block_map, scale)`, which returns the
+    gradients of query, key and value, those through phi included.
     """
 
     name: str
