@@ -55,7 +55,16 @@ STYLE = {
     "savefig.bbox": "tight",
     "savefig.transparent": True,
     **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "axes.titlecolor",
+            "hatch.color",
+            "xtick.color",
+            "ytick.color",
+        ),
+        INK,
     ),
 }
 
@@ -217,7 +226,8 @@ def folded(title: str, body: str) -> str:
 
 
 def downloads(script: Path) -> str:
-    return f"Download: [script]({script.name}){{ download }} · [notebook]({script.stem}.ipynb){{ download }}\n{{ .download }}\n"
+    notebook = f"[notebook]({script.stem}.ipynb){{ download }}"
+    return f"Download: [script]({script.name}){{ download }} · {notebook}\n{{ .download }}\n"
 
 
 def notebook_of(script: Path) -> str:

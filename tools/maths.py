@@ -1,15 +1,15 @@
-r"""Python-Markdown extension: LaTeX between dollars becomes MathML while the site is built. `$x^2$`, or on lines of its own
+r"""Python-Markdown extension: LaTeX between dollars becomes MathML while the site is built: `$x^2$`, or as a paragraph
 
     $$
     O = O^s + \mathrm{Proj}(O^l)
     $$
 
-The browser then needs neither a script nor a network. MathML Core, which browsers implement, has no `mathvariant` and no
-`columnalign`: math-core writes letters such as a double-struck R as their Unicode characters, and alignment as CSS. LaTeX that
-it does not know fails the build. A dollar sign in the text is written `\$`, or stands beside a space.
+The browser then needs neither a script nor a network. MathML Core, which browsers implement, has no `mathvariant` and
+no `columnalign`: math-core writes letters such as a double-struck R as their Unicode characters, and alignment as CSS.
+LaTeX that it does not know fails the build. A dollar sign in the text is written `\$`, or stands beside a space.
 """
 
-from re import DOTALL, Match
+from re import Match
 
 from markdown import Markdown
 from markdown.extensions import Extension
@@ -17,7 +17,7 @@ from markdown.inlinepatterns import InlineProcessor
 from math_core import LatexError, LatexToMathML
 
 DISPLAY = r"(?<!\\)\$\$(.+?)\$\$"
-INLINE = r"(?<![\\$])\$(?![\s$])([^$]*?)(?<![\s\\])\$(?!\d)"
+INLINE = r"(?<![\\$])\$(?![\s$])([^$]*?)(?<![\s\\])\$(?!\d)([,.;:!?)]*)"
 AFTER_CODE_BEFORE_ESCAPES = 185
 CONVERTER = LatexToMathML(fancy_error=False)
 
@@ -28,7 +28,10 @@ class _Maths(InlineProcessor):
         self.display = display
 
     def handleMatch(self, m: Match[str], data: str) -> tuple[str, int, int]:
-        return self.md.htmlStash.store(to_mathml(m[1], display=self.display)), m.start(0), m.end(0)
+        html = to_mathml(m[1], display=self.display)
+        if not self.display:  # no line begins with the comma after a formula
+            html = f'<span class="maths">{html}{m[2]}</span>'
+        return self.md.htmlStash.store(html), m.start(0), m.end(0)
 
 
 def to_mathml(latex: str, *, display: bool) -> str:

@@ -3,8 +3,8 @@
 In the text a tag is a label and no link. Without that, two tags side by side in a docstring read as Markdown's
 `[text][target]`.
 
-A line `::: steps Alg. 1` becomes every step of Algorithm 1 in the tables of docs/paper.md, each with tabs: the formula, and
-the code that carries the tag, read from the sources when the site is built.
+A line `::: steps Alg. 1` becomes every step of Algorithm 1 in the tables of docs/paper.md, each with tabs: the formula,
+and the code that carries the tag, read from the sources when the site is built.
 """
 
 from __future__ import annotations
