@@ -129,6 +129,19 @@ LEFT_OVER = r"""
   return text.textContent.match(/\$\$|\\[a-z]+\{|^(!!!|\?\?\?|===|:::) |--8<--/m)?.[0] ?? null;
 })()
 """
+ONE_LINE_CODE = """
+[...document.querySelectorAll('pre code')].filter(code => !getComputedStyle(code).whiteSpace.startsWith('pre')).length
+"""
+UNEVEN_NUMBERS = """
+(() => {
+  document.querySelectorAll('details').forEach(part => { part.open = true; });
+  document.querySelectorAll('.tabbed-set > input:last-of-type').forEach(tab => { tab.checked = true; });
+  return [...document.querySelectorAll('.highlighttable')].filter(table => {
+    const [numbers, code] = table.querySelectorAll('pre');
+    return Math.abs(numbers.offsetHeight - code.offsetHeight) > 22;  // the code has room below for a scroll bar
+  }).length;
+})()
+"""
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -142,6 +155,8 @@ def test_every_page_opens_without_complaint(browser, address, names, size, dark)
         assert [url for url in browser.requests if not url.startswith((address, "data:"))] == [], name
         assert browser.evaluate("document.body.dataset.mdColorScheme") == ("slate" if dark else "default"), name
         assert browser.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the window"
+        assert browser.evaluate(ONE_LINE_CODE) == 0, f"code without its line breaks in {name}"
+        assert browser.evaluate(UNEVEN_NUMBERS) == 0, f"line numbers that are not beside their lines in {name}"
         assert browser.evaluate(LEFT_OVER) is None, f"Markdown that was not rendered in {name}"
 
 

@@ -52,8 +52,9 @@ def double(x):
     return 2 * x
 
 # %% tags=["check"]
+tried = globals().get("tried", 0) + 1
 assert double(2) == 4
-print("right")
+print("right", tried)
 '''
 
 
@@ -102,7 +103,7 @@ def test_the_solution_is_folded_and_comes_last(page):
     stub, check, solution = page.index("    ..."), page.index("assert double(2)"), page.index('??? success "Solution"')
     assert stub < check < solution < page.index("        return 2 * x")
     assert page.count("return 2 * x") == 1
-    assert "right" in page[check:solution]
+    assert "right 1" in page[check:solution], "the try on the stub left something behind"
 
 
 def test_downloads(built, page):
