@@ -132,5 +132,5 @@ def test_words_of_the_glossary_get_hover_text():
     words = glossary.read_glossary()
     assert {"critical", "marginal", "negligible"} <= set(words)
     html = markdown.markdown("A critical block, two feature maps.", extensions=[glossary.makeExtension()])
-    assert f'<abbr title="{words["critical"]}">critical</abbr>' in html
+    assert f'<abbr class="sla-critical" title="{words["critical"]}">critical</abbr>' in html
     assert f'<abbr title="{words["feature map"]}">feature maps</abbr>' in html

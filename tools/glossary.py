@@ -1,11 +1,19 @@
-"""Python-Markdown extension: the glossary of docs/notation.md as hover text wherever its words stand."""
+"""Python-Markdown extension: the glossary of docs/notation.md as hover text wherever its words stand.
+
+The names of the three classes are underlined in their colours (docs/stylesheets/extra.css).
+"""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
-from markdown.extensions.abbr import AbbrExtension
+from markdown import Markdown
+from markdown.extensions.abbr import AbbrExtension, AbbrTreeprocessor
 
 PAGE = Path(__file__).parents[1] / "docs" / "notation.md"
+CLASSES = ("critical", "marginal", "negligible")
 
 
 def read_glossary() -> dict[str, str]:
@@ -15,5 +23,19 @@ def read_glossary() -> dict[str, str]:
     return {word + ending: meaning for word, meaning in entries for ending in ("", "s")}
 
 
-def makeExtension(**options: object) -> AbbrExtension:
-    return AbbrExtension(glossary=read_glossary(), **options)
+class _Words(AbbrTreeprocessor):
+    def create_element(self, title: str, text: str, tail: str) -> Element:
+        word = super().create_element(title, text, tail)
+        if text in CLASSES:
+            word.set("class", f"sla-{text}")
+        return word
+
+
+class Glossary(AbbrExtension):
+    def extendMarkdown(self, md: Markdown) -> None:
+        super().extendMarkdown(md)
+        md.treeprocessors.register(_Words(md, self.abbrs), "abbr", 7)  # in place of the one that was just registered
+
+
+def makeExtension(**options: object) -> Glossary:
+    return Glossary(glossary=read_glossary(), **options)
