@@ -43,7 +43,12 @@ def test_a_paragraph_of_one_formula_is_a_paragraph():
 
 
 def test_dollars_that_are_no_maths():
-    assert to_html("`$x$` costs $5 or $6, and \\$HOME\\$").count("<math") == 0
+    assert to_html("`$x$` costs $5 or $6, or $5-$6, and \\$HOME\\$").count("<math") == 0
+
+
+def test_backslashes_and_underscores_inside_are_latex():
+    html = to_html("$\\{a_i, b_i\\}$\n\n$$\n\\begin{aligned} a_i &= b_i \\\\ c &< d \\end{aligned}\n$$\n")
+    assert ">{</mo>" in html and html.count("<mtr>") == 2 and html.count("<msub>") == 4
 
 
 def test_unknown_latex_names_the_formula():
