@@ -99,6 +99,9 @@ colours = ListedColormap([CLASS_COLOURS[label] for label in (-1, 0, 1)])
 figure, panels = plt.subplots(1, 3, figsize=(7.2, 3.2), sharey=True)
 for panel, (name, shown) in zip(panels, reach.items(), strict=True):
     panel.imshow(shown, cmap=colours, vmin=-1, vmax=1)
+    for label, marker in {1: ".", -1: "x"}.items():
+        rows, columns = (shown == label).nonzero(as_tuple=True)
+        panel.scatter(columns, rows, s=6, marker=marker, color="black", linewidth=0.5)
     panel.set(title=name, xlabel="key block", xticks=[], yticks=[])
 panels[0].set_ylabel("query block")
 handles = [Patch(color=CLASS_COLOURS[label], label=name) for label, name in CLASS_NAMES.items()]
@@ -106,8 +109,8 @@ figure.legend(handles=handles, loc="outside lower center", ncols=3)
 plt.show()
 
 # %% [markdown]
-# The right panel shows the linear branch alone: all keys are marginal to it. The sparse branch of main has the critical
-# blocks of the other two panels.
+# Dots mark the critical blocks, crosses the negligible ones. The right panel shows the linear branch alone: all keys
+# are marginal to it. The sparse branch of main has the critical blocks of the other two panels.
 #
 # So issue 18 is right: main does not compute what the paper describes. It is not the paper's ablation L+S either,
 # which adds the two branches without Proj.
