@@ -134,7 +134,7 @@ def test_a_failing_assert_is_named_with_line_and_cell(tmp_path):
 
 def test_a_check_that_passes_on_the_stub_is_refused(tmp_path):
     text = SCRIPT.replace("assert double(2) == 4", "assert double")
-    line = text.splitlines().index("assert double") + 1
+    line = text.splitlines().index('# %% tags=["check"]') + 2
     assert failure(tmp_path, text).startswith(f"01_lesson.py:{line} (cell 7): the check passes on the stub")
 
 
