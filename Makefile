@@ -26,7 +26,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put imports and layout in order"
 	@echo "make bench   time the torch backend on this CPU"
-	@echo "make docs    build the documentation into site/"
+	@echo "make docs    run the tutorials and build the documentation into site/"
 	@echo "make hooks   install the pre-commit hooks"
 	@echo "make clean   remove what the targets made, except $(VENV)"
 
@@ -49,14 +49,16 @@ format: $(VENV)/.has-dev
 bench: $(VENV)/.has-demo
 	$(VENV)/bin/python benchmarks/cpu.py $(ARGS)
 
+# The date is fixed, so that the same sources make the same site.
 docs: $(VENV)/.has-docs
-	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
+	$(VENV)/bin/python tools/build_tutorials.py
+	NO_MKDOCS_2_WARNING=1 SOURCE_DATE_EPOCH=0 $(RUN) mkdocs build --strict $(ARGS)
 
 hooks: $(VENV)/.has-dev
 	$(RUN) pre_commit install
 
 clean:
-	rm -rf build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/tutorials site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # pip is the last thing that a venv gets: where it is missing, the venv is not whole.
@@ -71,5 +73,5 @@ $(VENV)/.has-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.has-demo: EXTRAS = lab
-$(VENV)/.has-dev:  EXTRAS = lab,triton,diffusers,dev
-$(VENV)/.has-docs: EXTRAS = docs
+$(VENV)/.has-dev:  EXTRAS = lab,triton,diffusers,docs,dev
+$(VENV)/.has-docs: EXTRAS = docs,lab,triton

@@ -1,5 +1,6 @@
 """A missing program is a skip with a reason at home, and a failure where SLA_REF_REQUIRE_TOOLS=1."""
 
+import needs
 import pytest
 from needs import REQUIRED, need_program
 
@@ -18,3 +19,13 @@ def test_missing_program_fails_where_tools_are_required(monkeypatch):
     monkeypatch.setenv(REQUIRED, "1")
     with pytest.raises(pytest.fail.Exception, match="needs no-such-program"):
         need_program("inductor", "no-such-program")
+
+
+def test_missing_site_skips_or_fails_likewise(monkeypatch, tmp_path):
+    monkeypatch.setattr(needs, "SITE", tmp_path)
+    monkeypatch.delenv(REQUIRED, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="make docs"):
+        needs.need_site()
+    monkeypatch.setenv(REQUIRED, "1")
+    with pytest.raises(pytest.fail.Exception, match="make docs"):
+        needs.need_site()

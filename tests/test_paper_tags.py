@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.paper_tags import read_steps
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "sla_ref"
 TAG = re.compile(r"\[((?:Eq|Alg)\. \d+(?: L\d+)?)\]")
@@ -17,8 +19,7 @@ FILES = [SOURCE / name for name in ("reference.py", "block_map.py", "attention.p
 
 def table() -> dict[str, list[str]]:
     """Tag -> the functions that the page names for it, as "file.py::function"."""
-    rows = re.findall(r"^\| \[([^\]]+)\] \|.*\| ([^|]+) \|$", (ROOT / "docs" / "paper.md").read_text(), re.MULTILINE)
-    return {tag: re.findall(r"`(\S+::\S+)`", where) for tag, where in rows}
+    return {step.tag: step.places for step in read_steps()}
 
 
 def source_of(place: str) -> str:
@@ -56,3 +57,10 @@ def test_every_backend_has_every_line_of_the_algorithms():
 
 def test_reference_has_every_equation():
     assert {tag for tag in table() if tag.startswith("Eq")} <= set(TAG.findall((SOURCE / "reference.py").read_text()))
+
+
+def test_the_tests_that_the_page_names_exist():
+    page = (ROOT / "docs" / "paper.md").read_text()
+    named = set(re.findall(r"`(test_\w+\.py)`", page))
+    assert len(named) >= 6
+    assert [name for name in named if not (ROOT / "tests" / name).exists()] == []

@@ -118,8 +118,8 @@ class SparseLinearAttention(nn.Module):
             scale=scale,
             backend=self.backend,
         )
-        # proj_l may be float32 beside bfloat16 tokens. Calling it, rather than taking its weight, keeps hooks and
-        # adapters.
+        # [Eq. 6] proj_l may be float32 beside bfloat16 tokens. Calling it, rather than taking its weight, keeps hooks
+        # and adapters.
         return sparse + self.proj_l(linear.to(self.proj_l.weight.dtype)).to(sparse.dtype)
 
     def extra_repr(self) -> str:

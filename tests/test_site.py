@@ -1,0 +1,214 @@
+"""The built site: it loads nothing from elsewhere, works in a browser, and is the same when it is built again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from browser import Page, open_browser
+from needs import need_program, need_site
+
+ROOT = Path(__file__).parents[1]
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    return need_site()
+
+
+@pytest.fixture(scope="module")
+def names(site) -> list[str]:
+    return sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+class _Loads(HTMLParser):
+    """Addresses that a page makes a browser load. Links that a reader may follow are none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        names = ["src", "srcset", "data", "poster"] + ["href", "xlink:href"] * (tag != "a")
+        self.found += [values[name] for name in names if values.get(name)]
+        self.found += addresses_in_css(values.get("style") or "")
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "style":
+            self.found += addresses_in_css(data)
+
+
+def addresses_in_css(text: str) -> list[str]:
+    urls = re.findall(r"url\(\s*['\"]?([^'\")]+)", text)
+    return urls + re.findall(r"@import\s+['\"]([^'\"]+)", text)
+
+
+def is_elsewhere(address: str) -> bool:
+    return re.match(r"\s*(https?:)?//", address) is not None
+
+
+def test_no_page_loads_anything_from_another_host(site, names):
+    assert "index.html" in names and len(names) > 10
+    seen = 0
+    for name in names:
+        parser = _Loads()
+        parser.feed((site / name).read_text(encoding="utf-8"))
+        seen += len(parser.found)
+        assert [address for address in parser.found if is_elsewhere(address)] == [], name
+    assert seen > len(names), "pages do load their style sheets"
+
+
+def test_no_style_sheet_loads_anything_from_another_host(site):
+    sheets = list(site.rglob("*.css"))
+    assert sheets
+    for sheet in sheets:
+        found = addresses_in_css(sheet.read_text(encoding="utf-8"))
+        assert [address for address in found if is_elsewhere(address)] == [], sheet
+
+
+def test_the_search_for_foreign_addresses_finds_them():
+    parser = _Loads()
+    parser.feed(
+        '<script src="https://a/x.js"></script><link href="//b/y.css"><a href="https://c">c</a>'
+        '<p style="background: url(http://d/z.png)"></p><style>@import "https://e/w.css";</style>'
+    )
+    assert sum(map(is_elsewhere, parser.found)) == 4
+
+
+def test_built_again_it_is_the_same(site, tmp_path):
+    environment = {"NO_MKDOCS_2_WARNING": "1", "SOURCE_DATE_EPOCH": "0"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
+    files = {path.relative_to(site) for path in site.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert [str(file) for file in files if (site / file).read_bytes() != (tmp_path / file).read_bytes()] == []
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    with open_browser(
+        need_program("the site's test in a browser", "chromium", "chromium-browser", "google-chrome")
+    ) as page:
+        yield page
+
+
+LEFT_OVER = r"""
+(() => {
+  const text = document.querySelector('.md-content').cloneNode(true);
+  text.querySelectorAll('pre, code, svg, math').forEach(element => element.remove());
+  return text.textContent.match(/\$\$|\\[a-z]+\{|^(!!!|\?\?\?|===|:::) |--8<--/m)?.[0] ?? null;
+})()
+"""
+ONE_LINE_CODE = """
+[...document.querySelectorAll('pre code')].filter(code => !getComputedStyle(code).whiteSpace.startsWith('pre')).length
+"""
+UNEVEN_NUMBERS = """
+(() => {
+  document.querySelectorAll('details').forEach(part => { part.open = true; });
+  document.querySelectorAll('.tabbed-set > input:last-of-type').forEach(tab => { tab.checked = true; });
+  return [...document.querySelectorAll('.highlighttable')].filter(table => {
+    const [numbers, code] = table.querySelectorAll('pre');
+    return Math.abs(numbers.offsetHeight - code.offsetHeight) > 22;  // the code has room below for a scroll bar
+  }).length;
+})()
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_every_page_opens_without_complaint(browser, address, names, size, dark):
+    width, height = size
+    for name in names:
+        browser.open(f"{address}/{name}", width=width, height=height, dark=dark)
+        browser.evaluate("document.fonts.ready.then(() => true)")
+        assert browser.problems == [], name
+        assert [url for url in browser.requests if not url.startswith((address, "data:"))] == [], name
+        assert browser.evaluate("document.body.dataset.mdColorScheme") == ("slate" if dark else "default"), name
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the window"
+        assert browser.evaluate(ONE_LINE_CODE) == 0, f"code without its line breaks in {name}"
+        assert browser.evaluate(UNEVEN_NUMBERS) == 0, f"line numbers that are not beside their lines in {name}"
+        assert browser.evaluate(LEFT_OVER) is None, f"Markdown that was not rendered in {name}"
+
+
+def test_a_broken_page_is_noticed(browser, tmp_path):
+    page = tmp_path / "broken.html"
+    page.write_text("<body><script src='nowhere.js'></script><script>throw new Error('planted')</script></body>")
+    browser.open(page.as_uri(), width=800, height=600, dark=False)
+    said = " ".join(browser.problems)
+    assert "planted" in said and "ERR_FILE_NOT_FOUND" in said
+
+
+def test_search_finds_critical(browser, address):
+    browser.open(f"{address}/index.html", width=1280, height=900, dark=False)
+    browser.evaluate(
+        """
+        (() => {
+          document.querySelector('[data-md-toggle=search]').click();
+          const field = document.querySelector('[data-md-component=search-query]');
+          field.focus();
+          field.value = 'critical';
+          field.dispatchEvent(new Event('keyup', {bubbles: true}));
+        })()
+        """
+    )
+    results = "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
+    found = browser.wait_for(f"(links => links.length > 2 && links)({results})")
+    assert any("notation.html" in link for link in found), found
+    assert browser.problems == []
+
+
+def test_maths_is_mathml_in_its_own_font(browser, address):
+    browser.open(f"{address}/notation.html", width=1280, height=900, dark=False)
+    browser.evaluate("document.fonts.ready.then(() => true)")
+    letters = "[...document.querySelectorAll('math mi')].map(letter => letter.textContent)"
+    assert "ℝ" in browser.evaluate(letters)
+    kind = "document.querySelector('math').constructor.name"
+    assert browser.evaluate(kind) == "MathMLElement"
+    assert browser.evaluate("document.fonts.check('16px \"STIX Two Math\"')") is True
+    assert browser.evaluate("[...document.fonts].filter(font => font.status === 'loaded').length") == 1
+    exponent = "document.querySelector('math msup')"
+    base, raised = (browser.evaluate(f"{exponent}.children[{n}].getBoundingClientRect().top") for n in (0, 1))
+    assert raised < base, "an exponent stands higher than its base"
+
+
+def test_figures_take_the_colour_of_the_text(browser, address):
+    colours = []
+    for dark in (False, True):
+        browser.open(f"{address}/tutorials/reference/paper_vs_code.html", width=1280, height=900, dark=dark)
+        colours.append(
+            browser.evaluate(
+                "getComputedStyle(document.querySelector('.figure svg [style*=currentColor]')).stroke + '/' +"
+                "getComputedStyle(document.querySelector('.figure')).color"
+            )
+        )
+    assert colours[0] != colours[1], colours
