@@ -97,10 +97,9 @@ print("mean of 4 clips   large   middle    small   held by the large")
 for layer in range(L):
     for head in range(H):
         share = [tensor[:, layer, head].mean().item() for tensor in (large, 1 - large - small, small, held)]
-        print(f"layer {layer + 1}, head {head + 1}  " + "".join(f"{each:8.1%} " for each in share))
-print(
-    f"all maps         {large.mean():8.1%} {1 - large.mean() - small.mean():8.1%} {small.mean():8.1%} {held.mean():8.1%}"
-)
+        print(f"layer {layer + 1}, head {head + 1}" + "".join(f"{each:8.1%} " for each in share))
+of_all = [each.mean().item() for each in (large, 1 - large - small, small, held)]
+print(f"{'all maps':15}" + "".join(f"{each:8.1%} " for each in of_all))
 
 # %% [markdown]
 # In every map fewer than half of the weights are large, and yet they hold most of the attention.
@@ -140,11 +139,10 @@ plt.show()
 # token cannot make out its surroundings, it looks everywhere.
 
 # %%
-print(
-    "small weights by time:",
-    ", ".join(f"t = {t:.3f}: {s:.1%}" for t, s in zip(clips.time, small.mean((1, 2)), strict=True)),
-)
-assert (small.mean((1, 2)).diff() < 0).all()
+by_time = small.mean(dim=(1, 2))
+for time, share in zip(clips.time, by_time, strict=True):
+    print(f"t = {time:.3f}: {share:.1%} of the weights are small")
+assert (by_time.diff() < 0).all()
 
 # %% [markdown]
 # ## What dropping costs
@@ -167,12 +165,8 @@ def error_of_keeping(kept, weights, value):
 without_small = error_of_keeping(P >= 1 / (100 * N), P, value)
 only_large = error_of_keeping(P > 1 / N, P, value)
 
-print(
-    f"dropping the small ({small.mean():.0%} of all): error {without_small.mean():.2%}, at most {without_small.max():.2%}"
-)
-print(
-    f"keeping the large ({large.mean():.0%} of all):  error {only_large.mean():.1%}, from {only_large.min():.1%} to {only_large.max():.1%}"
-)
+for name, share, error in [("without the small", 1 - small, without_small), ("the large alone", large, only_large)]:
+    print(f"{name:18} {share.mean():4.0%} kept, error {error.mean():6.2%} ({error.min():.2%} to {error.max():.2%})")
 
 # %% [markdown]
 # The small weights can go: in no map does it cost even 3 %, the figure the paper gives for its 45 %. But the middle
