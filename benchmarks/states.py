@@ -3,8 +3,8 @@
     python benchmarks/states.py                       # the table, about two minutes on two cores
     python benchmarks/states.py --json benchmarks/results/states.json
 
-One head of a long video: 512 x 512 blocks, which is 32,768 tokens in blocks of 64. As `benchmarks/cpu.py`, all run in turn
-and each time is the minimum of all turns. Finding the marginal blocks in the labels is part of every way.
+One head of a long video: 512 x 512 blocks, which is 32,768 tokens in blocks of 64. As in `benchmarks/cpu.py`, all run in
+turn and each time is the minimum of all turns. Finding the marginal blocks in the labels is part of every way.
 """
 
 from __future__ import annotations

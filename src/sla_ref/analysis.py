@@ -54,7 +54,7 @@ def stable_rank(matrix: Tensor) -> Tensor:
 
 
 def relative_l1(approximation: Tensor, exact: Tensor) -> Tensor:
-    """||A - B||_1 / ||B||_1 of each pair of matrices (..., M, N): the size of the error beside that of the exact one."""
+    """||A - B||_1 / ||B||_1 of each pair of matrices (..., M, N): the error beside the size of the exact one."""
     return (approximation - exact).abs().sum(dim=(-2, -1)) / exact.abs().sum(dim=(-2, -1))
 
 
