@@ -66,11 +66,11 @@ HEADS = {"layer 2, head 2": P[CLIP, 1, 1], "layer 1, head 2": P[CLIP, 0, 1]}
 
 figure, axes = plt.subplots(3, 8, figsize=(9, 3.8), layout="constrained")
 for column, frame in enumerate(range(0, 16, 2)):
-    axes[0, column].imshow(clips.x[CLIP, frame], cmap="gray")
+    axes[0, column].imshow(clips.x[CLIP, frame].numpy(), cmap="gray")
     axes[0, column].set_title(f"frame {frame}", fontsize=9)
     for panel, row in zip(axes[1:, column], HEADS.values(), strict=True):
         times_mean = N * row[TOKEN].view(16, 8, 8)[frame]
-        image = panel.imshow(times_mean.clamp(min=0.01).log10(), vmin=-2, vmax=2, cmap="cividis")
+        image = panel.imshow(times_mean.clamp(min=0.01).log10().numpy(), vmin=-2, vmax=2, cmap="cividis")
         if frame == 8:
             panel.plot(4, 3, "o", markersize=11, markerfacecolor="none", markeredgecolor="#D55E00", markeredgewidth=2)
 for panel in axes.flat:

@@ -120,7 +120,7 @@ all_labels = [sla_ref.classify_blocks(q, k, 0.05, 0.10, block_q=BLOCK, block_k=B
 
 def draw_classes(panel, labels):
     """The labels (Tq, Tk) as a picture; critical blocks also get a dot, so that they show without colour."""
-    panel.imshow(labels, cmap=COLOURS, vmin=-1, vmax=1, interpolation="nearest")
+    panel.imshow(labels.numpy(), cmap=COLOURS, vmin=-1, vmax=1, interpolation="nearest")
     rows, columns = (labels == 1).nonzero(as_tuple=True)
     panel.plot(columns, rows, ".", markersize=0.8, color="black")
     panel.set(xticks=[], yticks=[])
@@ -291,12 +291,12 @@ assert by_pooling[2, 0] > 0.6 and by_pooling[3, 0] < 0.15
 # %%
 layer, head = HEADS["layer 4, head 1"]
 figure, panels = plt.subplots(1, 2, figsize=(8, 3.9), layout="constrained")
-image = panels[0].imshow(masses[layer][CLIP, head].log10(), cmap="cividis", vmin=-3, vmax=-1)
+image = panels[0].imshow(masses[layer][CLIP, head].log10().numpy(), cmap="cividis", vmin=-3, vmax=-1)
 panels[0].set(xlabel="key blocks", ylabel="query blocks", title="log10(mass)")
 figure.colorbar(image, ax=panels[0], shrink=0.8)
 wanted = analysis.oracle_labels(masses[layer], all_labels[layer])[CLIP, head] == 1
 found = all_labels[layer][CLIP, head] == 1
-panels[1].imshow(torch.zeros(T, T), cmap="Greys", alpha=0.15)
+panels[1].imshow(torch.zeros(T, T).numpy(), cmap="Greys", alpha=0.15)
 for picked, marker, colour, name in [
     (wanted & found, ".", "#009E73", "found"),
     (wanted & ~found, "x", "#D55E00", "missed"),
