@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sla_ref import analysis
+from sla_ref import analysis, classify_blocks
 
 
 def test_attention_weights_are_what_sdpa_multiplies_the_values_with():
@@ -43,6 +43,48 @@ def test_stable_rank_against_its_definition_and_its_limits():
     assert analysis.stable_rank(3 * torch.eye(7)).item() == pytest.approx(7)
     assert analysis.stable_rank(torch.ones(5, 6)).item() == pytest.approx(1)
     assert analysis.stable_rank(torch.zeros(4, 4)).item() == 0
+
+
+def test_relative_l1_is_the_error_beside_the_exact_sum():
+    exact = torch.tensor([[[1.0, -1.0], [2.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    approximation = exact + torch.tensor([[[0.5, 0.0], [0.0, -0.5]], [[0.0, 0.0], [0.0, 1.0]]])
+    assert analysis.relative_l1(approximation, exact).tolist() == [0.25, 0.25]
+    assert analysis.relative_l1(exact, exact).tolist() == [0, 0]
+
+
+def test_block_mass_is_summed_over_keys_and_averaged_over_queries_also_in_the_partial_block():
+    weights = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]])
+    expected = torch.tensor([[0.55, 0.45], [0.0, 1.0]])  # two queries or keys in a block, then one
+    torch.testing.assert_close(analysis.block_mass(weights, 2, 2), expected)
+    maps = torch.rand(2, 3, 50, 41, dtype=torch.float64).softmax(dim=-1)
+    mass = analysis.block_mass(maps, 16, 8)
+    assert mass.shape == (2, 3, 4, 6)
+    torch.testing.assert_close(mass.sum(dim=-1), torch.ones(2, 3, 4, dtype=torch.float64))
+
+
+def test_oracle_hands_out_the_same_classes_by_mass():
+    mass = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    labels = torch.tensor([[1, 0, 1, -1], [0, -1, -1, 1]], dtype=torch.int8)
+    oracle = analysis.oracle_labels(mass, labels)
+    assert oracle.tolist() == [[-1, 1, 0, 1], [1, 0, -1, -1]]
+    assert analysis.critical_recall(labels, oracle).item() == 0
+    assert analysis.critical_recall(oracle, oracle).item() == 1
+    half = torch.tensor([[0, 1, 1, -1], [1, 0, -1, -1]], dtype=torch.int8)
+    assert analysis.critical_recall(half, oracle).item() == pytest.approx(2 / 3)
+
+
+def test_class_mass_adds_up_and_the_oracle_keeps_the_most():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 2, 3, 96, 16)
+    mass = analysis.block_mass(analysis.attention_weights(query, key), 16, 8)
+    labels = classify_blocks(query, key, 0.2, 0.3, block_q=16, block_k=8).labels
+    pooled = analysis.class_mass(mass, labels)
+    best = analysis.class_mass(mass, analysis.oracle_labels(mass, labels))
+    torch.testing.assert_close(sum(pooled.values()), torch.ones(2, 3))
+    assert (best[1] >= pooled[1]).all() and (best[-1] <= pooled[-1]).all()
+    assert (best[1] > pooled[1]).any() and (best[-1] < pooled[-1]).any()
+    by_hand = mass[0, 0].where(labels[0, 0] == -1, 0.0).sum() / 6
+    torch.testing.assert_close(pooled[-1][0, 0], by_hand)
 
 
 def test_flops_are_the_critical_share_of_full_attention_plus_linear_attention():

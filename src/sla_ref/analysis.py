@@ -47,9 +47,47 @@ def stable_rank(matrix: Tensor) -> Tensor:
 
     Between 1 and the rank; 0 for a matrix of zeros.
     """
-    squares = torch.linalg.svdvals(matrix).square()
-    largest = squares[..., 0]
-    return torch.where(largest > 0, squares.sum(dim=-1) / largest.where(largest > 0, 1.0), 0.0)
+    # The largest eigenvalue of A A^T is ||A||_2^2, in half the time that the singular values of A take.
+    largest = torch.linalg.eigvalsh(matrix @ matrix.mT)[..., -1]
+    squares = matrix.square().sum(dim=(-2, -1))
+    return torch.where(largest > 0, squares / largest.where(largest > 0, 1.0), 0.0)
+
+
+def relative_l1(approximation: Tensor, exact: Tensor) -> Tensor:
+    """||A - B||_1 / ||B||_1 of each pair of matrices (..., M, N): the error beside the size of the exact one."""
+    return (approximation - exact).abs().sum(dim=(-2, -1)) / exact.abs().sum(dim=(-2, -1))
+
+
+def block_mass(weights: Tensor, block_q: int, block_k: int) -> Tensor:
+    """What part of its attention a query block spends on each key block: (..., Nq, Nk) -> (..., Tq, Tk).
+
+    Weights are summed over the keys of a block and averaged over its queries, so that each row adds up to 1 if those of
+    the map do. The last block of either may be partial.
+    """
+    rows = torch.stack([block.mean(dim=-2) for block in weights.split(block_q, dim=-2)], dim=-2)
+    return torch.stack([block.sum(dim=-1) for block in rows.split(block_k, dim=-1)], dim=-1)
+
+
+def oracle_labels(mass: Tensor, labels: Tensor) -> Tensor:
+    """The classes that a perfect ranking would give: as many of each per row as in `labels`, by true mass.
+
+    `mass` and `labels` (..., Tq, Tk) -> (..., Tq, Tk) int8; among equal masses the earlier block ranks higher.
+    """
+    rank = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    critical = (labels == 1).sum(dim=-1, keepdim=True)
+    negligible = (labels == -1).sum(dim=-1, keepdim=True)
+    return (rank < critical).to(torch.int8) - (rank >= labels.shape[-1] - negligible).to(torch.int8)
+
+
+def critical_recall(labels: Tensor, oracle: Tensor) -> Tensor:
+    """Share of the oracle's critical blocks that `labels` (..., Tq, Tk) makes critical too."""
+    wanted = oracle == 1
+    return ((labels == 1) & wanted).sum(dim=(-2, -1)) / wanted.sum(dim=(-2, -1))
+
+
+def class_mass(mass: Tensor, labels: Tensor) -> dict[int, Tensor]:
+    """What part of all attention each class holds, per map: {1: critical, 0: marginal, -1: negligible}."""
+    return {label: mass.where(labels == label, 0.0).sum(dim=-1).mean(dim=-1) for label in CLASS_NAMES}
 
 
 def attention_flops(

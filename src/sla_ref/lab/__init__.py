@@ -8,6 +8,7 @@ Needs the extra `lab` (`pip install 'sla-ref[lab]'`). One file, one job:
 - `flow`      rectified flow: noising, the loss, the sampler
 - `train`     one training loop for teacher and fine-tuning, resumable without loss
 - `evaluate`  held-out loss, distance to the teacher, cost of attention
+- `states`    four ways to add up block states
 - `weights`   weight files that know when they are damaged
 - `figures`   the pictures
 - `jobs`      what `sla-ref train-teacher` and `sla-ref finetune` run
