@@ -295,7 +295,7 @@ assert torch.equal(by_plug_in, layer(query, key, value))
 # good enough to see that both agree.
 
 # %%
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # noqa: E402 (slow to import)
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # slow to import
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 problem = testing.make_problem(
