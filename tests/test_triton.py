@@ -55,7 +55,7 @@ FAULTS = {  # what is wrong: the line, what it becomes, a result in which it mus
         "COLUMNS * COLUMNS + columns, (0 * z).to(",
         "linear",
     ),
-    "states: h counts twice, z once": ("h = _dot(tl.trans(phi), slab)", "h = 2 * _dot(tl.trans(phi), slab)", "linear"),
+    "states: h counts twice, z once": ("_dot(tl.trans(phi), V), 0.0)", "2 * _dot(tl.trans(phi), V), 0.0)", "linear"),
     "sums: the weights of another block": (
         "tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))",
         "tl.load(weights + (out[:, None] * out_stride + (inner ^ 1)[None, :] * in_stride))",

@@ -215,6 +215,12 @@ def _scores(Q, K, first_key, key_length, KEYS: tl.constexpr, PARTIAL: tl.constex
 
 
 @triton.jit
+def _finite(x):
+    """1 where x is a number, 0 where it is NaN or infinite."""
+    return (tl.abs(x.to(tl.float32)) < float("inf")).to(tl.int32)
+
+
+@triton.jit
 def _sound(denominator, sums, COLUMNS: tl.constexpr):
     """The denominators phi(Q_i) Z_i: 0 in a query block without marginal block, NaN if one of them is bad. # [ROWS]"""
     blocks = tl.load(sums + (COLUMNS + 1) * COLUMNS).to(tl.float32)
@@ -326,19 +332,17 @@ def _states_kernel(
     state = _state(states, program, COLUMNS)
     top, share = _softmax_of_rows(phi_key, bh, num_heads, first, key_length, D, BLOCK_K, COLUMNS, SOFTMAX)
     phi = _load_phi(phi_key, bh, num_heads, first, key_length, 0, top, share, D, BLOCK_K, COLUMNS, SOFTMAX)
-    V = _load_slab(value, bh, num_heads, first, key_length, 0, D, BLOCK_K, COLUMNS)  # [BLOCK_K, COLUMNS]
-    # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So a block with a NaN or Inf counts as
-    # zeros, and as bad; the query blocks that it is marginal to turn their rows into NaN.
-    finite = (tl.abs(phi.to(tl.float32)) < float("inf")) & (tl.abs(V.to(tl.float32)) < float("inf"))
-    good = tl.min(tl.min(finite.to(tl.int32), 1), 0)
-    phi = tl.where(good == 1, phi, 0.0).to(phi.dtype)  # [BLOCK_K, COLUMNS]
     columns = tl.arange(0, COLUMNS)
     z = tl.sum(phi.to(tl.float32), 0)  # [COLUMNS]
+    # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So what a NaN or Inf has spoilt counts
+    # as zero, and the block as bad; the query blocks that it is marginal to turn their rows into NaN.
+    good = tl.min(_finite(z), 0)
+    z = tl.where(good == 1, z, 0.0)
     tl.store(state + COLUMNS * COLUMNS + columns, z.to(states.dtype.element_ty))
     for column in range(0, COLUMNS, FEATURES):
-        slab = _load_slab(value, bh, num_heads, first, key_length, column, D, BLOCK_K, FEATURES)
-        slab = tl.where(good == 1, slab, 0.0).to(phi.dtype)
-        h = _dot(tl.trans(phi), slab)  # [COLUMNS, FEATURES]
+        V = _load_slab(value, bh, num_heads, first, key_length, column, D, BLOCK_K, FEATURES)  # [BLOCK_K, FEATURES]
+        good = tl.minimum(good, tl.min(tl.min(_finite(V), 1), 0))
+        h = tl.where(good == 1, _dot(tl.trans(phi), V), 0.0)  # [COLUMNS, FEATURES]
         place = columns[:, None] * COLUMNS + (column + tl.arange(0, FEATURES))[None, :]
         tl.store(state + place, h.to(states.dtype.element_ty))
     counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
@@ -825,7 +829,7 @@ _TILES = {
     # matrix instructions that read their operands from shared memory: sm_90, sm_100
     "linear_query 64 x 128": _Tiles(warps=8),
     # the same, D over 64: whole rows at a time, so that softmax computes its exponentials once
-    "states 128": _Tiles(features=32, registers=128),
+    "states 128": _Tiles(registers=128),
     "forward 128": _Tiles(features=128),
     "linear_query 128": _Tiles(features=128, warps=8),
     "linear_key 128": _Tiles(features=128, warps=8),
