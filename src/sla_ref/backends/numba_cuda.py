@@ -62,11 +62,13 @@ _SIMULATED = bool(config.ENABLE_CUDASIM)  # NUMBA_ENABLE_CUDASIM=1, read by Numb
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 128
+MAX_HEADS = 65535  # batch * heads is the second axis of the grids, which has no more
 STATIC_SHARED_MEMORY = 48 * 1024
 """Bytes of shared memory that a thread block may declare on every CUDA GPU."""
 
 HEIGHT = 4  # rows that a thread works on
 LANES = 8  # threads that work on the same rows, each on every eighth column
+LANE_STRIDE = LANES + 1
 
 # A literal such as 0.0 is float64 to Numba, and draws all that it meets into float64.
 ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(math.inf)
@@ -93,12 +95,25 @@ def _lane():
 def _load(tile, array, head, first, column):
     """Rows from `first` and columns from `column` of one head into shared memory; what does not exist reads as zero.
 
-    The threads of a warp read 4 runs of 8 neighbours, 32 bytes each: whole sectors of the memory.
+    The spare column is left alone. A warp reads 4 runs of 8 neighbours, 32 bytes each: whole sectors of the memory.
     """
-    for n in range(cuda.threadIdx.x // LANES, tile.shape[0], cuda.blockDim.x // LANES):
-        for d in range(_lane(), tile.shape[1], LANES):
+    n = cuda.threadIdx.x // LANES
+    while n < tile.shape[0]:
+        for c in range(tile.shape[1] // LANES):
+            d = _lane() + LANES * c
             inside = first + n < array.shape[1] and column + d < array.shape[2]
             tile[n, d] = array[head, first + n, column + d] if inside else ZERO
+        n += cuda.blockDim.x // LANES
+
+
+@cuda.jit(device=True)
+def _load_state(tile, states, head, block, feature):
+    """The same for rows from `feature` of a state, with z in the spare column."""
+    state, spare = states[head], tile.shape[1] - 1
+    _load(tile, state, block, feature, 0)
+    n = cuda.threadIdx.x
+    if n < tile.shape[0]:
+        tile[n, spare] = state[block, feature + n, spare] if feature + n < spare else ZERO
 
 
 @cuda.jit(device=True)
@@ -185,17 +200,16 @@ def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Callable
     With [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1], and queries for keys, [dH_i | dZ_i]. [Alg. 2 L3] [Alg. 2 L4]
     """
     SLABS = math.ceil(COLUMNS / ROWS)
-    WIDTH = COLUMNS // LANES
+    WIDTH, STRIDE, ROW_STRIDE = COLUMNS // LANES, COLUMNS + 1, ROWS + 1
 
     @cuda.jit
     def states(features, values, spare, out):
-        phi = cuda.shared.array((TOKENS, ROWS + 1), float32)
-        V = cuda.shared.array((TOKENS, COLUMNS + 1), float32)
+        phi = cuda.shared.array((TOKENS, ROW_STRIDE), float32)
+        V = cuda.shared.array((TOKENS, STRIDE), float32)
         h = cuda.local.array((HEIGHT, WIDTH), float32)
         z = cuda.local.array(HEIGHT, float32)
         feature = cuda.blockIdx.x % SLABS * ROWS
-        block = cuda.blockIdx.x // SLABS
-        head, j = block // out.shape[1], block % out.shape[1]
+        head, j = cuda.blockIdx.y, cuda.blockIdx.x // SLABS
         thread = cuda.threadIdx.x
 
         _clear(h)
@@ -204,8 +218,7 @@ def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Callable
         for first in range(j * BLOCK, min((j + 1) * BLOCK, features.shape[1]), TOKENS):
             cuda.syncthreads()  # nobody reads the last tiles any more
             _load(phi, features, head, first, feature)
-            # Not the spare column of V: another thread than the one that clears it would fill it.
-            _load(V[:, :COLUMNS], values, head, first, 0)
+            _load(V, values, head, first, 0)
             if thread < TOKENS:
                 V[thread, COLUMNS] = spare[head, first + thread] if first + thread < spare.shape[1] else ZERO
             cuda.syncthreads()
@@ -229,23 +242,23 @@ def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: i
     PARTS = BLOCK_Q // ROWS  # thread blocks that share a query block
     STEPS = BLOCK_K // KEYS  # tiles of a key block
     WIDTH, KEY_WIDTH = COLUMNS // LANES, KEYS // LANES
+    STRIDE, KEY_STRIDE = COLUMNS + 1, KEYS + 1
 
     @cuda.jit
     def forward(
         query, key, value, phi_query, kv_num_blocks, kv_indices, num_marginal, sums, out_sparse, out_linear, lse, scale
     ):
-        Q = cuda.shared.array((ROWS, COLUMNS + 1), float32)
-        KV = cuda.shared.array((KEYS, COLUMNS + 1), float32)
-        P = cuda.shared.array((ROWS, KEYS + 1), float32)
-        partial = cuda.shared.array((ROWS, LANES + 1), float32)
+        Q = cuda.shared.array((ROWS, STRIDE), float32)
+        KV = cuda.shared.array((KEYS, STRIDE), float32)
+        P = cuda.shared.array((ROWS, KEY_STRIDE), float32)
+        partial = cuda.shared.array((ROWS, LANE_STRIDE), float32)
         O = cuda.local.array((HEIGHT, WIDTH), float32)
         S = cuda.local.array((HEIGHT, KEY_WIDTH), float32)
         m = cuda.local.array(HEIGHT, float32)
         l = cuda.local.array(HEIGHT, float32)  # of this thread's keys alone, until the end
         highest = cuda.local.array(HEIGHT, float32)
         denominator = cuda.local.array(HEIGHT, float32)
-        block = cuda.blockIdx.x // PARTS
-        head, i = block // kv_num_blocks.shape[1], block % kv_num_blocks.shape[1]
+        head, i = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first = i * BLOCK_Q + cuda.blockIdx.x % PARTS * ROWS
         row, lane = _first_row(), _lane()
 
@@ -288,8 +301,9 @@ def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: i
             _product(O, P.T, KV, KEYS)  # [Alg. 1 L11]
         _sum_lanes(partial, l)
         for r in range(HEIGHT):
+            inverse = ONE / l[r]
             for c in range(WIDTH):
-                O[r, c] = O[r, c] / l[r] if num_steps > 0 else ZERO  # [Alg. 1 L16]
+                O[r, c] = O[r, c] * inverse if num_steps > 0 else ZERO  # [Alg. 1 L16]
             if lane == 0 and first + row + r < query.shape[1]:
                 lse[head, first + row + r] = -INFINITY if l[r] == ZERO else (m[r] + math.log2(l[r])) * LN_2
         _store(out_sparse, head, first, 0, O)
@@ -302,15 +316,16 @@ def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: i
             denominator[r] = ZERO
         for feature in range(0, COLUMNS, KEYS):
             cuda.syncthreads()  # nobody needs the last of V or H any more
-            _load(KV, sums[head], i, feature, 0)
+            _load_state(KV, sums, head, i, feature)
             cuda.syncthreads()
             depth = min(KEYS, COLUMNS - feature)
             _product(O, Q.T[feature:], KV, depth)
             _product_spare(denominator, Q.T[feature:], KV, depth)
         for r in range(HEIGHT):
             defined = num_marginal[head, i] > 0 and denominator[r] != ZERO  # a NaN is unequal, and goes on
+            inverse = ONE / denominator[r] if defined else ZERO
             for c in range(WIDTH):
-                O[r, c] = O[r, c] / denominator[r] if defined else ZERO
+                O[r, c] = O[r, c] * inverse if defined else ZERO
         _store(out_linear, head, first, 0, O)
 
     return forward
@@ -328,23 +343,23 @@ def _backward_dq_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_
     PARTS = BLOCK_Q // ROWS
     STEPS = BLOCK_K // KEYS
     WIDTH, KEY_WIDTH = COLUMNS // LANES, KEYS // LANES
+    STRIDE, KEY_STRIDE = COLUMNS + 1, KEYS + 1
 
     @cuda.jit
     def backward_dq(
         query, key, value, grad_sparse, out_sparse, lse, kv_num_blocks, kv_indices, delta, grad_query, scale
     ):
-        Q = cuda.shared.array((ROWS, COLUMNS + 1), float32)
-        dO = cuda.shared.array((ROWS, COLUMNS + 1), float32)
-        KV = cuda.shared.array((KEYS, COLUMNS + 1), float32)
-        dS = cuda.shared.array((ROWS, KEYS + 1), float32)
-        partial = cuda.shared.array((ROWS, LANES + 1), float32)
+        Q = cuda.shared.array((ROWS, STRIDE), float32)
+        dO = cuda.shared.array((ROWS, STRIDE), float32)
+        KV = cuda.shared.array((KEYS, STRIDE), float32)
+        dS = cuda.shared.array((ROWS, KEY_STRIDE), float32)
+        partial = cuda.shared.array((ROWS, LANE_STRIDE), float32)
         dQ = cuda.local.array((HEIGHT, WIDTH), float32)
         S = cuda.local.array((HEIGHT, KEY_WIDTH), float32)
         dP = cuda.local.array((HEIGHT, KEY_WIDTH), float32)
         L = cuda.local.array(HEIGHT, float32)
         Ds = cuda.local.array(HEIGHT, float32)
-        block = cuda.blockIdx.x // PARTS
-        head, i = block // kv_num_blocks.shape[1], block % kv_num_blocks.shape[1]
+        head, i = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first = i * BLOCK_Q + cuda.blockIdx.x % PARTS * ROWS
         row, lane = _first_row(), _lane()
 
@@ -402,24 +417,23 @@ def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOC
     PARTS = BLOCK_K // KEYS
     STEPS = BLOCK_Q // ROWS
     WIDTH, QUERY_WIDTH = COLUMNS // LANES, ROWS // LANES
+    STRIDE, ROW_STRIDE = COLUMNS + 1, ROWS + 1
 
     @cuda.jit
     def backward_dkdv(
         query, key, value, grad_sparse, lse, delta, q_offsets, q_indices, grad_key, grad_value, scale
     ):
-        K = cuda.shared.array((KEYS, COLUMNS + 1), float32)
-        V = cuda.shared.array((KEYS, COLUMNS + 1), float32)
-        Q = cuda.shared.array((ROWS, COLUMNS + 1), float32)
-        dO = cuda.shared.array((ROWS, COLUMNS + 1), float32)
-        P = cuda.shared.array((KEYS, ROWS + 1), float32)
-        dS = cuda.shared.array((KEYS, ROWS + 1), float32)
+        K = cuda.shared.array((KEYS, STRIDE), float32)
+        V = cuda.shared.array((KEYS, STRIDE), float32)
+        Q = cuda.shared.array((ROWS, STRIDE), float32)
+        dO = cuda.shared.array((ROWS, STRIDE), float32)
+        P = cuda.shared.array((KEYS, ROW_STRIDE), float32)
+        dS = cuda.shared.array((KEYS, ROW_STRIDE), float32)
         dK = cuda.local.array((HEIGHT, WIDTH), float32)
         dV = cuda.local.array((HEIGHT, WIDTH), float32)
         S = cuda.local.array((HEIGHT, QUERY_WIDTH), float32)
         dP = cuda.local.array((HEIGHT, QUERY_WIDTH), float32)
-        num_blocks = q_offsets.shape[1] - 1
-        block = cuda.blockIdx.x // PARTS
-        head, j = block // num_blocks, block % num_blocks
+        head, j = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first_key = j * BLOCK_K + cuda.blockIdx.x % PARTS * KEYS
         row, lane = _first_row(), _lane()
 
@@ -471,20 +485,19 @@ def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_
     It leaves [dO | -D^l] / (phi(Q_i) Z_i) in `share` and `share_spare`, from which `_states_kernel` makes dH_i and dZ_i.
     """
     PARTS = BLOCK_Q // ROWS
-    WIDTH = FEATURES // LANES
+    WIDTH, STRIDE = FEATURES // LANES, COLUMNS + 1
 
     @cuda.jit
     def backward_linear_query(
         phi_query, grad_linear, out_linear, num_marginal, sums, share, share_spare, grad_phi_query
     ):
-        dO = cuda.shared.array((ROWS, COLUMNS + 1), float32)
-        H = cuda.shared.array((FEATURES, COLUMNS + 1), float32)
-        partial = cuda.shared.array((ROWS, LANES + 1), float32)
+        dO = cuda.shared.array((ROWS, STRIDE), float32)
+        H = cuda.shared.array((FEATURES, STRIDE), float32)
+        partial = cuda.shared.array((ROWS, LANE_STRIDE), float32)
         dphi = cuda.local.array((HEIGHT, WIDTH), float32)
         denominator = cuda.local.array(HEIGHT, float32)
         Dl = cuda.local.array(HEIGHT, float32)
-        block = cuda.blockIdx.x // PARTS
-        head, i = block // num_marginal.shape[1], block % num_marginal.shape[1]
+        head, i = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first = i * BLOCK_Q + cuda.blockIdx.x % PARTS * ROWS
         row, lane = _first_row(), _lane()
 
@@ -515,7 +528,7 @@ def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_
                     share_spare[head, n] = -Dl[r] * inverse
         for feature in range(0, COLUMNS, FEATURES):
             cuda.syncthreads()  # nobody needs the last of H any more; dO is complete
-            _load(H, sums[head], i, feature, 0)
+            _load_state(H, sums, head, i, feature)
             cuda.syncthreads()
             _clear(dphi)
             _product(dphi, dO.T, H.T, COLUMNS + 1)  # [Alg. 2 L5]
@@ -528,25 +541,24 @@ def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_
 def _backward_linear_key_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_K: int) -> Callable:
     """dK^phi, and the linear branch's share of dV, for ROWS keys of block j. [Alg. 2 L16] [Alg. 2 L17]"""
     PARTS = BLOCK_K // ROWS
-    WIDTH, FEATURE_WIDTH = COLUMNS // LANES, FEATURES // LANES
+    WIDTH, FEATURE_WIDTH, STRIDE = COLUMNS // LANES, FEATURES // LANES, COLUMNS + 1
 
     @cuda.jit
     def backward_linear_key(phi_key, value, grad_states, grad_phi_key, grad_value):
-        tokens = cuda.shared.array((ROWS, COLUMNS + 1), float32)  # of V, then of phi(K)
-        dh = cuda.shared.array((FEATURES, COLUMNS + 1), float32)  # and dz
+        tokens = cuda.shared.array((ROWS, STRIDE), float32)  # of V, then of phi(K)
+        dh = cuda.shared.array((FEATURES, STRIDE), float32)  # and dz
         dphi = cuda.local.array((HEIGHT, FEATURE_WIDTH), float32)
         dV = cuda.local.array((HEIGHT, WIDTH), float32)
-        block = cuda.blockIdx.x // PARTS
-        head, j = block // grad_states.shape[1], block % grad_states.shape[1]
+        head, j = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first = j * BLOCK_K + cuda.blockIdx.x % PARTS * ROWS
         thread = cuda.threadIdx.x
 
-        _load(tokens[:, :COLUMNS], value, head, first, 0)
+        _load(tokens, value, head, first, 0)
         if thread < ROWS:
             tokens[thread, COLUMNS] = ONE
         for feature in range(0, COLUMNS, FEATURES):
             cuda.syncthreads()  # nobody needs the last of dh any more; V is complete
-            _load(dh, grad_states[head], j, feature, 0)
+            _load_state(dh, grad_states, head, j, feature)
             cuda.syncthreads()
             _clear(dphi)
             _product(dphi, tokens.T, dh.T, COLUMNS + 1)  # [V | 1] [dh | dz]^T [Alg. 2 L16]
@@ -556,7 +568,7 @@ def _backward_linear_key_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_K:
         _clear(dV)
         for feature in range(0, COLUMNS, FEATURES):
             cuda.syncthreads()
-            _load(dh, grad_states[head], j, feature, 0)
+            _load_state(dh, grad_states, head, j, feature)
             cuda.syncthreads()
             _product(dV, tokens.T[feature:], dh, min(FEATURES, COLUMNS - feature))  # [Alg. 2 L17]
         _store(grad_value, head, first, 0, dV)
@@ -589,19 +601,19 @@ def _tile(kernel: str, columns: int, rows_at_most: int, others_at_most: int) -> 
     return min(rows, rows_at_most), min(others, others_at_most)
 
 
-def _launch(kernel: Callable, blocks: int, rows: int, *args: Tensor | np.float32) -> None:
-    """Start a kernel on a grid of one axis: the others are limited to 65535 thread blocks.
+def _launch(kernel: Callable, grid: tuple[int, int], rows: int, *args: Tensor | np.float32) -> None:
+    """Start a kernel on a grid of (thread blocks of a head, heads), on torch's current stream.
 
     Numba reads torch's tensors in place, by the CUDA array interface; in the simulator they are NumPy arrays.
     """
     threads = rows // HEIGHT * LANES
     if _SIMULATED:
         arrays = [arg.numpy() if isinstance(arg, Tensor) else arg for arg in args]
-        kernel[blocks, threads](*arrays)
+        kernel[grid, threads](*arrays)
         return
     arrays = [cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args]
     stream = torch.cuda.current_stream().cuda_stream
-    kernel[blocks, threads, cuda.external_stream(stream) if stream else 0](*arrays)
+    kernel[grid, threads, cuda.external_stream(stream) if stream else 0](*arrays)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -644,10 +656,9 @@ def _block_states(features: Tensor, values: Tensor, spare: Tensor, block: int) -
     heads, length, head_dim = features.shape
     columns, num_blocks = _columns(head_dim), math.ceil(length / block)
     states = torch.empty(heads, num_blocks, columns, columns + 1, dtype=torch.float32, device=features.device)
-    width = next(rows for rows in (16, 32, 64) if rows >= columns or (rows == 32 and columns % 64))
-    rows, tokens = _tile("states", columns, width, block)
+    rows, tokens = _tile("states", columns, 16 if columns <= 16 else 32 if columns % 64 else 64, block)
     kernel = _states_kernel(columns, rows, tokens, block)
-    _launch(kernel, heads * num_blocks * math.ceil(columns / rows), rows, features, values, spare, states)
+    _launch(kernel, (num_blocks * math.ceil(columns / rows), heads), rows, features, values, spare, states)
     return states
 
 
@@ -718,6 +729,8 @@ def refuses(query: Tensor, block_map: BlockMap) -> str | None:
         return f"takes float16, bfloat16 and float32, got {query.dtype}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"takes head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    if query.shape[0] * query.shape[1] > MAX_HEADS:
+        return f"takes batch * heads up to {MAX_HEADS}, got {query.shape[0] * query.shape[1]}"
     for word, size in (("block_q", block_map.block_q), ("block_k", block_map.block_k)):
         if size not in BLOCK_SIZES:
             return f"takes {word} in {BLOCK_SIZES}, got {size}"
@@ -751,7 +764,7 @@ def forward(
             outputs = (out_sparse[heads], out_linear[heads], lse[heads])
             _launch(
                 kernel,
-                len(sums) * num_query_blocks * (block_map.block_q // rows),
+                (num_query_blocks * (block_map.block_q // rows), len(sums)),
                 rows,
                 *(tokens[heads] for tokens in (Q, K, V, phi_Q)),
                 *lists,
@@ -807,7 +820,7 @@ def _backward_linear(
         share_spare = torch.empty(share.shape[:2], dtype=torch.float32, device=share.device)
         _launch(
             query_kernel,
-            len(sums) * num_query_blocks * (block_map.block_q // query_rows),
+            (num_query_blocks * (block_map.block_q // query_rows), len(sums)),
             query_rows,
             *(tokens[heads] for tokens in (phi_Q, dO, O)),
             num_marginal[heads],
@@ -820,7 +833,7 @@ def _backward_linear(
         grad_states = _add_up(member[heads].mT, grad_sums)
         _launch(
             key_kernel,
-            len(sums) * num_key_blocks * (block_map.block_k // key_rows),
+            (num_key_blocks * (block_map.block_k // key_rows), len(sums)),
             key_rows,
             *(tokens[heads] for tokens in (phi_K, V)),
             grad_states,
@@ -847,7 +860,7 @@ def _backward_sparse(
     rows, keys = _tile("dq", columns, *blocks)
     _launch(
         _backward_dq_kernel(columns, rows, keys, *blocks),
-        len(Q) * num_query_blocks * (block_map.block_q // rows),
+        (num_query_blocks * (block_map.block_q // rows), len(Q)),
         rows,
         *(Q, K, V, dO, O, lse),
         block_map.kv_num_blocks.flatten(0, 1),
@@ -859,7 +872,7 @@ def _backward_sparse(
     keys, rows = _tile("dkdv", columns, block_map.block_k, block_map.block_q)
     _launch(
         _backward_dkdv_kernel(columns, rows, keys, *blocks),
-        len(K) * num_key_blocks * (block_map.block_k // keys),
+        (num_key_blocks * (block_map.block_k // keys), len(K)),
         keys,
         *(Q, K, V, dO, lse, delta),
         block_map.q_offsets.flatten(0, 1),
