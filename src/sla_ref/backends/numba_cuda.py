@@ -692,7 +692,8 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return (
             "no CUDA GPU is usable here; to run the kernels very slowly on the CPU, in Numba's simulator, "
-            "set NUMBA_ENABLE_CUDASIM=1 in the environment before Python starts"
+            "set NUMBA_ENABLE_CUDASIM=1 in the environment before Python starts; on a machine with one: "
+            "pip install 'sla-ref[numba]'"
         )
     if (error := _compiler_error()) is not None:
         return f"Numba cannot compile for CUDA here ({error}): pip install 'sla-ref[numba]'"
