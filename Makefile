@@ -71,5 +71,5 @@ $(VENV)/.has-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.has-demo: EXTRAS = lab
-$(VENV)/.has-dev:  EXTRAS = lab,triton,dev
+$(VENV)/.has-dev:  EXTRAS = lab,triton,numba,dev
 $(VENV)/.has-docs: EXTRAS = docs

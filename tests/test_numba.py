@@ -27,7 +27,7 @@ numba_cuda = backends.load("numba")
 
 SMALL = {
     "query_length": 35,
-    "key_length": 70,
+    "key_length": 37,
     "head_dim": 8,
     "heads": 1,
     "block_q": 16,
@@ -51,36 +51,68 @@ def assert_right(problem: testing.Problem, results: testing.Results | None = Non
 FAULTS = {  # what is wrong: the line, what it becomes, a result in which it must show
     "load: the tail is read as if it were there": (
         "tile[n, d] = array[head, first + n, column + d] if inside else ZERO",
-        "tile[n, d] = array[head, min(first + n, array.shape[1] - 1), column + d]",
+        "tile[n, d] = array[head, min(first + n, array.shape[1] - 1), min(column + d, array.shape[2] - 1)]",
         "linear",
     ),
-    "marginal: negligible counts as marginal": ("block_map.labels == MARGINAL", "block_map.labels <= MARGINAL", "linear"),
+    "marginal: negligible counts as marginal": (
+        "block_map.labels == MARGINAL",
+        "block_map.labels <= MARGINAL",
+        "linear",
+    ),
     "states: Z is skipped": ("_product_spare(z, phi, V, TOKENS)", "pass", "linear"),
     "states: the spare column is not filled": ("V[thread, COLUMNS] = spare[", "V[thread, 0] = spare[", "linear"),
     "forward: no barrier after K is loaded": ("cuda.syncthreads()  # all of K is there", "pass", "sparse"),
     "forward: no barrier after P is stored": ("cuda.syncthreads()  # all of V and P is there", "pass", "sparse"),
     "forward: the keys of the neighbour": (
-        "first_key = kv_indices[head, i, step // STEPS] * BLOCK_K",
-        "first_key = (kv_indices[head, i, step // STEPS] ^ 1) * BLOCK_K",
+        "* KEYS\n            cuda.syncthreads()  # nobody needs the last V",
+        "* KEYS ^ 16\n            cuda.syncthreads()  # nobody needs the last V",
         "sparse",
     ),
-    "forward: the tail is not masked": ("S[r, c] = S[r, c] * log2_scale if inside", "S[r, c] = S[r, c] * log2_scale if True", "sparse"),
-    "forward: the wrong scale": ("log2_scale = scale * LOG2_E\n        _load(Q", "log2_scale = LOG2_E\n        _load(Q", "sparse"),
+    "forward: the tail is not masked": (
+        "S[r, c] = S[r, c] * log2_scale if inside",
+        "S[r, c] = S[r, c] * log2_scale if True",
+        "sparse",
+    ),
+    "forward: the wrong scale": (
+        "log2_scale = scale * LOG2_E\n        _load(Q",
+        "log2_scale = LOG2_E\n        _load(Q",
+        "sparse",
+    ),
     "forward: O is not rescaled": ("O[r, c] *= shrink", "O[r, c] *= ONE", "sparse"),
     "forward: lanes are not added up": ("_sum_lanes(partial, l)", "pass", "sparse"),
     "forward: lse in base 2": ("(m[r] + math.log2(l[r])) * LN_2", "(m[r] + math.log2(l[r]))", "lse"),
-    "forward: phi(Q) H is not divided": ("inverse = ONE / denominator[r] if defined else ZERO\n            for c in range(WIDTH)", "inverse = ONE\n            for c in range(WIDTH)", "linear"),
+    "forward: phi(Q) H is not divided": (
+        "inverse = ONE / denominator[r] if defined else ZERO\n            for c in range(WIDTH)",
+        "inverse = ONE\n            for c in range(WIDTH)",
+        "linear",
+    ),
     "dq: D^s is forgotten": ("P * (dP[r, c] - Ds[r])", "P * dP[r, c]", "grad_query"),
     "dq: scale is forgotten": ("dQ[r, c] *= scale", "dQ[r, c] *= ONE", "grad_query"),
     "dkdv: scale is forgotten in dK": ("dK[r, c] *= scale", "dK[r, c] *= ONE", "grad_key"),
     "dkdv: dV is overwritten": ("_fetch(dV, grad_value, head, first_key)", "_clear(dV)", "grad_value"),
     "dkdv: one query block too few": ("- start) * STEPS", "- start - 1) * STEPS", "grad_key"),
-    "dkdv: no barrier before the next Q": ("cuda.syncthreads()  # nobody needs the last Q, dO, P and dS any more", "pass", "grad_key"),
-    "linear query: Z is skipped in dQ^phi": ("_product(dphi, dO.T, H.T, COLUMNS + 1)", "_product(dphi, dO.T, H.T, COLUMNS)", "grad_phi_query"),
-    "linear query: dZ has the wrong sign": ("share_spare[head, n] = -Dl[r]", "share_spare[head, n] = Dl[r]", "grad_phi_key"),
-    "linear key: dz is skipped": ("_product(dphi, tokens.T, dh.T, COLUMNS + 1)", "_product(dphi, tokens.T, dh.T, COLUMNS)", "grad_phi_key"),
+    "dkdv: no barrier before the next Q": (
+        "cuda.syncthreads()  # nobody needs the last Q, dO, P and dS any more",
+        "pass",
+        "grad_key",
+    ),
+    "linear query: Z is skipped in dQ^phi": (
+        "_product(dphi, dO.T, H.T, COLUMNS + 1)",
+        "_product(dphi, dO.T, H.T, COLUMNS)",
+        "grad_phi_query",
+    ),
+    "linear query: dZ has the wrong sign": (
+        "share_spare[head, n] = -Dl[r]",
+        "share_spare[head, n] = Dl[r]",
+        "grad_phi_key",
+    ),
+    "linear key: dz is skipped": (
+        "_product(dphi, tokens.T, dh.T, COLUMNS + 1)",
+        "_product(dphi, tokens.T, dh.T, COLUMNS)",
+        "grad_phi_key",
+    ),
     "linear key: phi is not loaded": ("_load(tokens, phi_key, head, first, 0)", "pass", "grad_value"),
-}  # fmt: skip
+}
 
 
 def with_fault(tmp_path, old: str, new: str):
@@ -119,12 +151,12 @@ def test_without_a_fault_all_is_right(tmp_path, device: str) -> None:
 def test_states_are_products_of_their_block(device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
     phi, V = problem.phi_key.flatten(0, 1), problem.value.flatten(0, 1)
-    spare = torch.arange(70.0, device=device)[None]
+    spare = torch.arange(37.0, device=device)[None]
     states = numba_cuda._block_states(phi, V, spare, 16)
-    assert states.shape == (1, 5, 8, 9)
-    tail = slice(64, 70)
-    torch.testing.assert_close(states[0, 4, :, :8], phi[0, tail].T @ V[0, tail])
-    torch.testing.assert_close(states[0, 4, :, 8], phi[0, tail].T @ spare[0, tail])
+    assert states.shape == (1, 3, 8, 9)
+    tail = slice(32, 37)
+    torch.testing.assert_close(states[0, 2, :, :8], phi[0, tail].T @ V[0, tail])
+    torch.testing.assert_close(states[0, 2, :, 8], phi[0, tail].T @ spare[0, tail])
 
 
 def test_a_broken_state_reaches_its_members_alone() -> None:
@@ -151,7 +183,7 @@ def test_the_users_tf32_switch_is_put_back(setting: str, monkeypatch) -> None:
 
 
 def test_heads_in_chunks(monkeypatch, device: str) -> None:
-    problem = testing.make_problem(**{**SMALL, "heads": 2, "key_length": 35}, device=device)
+    problem = testing.make_problem(**{**SMALL, "heads": 2, "query_length": 17, "key_length": 20}, device=device)
     whole = run(problem)
     monkeypatch.setattr(numba_cuda, "_head_chunks", lambda *args: [slice(0, 1), slice(1, 2)])
     assert testing._same_bits(whole.values(), run(problem).values())
@@ -168,18 +200,15 @@ def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int]) -> None:
     assert (chunks[0].stop - chunks[0].start) * states * 128 * 129 <= 2 * query.numel()
 
 
-@pytest.mark.parametrize("head_dim", range(8, 129, 8))
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block", numba_cuda.BLOCK_SIZES)
-def test_tiles_fit_every_gpu(head_dim: int, block: int) -> None:
-    """Shared memory within 48 KB, a thread for each row of a tile whose spare column is filled, whole tiles."""
+def test_tiles_fit_blocks_and_threads(head_dim: int, block: int) -> None:
+    """A thread for every row of a tile whose spare column is filled, and whole tiles; test_kernels.py sees the rest."""
     for kernel in numba_cuda._TILES:
         rows, others = numba_cuda._tile(kernel, head_dim, block, block)
         threads = rows // numba_cuda.HEIGHT * numba_cuda.LANES
         assert block % rows == 0 and block % others == 0
-        assert others <= threads <= 1024
-        token_tiles = {"dq": 2 * rows + others, "dkdv": 2 * rows + 2 * others}.get(kernel, rows + others)
-        other = rows * ((2 if kernel == "dkdv" else 1) * (others + 1) + numba_cuda.LANE_STRIDE)
-        assert 4 * (token_tiles * (head_dim + 1) + other) <= numba_cuda.STATIC_SHARED_MEMORY, kernel
+        assert others <= threads and rows <= threads
 
 
 # --- the contract's corners ------------------------------------------------------------------------------------------
@@ -197,7 +226,7 @@ def test_forward_and_backward_go_with_those_of_torch(device: str) -> None:
 
 
 def test_nan_goes_where_the_mathematics_puts_it(device: str) -> None:
-    problem = testing.make_problem(**{**SMALL, "query_length": 48}, device=device)
+    problem = testing.make_problem(**{**SMALL, "query_length": 48, "key_length": 70}, device=device)
     labels = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, -1, 0], [-1, -1, 1, 1, -1]], dtype=torch.int8, device=device)
     block_map = replace(problem.block_map, labels=labels[None, None], _num_critical=None)
     key, phi_key, phi_query = problem.key.clone(), problem.phi_key.clone(), problem.phi_query.clone()
@@ -215,7 +244,9 @@ def test_nan_goes_where_the_mathematics_puts_it(device: str) -> None:
 
 def test_scores_of_minus_infinity_in_the_first_tile(device: str) -> None:
     """The running maximum is still -inf after a tile of such scores; the next tile decides."""
-    problem = testing.make_problem(**{**SMALL, "labels": "critical", "query_length": 16, "key_length": 32}, device=device)
+    problem = testing.make_problem(
+        **{**SMALL, "labels": "critical", "query_length": 16, "key_length": 32}, device=device
+    )
     query, key = problem.query.abs() + 1, problem.key.clone()
     key[:, :, :16] = -3e38
     problem = problem._replace(query=query, key=key)
@@ -225,7 +256,7 @@ def test_scores_of_minus_infinity_in_the_first_tile(device: str) -> None:
 
 
 def test_any_strides(device: str) -> None:
-    problem = testing.make_problem(**SMALL, device=device)
+    problem = testing.make_problem(**{**SMALL, "query_length": 17, "key_length": 20}, device=device)
     tokens_last = [tensor.mT.contiguous().mT for tensor in problem[:7]]  # the last dimension is not the dense one
     assert tokens_last[0].stride(3) != 1
     assert testing._same_bits(run(problem).values(), run(type(problem)(*tokens_last, *problem[7:])).values())

@@ -1,11 +1,11 @@
-"""Algorithms 1 and 2 as CUDA kernels written in Python, with Numba: the backend `numba`.
+r"""Algorithms 1 and 2 as CUDA kernels written in Python, with Numba: the backend `numba`.
 
 The same steps in the same order as in `triton_fused.py`, one level lower: here each thread is programmed by itself, and
 shared memory, barriers and registers are named. What one thread block of the forward does, with D = 64:
 
     global memory            shared memory, filled by all             registers of each of the 128 threads
 
-    query, rows of  ------>  Q   64 x (64 + 1)   \\
+    query, rows of  ------>  Q   64 x (64 + 1)   \
     block i                                       >-- S = Q K^T --->  S  4 rows x 4 of the 32 keys
     key, 32 tokens  ------>  KV  32 x (64 + 1)   /                    m, l  maximum and sum of the 4 rows
       barrier: nobody needs K any more                |
@@ -35,9 +35,9 @@ and the backward of this is the same two steps from queries to keys, with [dO | 
 
 Threads, registers and shared memory of each: `sla-ref kernels --backend numba`.
 
-Kernels compute in float32; other dtypes are converted on the way in and out. Numba sees a bfloat16 of torch as two bytes
-without a meaning, so the conversion is explicit. Indices are int64, as always in Numba. There are no atomics and every sum
-has a fixed order, so results repeat bit for bit. One-letter names are those of the glossary in `sla_ref.reference`.
+Kernels compute in float32; other dtypes are converted on the way in and out, at the price of copies. Numba would see a
+bfloat16 of torch as two bytes without a meaning. Indices are int64, as always in Numba. There are no atomics and every
+sum has a fixed order, so results repeat bit for bit. One-letter names are those of the glossary in `sla_ref.reference`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numba import config, cuda, float32  # the only import of Numba; its CUDA target is the package numba-cuda
+from numba import config, cuda, float32, int32, types  # the only import of Numba; its CUDA target is numba-cuda
 from torch import Tensor
 
 from ..block_map import MARGINAL, BlockMap
@@ -58,7 +58,7 @@ from ..protocol import Gradients, Saved
 
 name = "numba"
 
-_SIMULATED = bool(config.ENABLE_CUDASIM)  # NUMBA_ENABLE_CUDASIM=1, read by Numba when it is imported
+SIMULATED = bool(config.ENABLE_CUDASIM)  # NUMBA_ENABLE_CUDASIM=1, read by Numba when it is imported
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 128
@@ -190,7 +190,7 @@ def _max_lanes(partial, values):
 
 # --- the states of the linear branch ---------------------------------------------------------------------------------
 # A kernel needs the sizes of its shared and local arrays when it is compiled: each is made by a function of them.
-# Arguments are (heads, N, D) for tokens, (heads, N) for one number a token, (heads, T, COLUMNS, COLUMNS + 1) for states.
+# Arguments are (heads, N, D) for tokens, (heads, N) for a number each, (heads, T, COLUMNS, COLUMNS + 1) for states.
 
 
 @functools.cache
@@ -420,9 +420,7 @@ def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOC
     STRIDE, ROW_STRIDE = COLUMNS + 1, ROWS + 1
 
     @cuda.jit
-    def backward_dkdv(
-        query, key, value, grad_sparse, lse, delta, q_offsets, q_indices, grad_key, grad_value, scale
-    ):
+    def backward_dkdv(query, key, value, grad_sparse, lse, delta, q_offsets, q_indices, grad_key, grad_value, scale):
         K = cuda.shared.array((KEYS, STRIDE), float32)
         V = cuda.shared.array((KEYS, STRIDE), float32)
         Q = cuda.shared.array((ROWS, STRIDE), float32)
@@ -482,7 +480,7 @@ def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOC
 def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_Q: int) -> Callable:
     """dQ^phi = [dO | -D^l] [H_i | Z_i]^T / (phi(Q_i) Z_i) for ROWS rows of query block i. [Alg. 2 L5]
 
-    It leaves [dO | -D^l] / (phi(Q_i) Z_i) in `share` and `share_spare`, from which `_states_kernel` makes dH_i and dZ_i.
+    It leaves [dO | -D^l] / (phi(Q_i) Z_i) in `share` and `share_spare`; `_states_kernel` makes dH_i and dZ_i from it.
     """
     PARTS = BLOCK_Q // ROWS
     WIDTH, STRIDE = FEATURES // LANES, COLUMNS + 1
@@ -606,14 +604,24 @@ def _launch(kernel: Callable, grid: tuple[int, int], rows: int, *args: Tensor | 
 
     Numba reads torch's tensors in place, by the CUDA array interface; in the simulator they are NumPy arrays.
     """
-    threads = rows // HEIGHT * LANES
-    if _SIMULATED:
+    if SIMULATED:
         arrays = [arg.numpy() if isinstance(arg, Tensor) else arg for arg in args]
-        kernel[grid, threads](*arrays)
+        kernel[grid, threads(rows)](*arrays)
         return
     arrays = [cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args]
     stream = torch.cuda.current_stream().cuda_stream
-    kernel[grid, threads, cuda.external_stream(stream) if stream else 0](*arrays)
+    kernel[grid, threads(rows), cuda.external_stream(stream) if stream else 0](*arrays)
+
+
+def threads(rows: int) -> int:
+    """Threads of a thread block that works on this many rows."""
+    return rows // HEIGHT * LANES
+
+
+def signature(args: tuple[Tensor | np.float32, ...]) -> tuple:
+    """Numba's types of a kernel's arguments, as it finds them itself when it starts one."""
+    elements = {torch.float32: float32, torch.int32: int32}
+    return tuple(types.Array(elements[a.dtype], a.dim(), "C") if isinstance(a, Tensor) else float32 for a in args)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -687,7 +695,7 @@ def _marginal(block_map: BlockMap) -> tuple[Tensor, Tensor]:
 
 def unavailable() -> str | None:
     """Why this backend cannot be used on this machine; None if it can."""
-    if _SIMULATED:
+    if SIMULATED:
         return None
     if not torch.cuda.is_available():
         return (
@@ -715,11 +723,12 @@ def unsupported(query: Tensor, block_map: BlockMap) -> str | None:
     """Why this backend cannot take this input; None if it can."""
     if (reason := refuses(query, block_map)) is not None:
         return reason
-    if _SIMULATED and query.device.type != "cpu":
+    if SIMULATED and query.device.type != "cpu":
         return f"runs in Numba's simulator (NUMBA_ENABLE_CUDASIM=1), which takes CPU tensors, got {query.device}"
-    if not _SIMULATED and query.device.type != "cuda":
+    if not SIMULATED and query.device.type != "cuda":
         return (
-            f"takes CUDA tensors, got {query.device} (NUMBA_ENABLE_CUDASIM=1, set before Python starts, runs it on a CPU)"
+            f"takes CUDA tensors, got {query.device} "
+            "(NUMBA_ENABLE_CUDASIM=1, set before Python starts, runs it on a CPU)"
         )
     return None
 
@@ -796,7 +805,15 @@ def backward(
             _flat(grad_linear), _flat(phi_query), _flat(phi_key), V, _flat(saved.out_linear), query, block_map
         )
         dQ, dK = _backward_sparse(
-            _flat(grad_sparse), _flat(query), _flat(key), V, _flat(saved.out_sparse), _flat(saved.lse), dV, block_map, scale
+            _flat(grad_sparse),
+            _flat(query),
+            _flat(key),
+            V,
+            _flat(saved.out_sparse),
+            _flat(saved.lse),
+            dV,
+            block_map,
+            scale,
         )
     results = zip((dQ, dK, dV, dphi_Q, dphi_K), (query, key, value, phi_query, phi_key), strict=True)
     return Gradients(*(result.view(tensor.shape).to(tensor.dtype) for result, tensor in results))
