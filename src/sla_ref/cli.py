@@ -217,11 +217,11 @@ def kernels(
 
     from .kernels import report
 
-    dtypes = {None: None} | {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    dtype = dtype or ("float32" if backend == "numba" else "bfloat16")
     if dtype not in dtypes:
-        raise ValueError(f"dtype must be one of {', '.join(list(dtypes)[1:])}, got {dtype!r}")
-    shown = dtype or ("float32" if backend == "numba" else "bfloat16")
-    table = Table(title=f"{backend}, {target}, {shown}; bytes")
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    table = Table(title=f"{backend}, {target}, {dtype}; bytes")
     columns = (
         "kernel",
         "D",

@@ -82,7 +82,7 @@ def _matrix_instruction(ptx: str) -> str:
     return "+".join(kind for kind, _ in kinds.most_common()) or "fma"
 
 
-def _inspect(cubin: bytes) -> dict[str, int]:
+def _inspect(cubin: bytes) -> dict[str, Any]:
     """Registers, stack and spills of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -100,7 +100,7 @@ def _inspect(cubin: bytes) -> dict[str, int]:
 
 
 def _assemble(ptx: str, target: str) -> bytes:
-    """The binary of a kernel, by NVIDIA's assembler: the one of triton's two that knows newer PTX, or that on the PATH."""
+    """The binary of a kernel, by NVIDIA's assembler: of triton's two the one for newer PTX, or that on the PATH."""
     programs = [name for name in (_tool("ptxas-blackwell"), "ptxas") if shutil.which(name)]
     if not programs:
         raise RuntimeError("no ptxas is here; triton brings one: pip install 'sla-ref[triton]'")
@@ -253,7 +253,12 @@ def report(
     sizes = {"head_dim": head_dim, "block_q": block_q, "block_k": block_k}
     if backend == "triton":
         dtype = torch.bfloat16 if dtype is None else dtype
-        common = {"backend": backend, "target": target, "dtype": str(dtype).removeprefix("torch."), **sizes}
+        common: dict[str, Any] = {
+            "backend": backend,
+            "target": target,
+            "dtype": str(dtype).removeprefix("torch."),
+            **sizes,
+        }
         return [
             KernelReport(
                 kernel=name,

@@ -45,8 +45,9 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ def _max_lanes(partial, values):
 
 
 @functools.cache
-def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Callable:
+def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Any:
     """[h_j | z_j] = phi(K_j)^T [V_j | 1] for ROWS features of one key block. [Alg. 1 L4]
 
     With [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1], and queries for keys, [dH_i | dZ_i]. [Alg. 2 L3] [Alg. 2 L4]
@@ -237,7 +238,7 @@ def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Callable
 
 
 @functools.cache
-def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Callable:
+def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Any:
     """Both branches for ROWS rows of query block i. [Alg. 1 L7-L16]"""
     PARTS = BLOCK_Q // ROWS  # thread blocks that share a query block
     STEPS = BLOCK_K // KEYS  # tiles of a key block
@@ -335,7 +336,7 @@ def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: i
 
 
 @functools.cache
-def _backward_dq_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Callable:
+def _backward_dq_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Any:
     """dQ for ROWS rows of query block i, along its list of critical key blocks. [Alg. 2 L12]
 
     On the way it leaves D^s in `delta`, where `_backward_dkdv_kernel` reads it.
@@ -408,7 +409,7 @@ def _backward_dq_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_
 
 
 @functools.cache
-def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Callable:
+def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Any:
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
     Keys are the rows here: scores are held transposed, (KEYS, ROWS). `grad_value` holds the linear branch's share
@@ -477,7 +478,7 @@ def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOC
 
 
 @functools.cache
-def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_Q: int) -> Callable:
+def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_Q: int) -> Any:
     """dQ^phi = [dO | -D^l] [H_i | Z_i]^T / (phi(Q_i) Z_i) for ROWS rows of query block i. [Alg. 2 L5]
 
     It leaves [dO | -D^l] / (phi(Q_i) Z_i) in `share` and `share_spare`; `_states_kernel` makes dH_i and dZ_i from it.
@@ -536,7 +537,7 @@ def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_
 
 
 @functools.cache
-def _backward_linear_key_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_K: int) -> Callable:
+def _backward_linear_key_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_K: int) -> Any:
     """dK^phi, and the linear branch's share of dV, for ROWS keys of block j. [Alg. 2 L16] [Alg. 2 L17]"""
     PARTS = BLOCK_K // ROWS
     WIDTH, FEATURE_WIDTH, STRIDE = COLUMNS // LANES, FEATURES // LANES, COLUMNS + 1
@@ -599,7 +600,7 @@ def _tile(kernel: str, columns: int, rows_at_most: int, others_at_most: int) -> 
     return min(rows, rows_at_most), min(others, others_at_most)
 
 
-def _launch(kernel: Callable, grid: tuple[int, int], rows: int, *args: Tensor | np.float32) -> None:
+def _launch(kernel: Any, grid: tuple[int, int], rows: int, *args: Tensor | np.float32) -> None:
     """Start a kernel on a grid of (thread blocks of a head, heads), on torch's current stream.
 
     Numba reads torch's tensors in place, by the CUDA array interface; in the simulator they are NumPy arrays.
