@@ -281,7 +281,7 @@ def attempt(part: Callable[[], object]) -> object:
 
 def about(device: torch.device, commit: str | None) -> dict[str, object]:
     versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "numpy"):
+    for package in ("torch", "triton", "numba", "numba-cuda", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
