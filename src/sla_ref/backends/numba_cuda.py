@@ -25,15 +25,16 @@ different banks of shared memory. The spare column is of use: the linear branch 
 
 and the backward of this is the same two steps from queries to keys, with [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1].
 
-    kernel                          one thread block for                          barriers
-    `_states_kernel`                some features of the state of a block         2 for each 32 tokens
-    `_forward_kernel`               64 rows of a query block                      4 for each 32 keys
-    `_backward_linear_query_kernel` 64 rows of a query block                      2 for each 32 features
-    `_backward_linear_key_kernel`   64 keys of a key block                        2 for each 32 features, twice
-    `_backward_dq_kernel`           32 rows of a query block                      5 for each 32 keys
-    `_backward_dkdv_kernel`         32 keys of a key block                        3 for each 32 rows
+    with D = 64, blocks 64 x 64     one thread block for              barriers              threads  registers  shared
+    `_states_kernel`                a state (64 of its features)      2 for 32 tokens           128        128   16640
+    `_forward_kernel`               64 rows of a query block          4 for 32 keys             128        168   35712
+    `_backward_linear_query_kernel` 64 rows of a query block          2 for 32 features         128        112   27264
+    `_backward_linear_key_kernel`   64 keys of a key block            2 for 32 features, twice  128        128   24960
+    `_backward_dq_kernel`           32 rows of a query block          5 for 32 keys              64        168   30336
+    `_backward_dkdv_kernel`         32 keys of a key block            3 for 32 rows              64        160   41728
 
-Threads, registers and shared memory of each: `sla-ref kernels --backend numba`.
+Registers are those of a thread, shared memory is in bytes; both as `sla-ref kernels --backend numba --target sm_90` reads
+them (NVVM 13.5). No kernel has a stack.
 
 Kernels compute in float32; other dtypes are converted on the way in and out, at the price of copies. Numba would see a
 bfloat16 of torch as two bytes without a meaning. Indices are int64, as always in Numba. There are no atomics and every
