@@ -122,7 +122,7 @@ def test_a_kernel_that_spills_is_a_problem() -> None:
     }
     common |= {"warps": 4, "registers": 255}
     fine = kernels.KernelReport(
-        "forward", **common, stack=0, spills=0, shared=1024, shared_limit=2048, instruction="mma.bf16"
+        kernel="forward", **common, stack=0, spills=0, shared=1024, shared_limit=2048, instruction="mma.bf16"
     )
     assert fine.problem is None
     for change, word in (({"stack": 8}, "stack"), ({"spills": 2}, "spill"), ({"shared": 4096}, "shared memory")):
