@@ -33,8 +33,8 @@ and the backward of this is the same two steps from queries to keys, with [dO | 
     `_backward_dq_kernel`           32 rows of a query block          5 for 32 keys              64        168   30336
     `_backward_dkdv_kernel`         32 keys of a key block            3 for 32 rows              64        160   41728
 
-Registers are those of a thread, shared memory is in bytes; `sla-ref kernels --backend numba --target sm_90` read both
-from what NVVM 13.5 makes. No kernel has a stack.
+Registers are those of a thread, shared memory is in bytes. `sla-ref kernels --backend numba --target sm_90` read both
+from what NVVM 13.5 makes; no kernel has a stack.
 
 Kernels compute in float32; other dtypes are converted on the way in and out, at the price of copies. Numba would see a
 bfloat16 of torch as two bytes without a meaning. Indices are int64, as always in Numba. There are no atomics and every
