@@ -73,5 +73,5 @@ $(VENV)/.has-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.has-demo: EXTRAS = lab
-$(VENV)/.has-dev:  EXTRAS = lab,triton,diffusers,docs,dev
-$(VENV)/.has-docs: EXTRAS = docs,lab,triton
+$(VENV)/.has-dev:  EXTRAS = lab,triton,numba,diffusers,docs,dev
+$(VENV)/.has-docs: EXTRAS = docs,lab,triton,numba

@@ -1,6 +1,7 @@
 """`pytest` tries every backend that this machine can run; `pytest --backend=triton` the tests of one alone.
 
-Without a GPU, Triton runs in its interpreter: same kernels, no hardware. The header of the run says which it is.
+Without a GPU, Triton runs in its interpreter and Numba in its simulator: same kernels, no hardware. The header of the
+run says which it is.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported, so before anything imports it
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # the same for numba
 
 from sla_ref import backends  # noqa: E402
 
 torch.set_num_threads(1)  # test processes side by side share the cores; spinning threads would fight for them
 
 BACKENDS = tuple(backends.list_backends())
+WITHOUT_GPU = {"triton": "in its interpreter, on the CPU", "numba": "in its simulator, on the CPU"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     lines = []
     for name, reason in backends.list_backends().items():
-        on = "in its interpreter, on the CPU" if name == "triton" and DEVICE == "cpu" else f"on {DEVICE}"
+        on = WITHOUT_GPU.get(name, "on cpu") if DEVICE == "cpu" else f"on {DEVICE}"
         lines.append(f"backend {name}: {on if reason is None else f'not tested, {reason}'}")
     return lines
 

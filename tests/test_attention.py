@@ -85,7 +85,7 @@ MAP = sla_ref.classify_blocks(Q, Q, block_q=8, block_k=8)
             ValueError,
             r"block_map must be for \(batch, heads, Nq, Nk\) = \(1, 2, 30, 30\), got one for \(1, 2, 9, 30\)",
         ),
-        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', 'numba', got 'cuda'"),
         ({"backend": 1}, TypeError, "backend must be a string, got int"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,13 +20,24 @@ def assert_passed(checks: list[testing.Check]) -> None:
 
 
 def thorough(backend_name: str, case: testing.Case, device: str) -> bool:
-    """Triton's interpreter takes seconds for a run that a GPU does in a millisecond."""
+    """Triton's interpreter and Numba's simulator take seconds for a run that a GPU does in a millisecond."""
     return backend_name == "torch" or device == "cuda" or case.name.startswith("cross attention")
+
+
+def fitting(backend_name: str, case: testing.Case, device: str) -> testing.Case:
+    """The case, for Numba's simulator at a quarter of its size: that runs every thread of a GPU as one of Python's."""
+    if backend_name != "numba" or device == "cuda":
+        return case
+    full = {"query_length": 200, "head_dim": 64, "block_q": 64, "block_k": 64} | case.arguments
+    smallest = {"query_length": 1, "key_length": 1, "head_dim": 1, "block_q": 16, "block_k": 16}
+    quarter = {word: max(least, -(-full[word] // 4)) for word, least in smallest.items() if word in full}
+    return replace(case, arguments={"heads": 1} | case.arguments | quarter)
 
 
 @pytest.mark.parametrize("case", testing.CASES, ids=str)
 def test_float32(backend_name: str, case: testing.Case, device: str) -> None:
     backend = backends.load(backend_name)
+    case = fitting(backend_name, case, device)
     checks = testing.check_case(
         backend, case, device=device, dtype=torch.float32, thorough=thorough(backend_name, case, device)
     )
@@ -37,6 +50,7 @@ def test_float32(backend_name: str, case: testing.Case, device: str) -> None:
 def test_half_precision(backend_name: str, case: testing.Case, dtype: torch.dtype, device: str) -> None:
     if not (case.quick or backend_name == "torch" or device == "cuda"):
         pytest.skip("in the interpreter, half precision is tried on the quick cases; a GPU tries all")
+    case = fitting(backend_name, case, device)
     checks = testing.check_case(
         backends.load(backend_name), case, device=device, dtype=dtype, thorough=device == "cuda"
     )
@@ -51,8 +65,8 @@ def test_torch_backend_is_the_equations_in_float64(case: testing.Case) -> None:
 
 
 def test_check_backend_reports(backend_name: str, device: str) -> None:
-    if backend_name == "triton" and device == "cpu":
-        pytest.skip("the same cases run above, and the interpreter is slow")
+    if backend_name != "torch" and device == "cpu":
+        pytest.skip("the same cases run above, and an interpreter is slow")
     report = testing.check_backend(backend_name, device=device, dtypes=(torch.float32,), quick=True)
     assert report.ok, report
     assert len(report.checks) > 50

@@ -210,9 +210,9 @@ def test_kernels_exits_with_one_where_a_kernel_uses_stack(capsys, monkeypatch, s
     pytest.importorskip("triton")
     from sla_ref import kernels
 
-    def report(target, *, dtype, head_dim, block_q, block_k):
+    def report(target, *, backend, dtype, head_dim, block_q, block_k):
         sizes = (str(dtype), head_dim, block_q, block_k)
-        return [kernels.KernelReport("forward", target, *sizes, 4, 128, stack, 0, 1024, 2048, "wgmma.bf16")]
+        return [kernels.KernelReport(backend, "forward", target, *sizes, 4, 128, stack, 0, 1024, 2048, "wgmma.bf16")]
 
     monkeypatch.setattr(kernels, "report", report)
     with pytest.raises(SystemExit) as end:
@@ -229,3 +229,4 @@ def test_kernels_refuses_unknown_names(capsys):
         capsys, "kernels", "--target", "sm_70"
     )
     assert "dtype must be one of bfloat16, float16, float32, got 'int8'" in error(capsys, "kernels", "--dtype", "int8")
+    assert "backend must be triton or numba, got 'torch'" in error(capsys, "kernels", "--backend", "torch")

@@ -1,4 +1,4 @@
-"""What a compiler makes of the Triton kernels; each check in a process of its own, outside of the interpreter."""
+"""What a compiler makes of the kernels; each check in a process of its own, outside of interpreter and simulator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from needs import REQUIRED
 
 from sla_ref import kernels
 
-pytestmark = [
-    pytest.mark.backend("triton"),
-    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+of_triton = pytest.mark.backend("triton")
 
 PRODUCTS = {"states", "forward", "backward_linear_query", "backward_linear_key", "backward_dq", "backward_dkdv"}
 PRODUCTS |= {f"{name} softmax" for name in PRODUCTS}  # the form that computes phi
@@ -25,13 +24,15 @@ INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": 
 
 def in_its_own_process(code: str, *arguments: str):
     """What `code` prints, as JSON; `sys.argv[1:]` are the arguments."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    simulators = ("TRITON_INTERPRET", "NUMBA_ENABLE_CUDASIM")
+    environment = {name: value for name, value in os.environ.items() if name not in simulators}
     command = [sys.executable, "-c", "import json, sys, torch\nfrom sla_ref import kernels\n" + code, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@of_triton
 @pytest.mark.parametrize("head_dim", ["64", "128"])
 @pytest.mark.parametrize("target", kernels.TARGETS)
 def test_no_kernel_spills_or_overflows_shared_memory(target: str, head_dim: str) -> None:
@@ -52,6 +53,7 @@ print(json.dumps([entry.as_dict() for entry in entries]))
             assert entry["instruction"].split(".")[0] == INSTRUCTION[target], entry
 
 
+@of_triton
 def test_float32_is_exact_and_16_bits_use_the_matrix_unit() -> None:
     code = """
 found = {}
@@ -68,6 +70,7 @@ print(json.dumps(found))
         assert found[f"torch.float16 {name}"][:2] == [False, True], name
 
 
+@of_triton
 def test_one_binary_for_all_lengths() -> None:
     """32768 is a multiple of 16 and 32760 is not, and has a partial last block: the same kernels."""
     code = """
@@ -82,6 +85,7 @@ print(json.dumps(hashes))
     assert one == other == third
 
 
+@of_triton
 def test_no_product_is_in_flight_when_its_operand_is_fetched_anew() -> None:
     """A pipelined loop that waits for all products but one raced on an H200: see the linear branch of the forward."""
     code = """
@@ -98,17 +102,26 @@ print(json.dumps(found))
     assert [entry for entry in found if entry[2]] == []
 
 
+@of_triton
 def test_a_kernel_that_spills_is_a_problem() -> None:
-    common = {"target": "sm_120", "dtype": "bfloat16", "head_dim": 64, "block_q": 64, "block_k": 64}
+    common = {
+        "backend": "triton",
+        "target": "sm_120",
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "block_q": 64,
+        "block_k": 64,
+    }
     common |= {"warps": 4, "registers": 255}
     fine = kernels.KernelReport(
-        "forward", **common, stack=0, spills=0, shared=1024, shared_limit=2048, instruction="mma.bf16"
+        kernel="forward", **common, stack=0, spills=0, shared=1024, shared_limit=2048, instruction="mma.bf16"
     )
     assert fine.problem is None
     for change, word in (({"stack": 8}, "stack"), ({"spills": 2}, "spill"), ({"shared": 4096}, "shared memory")):
         assert word in kernels.KernelReport(**{**fine.__dict__, **change}).problem
 
 
+@of_triton
 def test_unknown_target() -> None:
     code = """
 try:
@@ -117,3 +130,76 @@ except ValueError as error:
     print(json.dumps(str(error)))
 """
     assert "sm_80, sm_90, sm_100, sm_120" in in_its_own_process(code)
+
+
+NUMBA_NAMES = {"states", "forward", "backward_linear_query", "backward_linear_key", "backward_dq", "backward_dkdv"}
+
+CAN_COMPILE = """
+try:
+    from sla_ref.backends import numba_cuda
+    numba_cuda.cuda.cudadrv.nvvm.NVVM()
+    numba_cuda.cuda.cudadrv.nvrtc.get_supported_ccs()
+except Exception as error:
+    print(json.dumps(str(error)))
+    sys.exit()
+"""
+
+
+def numba_in_its_own_process(code: str, *arguments: str):
+    """The same for Numba, or a skip where NVIDIA's compiler libraries are not installed."""
+    seen = in_its_own_process(CAN_COMPILE + code, *arguments)
+    if isinstance(seen, str):
+        reason = f"Numba compiles with nvidia-nvvm and nvidia-cuda-nvrtc, pip install 'sla-ref[numba]': {seen}"
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return seen
+
+
+@pytest.mark.backend("numba")
+@pytest.mark.parametrize(
+    ("target", "head_dim", "block"), [("sm_80", 64, 64), ("sm_90", 40, 32), ("sm_90", 128, 64), ("sm_100", 64, 128)]
+)
+def test_numba_keeps_arrays_in_registers_and_tiles_in_shared_memory(target: str, head_dim: int, block: int) -> None:
+    code = """
+target, head_dim, block = sys.argv[1], *map(int, sys.argv[2:])
+entries = kernels.report(target, backend="numba", head_dim=head_dim, block_q=block, block_k=block)
+print(json.dumps([entry.as_dict() for entry in entries]))
+"""
+    entries = numba_in_its_own_process(code, target, str(head_dim), str(block))
+    assert {entry["kernel"] for entry in entries} == NUMBA_NAMES
+    assert [f"{entry['kernel']}: {entry['problem']}" for entry in entries if entry["problem"]] == []
+    for entry in entries:
+        assert 0 < entry["shared"] <= 48 * 1024
+        assert entry["registers"] * 32 * entry["warps"] <= 65536, "the registers of a multiprocessor"
+
+
+@pytest.mark.backend("numba")
+def test_numba_computes_in_float32_alone() -> None:
+    """A literal of Python among the arguments of an operation would make it float64, at a fraction of the speed."""
+    code = """
+found = [[name, ".f64" in ptx, "fma.rn.f32" in ptx, "bar.sync" in ptx]
+         for name, threads, ptx in kernels.compile_numba_kernels("sm_90", head_dim=64, block_q=64, block_k=64)]
+print(json.dumps(found))
+"""
+    seen = numba_in_its_own_process(code)
+    assert seen == [[name, False, True, True] for name, *_ in seen]
+    assert {name for name, *_ in seen} == NUMBA_NAMES
+
+
+@pytest.mark.backend("numba")
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+def test_numba_takes_no_other_dtype_and_size() -> None:
+    code = """
+said = []
+for arguments in ({"dtype": torch.float16}, {"backend": "torch"}, {"head_dim": 160}):
+    try:
+        kernels.report("sm_90", **{"backend": "numba"} | arguments)
+    except ValueError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+    dtype, backend, head_dim = in_its_own_process(code)
+    assert "float32" in dtype and "torch.float16" in dtype
+    assert "triton or numba" in backend
+    assert "160" in head_dim

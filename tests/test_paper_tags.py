@@ -13,7 +13,7 @@ from tools.paper_tags import read_steps
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "sla_ref"
 TAG = re.compile(r"\[((?:Eq|Alg)\. \d+(?: L\d+)?)\]")
-BACKENDS = [SOURCE / "backends" / name for name in ("pytorch.py", "triton_fused.py")]
+BACKENDS = [SOURCE / "backends" / name for name in ("pytorch.py", "triton_fused.py", "numba_cuda.py")]
 FILES = [SOURCE / name for name in ("reference.py", "block_map.py", "attention.py", "module.py")] + BACKENDS
 
 

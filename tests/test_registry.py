@@ -41,7 +41,9 @@ def test_list_backends_gives_reasons():
 @pytest.mark.parametrize("choose", [sla_ref.set_backend, lambda name: sla_ref.use_backend(name).__enter__()])
 def test_unknown_and_unusable_names(choose):
     sla_ref.register_backend("broken", make_backend(unavailable=lambda: "it needs a screwdriver"))
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton', 'broken', got 'nope'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'torch', 'triton', 'numba', 'broken', got 'nope'"
+    ):
         choose("nope")
     with pytest.raises(RuntimeError, match="backend 'broken' cannot be used here: it needs a screwdriver"):
         choose("broken")

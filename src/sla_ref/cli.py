@@ -199,23 +199,29 @@ def backends() -> None:
 @app.command()
 def kernels(
     target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or sm_120.")] = "sm_90",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 (default), float16 or float32; numba: float32 alone.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="triton or numba.")] = "triton",
 ) -> None:
-    """Compile the Triton kernels for a GPU, which need not be here, and report the resources that they use.
+    """Compile a backend's kernels for a GPU, which need not be here, and report the resources that they use.
 
     Every kernel at head_dim 64 and 128, blocks of 64 x 64 and 128 x 64. Exits with 1 if one of them uses stack, spills
-    registers, or needs more shared memory than the target has.
+    registers, or needs more shared memory than the target has (numba: than every CUDA GPU has).
     """
-    _require(("triton",), "triton")
+    _require(("triton",), "triton")  # for numba too: its wheel holds the tools that read binaries
+    if backend == "numba":
+        _require(("numba", "numba_cuda"), "numba")
     import torch
     from rich.table import Table
 
     from .kernels import report
 
     dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    dtype = dtype or ("float32" if backend == "numba" else "bfloat16")
     if dtype not in dtypes:
         raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-    table = Table(title=f"{target}, {dtype}; bytes")
+    table = Table(title=f"{backend}, {target}, {dtype}; bytes")
     columns = (
         "kernel",
         "D",
@@ -236,7 +242,10 @@ def kernels(
         for head_dim in (64, 128):
             for block_q in (64, 128):
                 status.update(f"compiling for head_dim {head_dim}, blocks of {block_q} x 64")
-                for entry in report(target, dtype=dtypes[dtype], head_dim=head_dim, block_q=block_q, block_k=64):
+                entries = report(
+                    target, backend=backend, dtype=dtypes[dtype], head_dim=head_dim, block_q=block_q, block_k=64
+                )
+                for entry in entries:
                     problems += entry.problem is not None
                     blocks = f"{block_q} x 64"
                     use = (entry.warps, entry.registers, entry.stack, entry.spills, entry.shared, entry.shared_limit)

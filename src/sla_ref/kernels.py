@@ -1,18 +1,21 @@
 """What a compiler makes of the kernels, without a GPU: registers, stack, spills, shared memory, matrix instructions.
 
-The launchers of the backend run as they are, on tensors without data and with a driver that names the target; instead
-of starting a kernel they compile it. So the report shows the very binaries that would run on such a GPU.
+The launchers of a backend run as they are, on tensors without data and with a driver that names the target; instead
+of starting a kernel they compile it. So the report shows the kernels that would run on such a GPU. Triton's are the
+very binaries; Numba leaves the last step, from PTX to a binary, to the driver, and NVIDIA's assembler stands in for it.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,6 +33,7 @@ TARGETS = tuple(f"sm_{architecture}" for architecture in SHARED_MEMORY)
 class KernelReport:
     """One kernel, compiled for one target. In bytes, but for spills: instructions that read or write the stack."""
 
+    backend: str
     kernel: str
     target: str
     dtype: str
@@ -78,10 +82,10 @@ def _matrix_instruction(ptx: str) -> str:
     return "+".join(kind for kind, _ in kinds.most_common()) or "fma"
 
 
-def _inspect(compiled: Any) -> dict[str, int]:
-    """Registers, stack, spills and shared memory of a compiled kernel, from its cubin."""
+def _inspect(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack and spills of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -92,8 +96,27 @@ def _inspect(compiled: Any) -> dict[str, int]:
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "shared": compiled.metadata.shared,
     }
+
+
+def _assemble(ptx: str, target: str) -> bytes:
+    """The binary of a kernel, by NVIDIA's assembler: of triton's two the one for newer PTX, or that on the PATH."""
+    programs = [name for name in (_tool("ptxas-blackwell"), "ptxas") if shutil.which(name)]
+    if not programs:
+        raise RuntimeError("no ptxas is here; triton brings one: pip install 'sla-ref[triton]'")
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [programs[0], f"-arch={target}", str(source), "-o", str(binary)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"ptxas cannot assemble a kernel for {target}: {run.stderr.strip()[:500]}")
+        return binary.read_bytes()
+
+
+def _static_shared(ptx: str) -> int:
+    """Bytes of shared memory that a kernel's PTX declares."""
+    return sum(int(size) for size in re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]", ptx))
 
 
 # --- compiling without a GPU -----------------------------------------------------------------------------------------
@@ -117,6 +140,33 @@ class _TargetOnly:
         return 0
 
 
+def _problem(
+    length: int, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int
+) -> tuple[torch.Tensor, BlockMap]:
+    """Tokens and a block map without data."""
+    tokens = torch.empty(1, 2, length, head_dim, dtype=dtype, device="meta")
+    blocks = (1, 2, math.ceil(length / block_q), math.ceil(length / block_k))
+    labels = torch.empty(blocks, dtype=torch.int8, device="meta")
+    return tokens, BlockMap(labels, block_q, block_k, length, length, 3)
+
+
+def _forward_and_backward(backend: Any, tokens: torch.Tensor, block_map: BlockMap) -> None:
+    """Start every kernel of a backend once."""
+    if (reason := backend.refuses(tokens, block_map)) is not None:
+        raise ValueError(f"the {backend.name} backend {reason}")
+    saved = backend.forward(tokens, tokens, tokens, tokens, tokens, block_map, 0.125)
+    backend.backward(tokens, tokens, tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
+    if hasattr(backend, "forward_softmax"):
+        saved = backend.forward_softmax(tokens, tokens, tokens, block_map, 0.125)
+        backend.backward_softmax(tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
+
+
+def _check_target(target: str) -> int:
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    return int(target.removeprefix("sm_"))
+
+
 def compile_kernels(
     target: str, *, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, length: int = 2048
 ) -> list[tuple[str, Any]]:
@@ -130,8 +180,7 @@ def compile_kernels(
 
     from .backends import triton_fused
 
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    architecture = _check_target(target)
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled inside Triton's interpreter; unset TRITON_INTERPRET")
 
@@ -142,60 +191,108 @@ def compile_kernels(
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         compiled[name + (" softmax" if options.get("SOFTMAX") else ""), binary.hash] = binary
 
-    tokens = torch.empty(1, 2, length, head_dim, dtype=dtype, device="meta")
-    blocks = (1, 2, math.ceil(length / block_q), math.ceil(length / block_k))
-    block_map = BlockMap(torch.empty(blocks, dtype=torch.int8, device="meta"), block_q, block_k, length, length, 3)
-    if (reason := triton_fused.refuses(tokens, block_map)) is not None:
-        raise ValueError(f"the triton backend {reason}")
-    driver = _TargetOnly(int(target.removeprefix("sm_")))
     with (
-        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(triton.runtime.driver, "_active", _TargetOnly(architecture)),
         mock.patch.object(triton_fused, "_launch", compile_only),
     ):
-        saved = triton_fused.forward(tokens, tokens, tokens, tokens, tokens, block_map, 0.125)
-        triton_fused.backward(tokens, tokens, tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
-        triton_fused.forward_softmax(tokens, tokens, tokens, block_map, 0.125)
-        triton_fused.backward_softmax(tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
+        _forward_and_backward(triton_fused, *_problem(length, head_dim, dtype, block_q, block_k))
     return [(name, binary) for (name, _), binary in compiled.items()]
+
+
+def compile_numba_kernels(
+    target: str, *, head_dim: int, block_q: int, block_k: int, length: int = 2048
+) -> list[tuple[str, int, str]]:
+    """(name, threads of a thread block, PTX) for every kernel of the Numba backend, in the order of their first start.
+
+    Arguments and errors as for `report`; `length` is the number of tokens.
+    """
+    from .backends import numba_cuda
+
+    architecture = _check_target(target)
+    if numba_cuda.SIMULATED:
+        raise RuntimeError("kernels cannot be compiled inside Numba's simulator; unset NUMBA_ENABLE_CUDASIM")
+
+    cc = divmod(architecture, 10)
+    compiled: dict[tuple[str, str], tuple[str, int, str]] = {}
+
+    def compile_only(kernel: Any, grid: tuple[int, int], rows: int, *args: Any) -> None:
+        ptx, _ = numba_cuda.cuda.compile_ptx(kernel.py_func, numba_cuda.signature(args), cc=cc)
+        kernel_name = kernel.py_func.__name__
+        compiled.setdefault((kernel_name, ptx), (kernel_name, numba_cuda.threads(rows), ptx))
+
+    device = SimpleNamespace(compute_capability=cc)
+    with (
+        mock.patch.object(numba_cuda.cuda.dispatcher, "get_current_device", return_value=device),
+        mock.patch.object(numba_cuda, "_launch", compile_only),
+    ):
+        _forward_and_backward(numba_cuda, *_problem(length, head_dim, torch.float32, block_q, block_k))
+    return list({(name, threads): (name, threads, ptx) for name, threads, ptx in compiled.values()}.values())
 
 
 def report(
     target: str,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "triton",
+    dtype: torch.dtype | None = None,
     head_dim: int = 128,
     block_q: int = 64,
     block_k: int = 64,
 ) -> list[KernelReport]:
-    """Compile every kernel of the Triton backend for a target and read what came out.
+    """Compile every kernel of the Triton or the Numba backend for a target and read what came out.
 
-    In 16 bits the marginal blocks are added up by the vendor's matrix product, which is not compiled here.
+    Sums of marginal blocks by the vendor's matrix product are not compiled here: Triton's in 16 bits, all of Numba's.
 
     Args:
         target: "sm_80", "sm_90", "sm_100" or "sm_120".
-        dtype, head_dim, block_q, block_k: what to compile for.
+        backend: "triton" or "numba".
+        dtype: what to compile for; bfloat16 for Triton if None. Numba's kernels are float32 whatever the input is.
+        head_dim, block_q, block_k: what to compile for.
 
     Returns:
         One entry per kernel, in the order in which they run; `problem` says what is wrong with it, or is None.
 
     Raises:
-        ValueError: an unknown target, or a dtype or size that the backend does not take.
-        RuntimeError: called inside Triton's interpreter.
-        ModuleNotFoundError: triton is not installed.
+        ValueError: an unknown target or backend, or a dtype or size that the backend does not take.
+        RuntimeError: called inside Triton's interpreter or Numba's simulator, or there is no assembler for Numba's PTX.
+        ModuleNotFoundError: triton or numba is not installed. The tools that read binaries are triton's for both.
     """
-    binaries = compile_kernels(target, dtype=dtype, head_dim=head_dim, block_q=block_q, block_k=block_k)
+    sizes = {"head_dim": head_dim, "block_q": block_q, "block_k": block_k}
+    if backend == "triton":
+        dtype = torch.bfloat16 if dtype is None else dtype
+        common: dict[str, Any] = {
+            "backend": backend,
+            "target": target,
+            "dtype": str(dtype).removeprefix("torch."),
+            **sizes,
+        }
+        return [
+            KernelReport(
+                kernel=name,
+                **common,
+                warps=binary.metadata.num_warps,
+                shared=binary.metadata.shared,
+                shared_limit=SHARED_MEMORY[_check_target(target)],
+                instruction=_matrix_instruction(binary.asm["ptx"]),
+                **_inspect(binary.asm["cubin"]),
+            )
+            for name, binary in compile_kernels(target, dtype=dtype, **sizes)
+        ]
+    if backend != "numba":
+        raise ValueError(f"backend must be triton or numba, got {backend!r}")
+    if dtype not in (None, torch.float32):
+        raise ValueError(f"dtype must be float32 for numba, whose kernels compute in float32 alone, got {dtype}")
+    from .backends.numba_cuda import STATIC_SHARED_MEMORY
+
+    common = {"backend": backend, "target": target, "dtype": "float32", **sizes}
     return [
         KernelReport(
             kernel=name,
-            target=target,
-            dtype=str(dtype).removeprefix("torch."),
-            head_dim=head_dim,
-            block_q=block_q,
-            block_k=block_k,
-            warps=binary.metadata.num_warps,
-            shared_limit=SHARED_MEMORY[int(target.removeprefix("sm_"))],
-            instruction=_matrix_instruction(binary.asm["ptx"]),
-            **_inspect(binary),
+            **common,
+            warps=threads // 32,
+            shared=_static_shared(ptx),
+            shared_limit=STATIC_SHARED_MEMORY,
+            instruction=_matrix_instruction(ptx),
+            **_inspect(_assemble(ptx, target)),
         )
-        for name, binary in binaries
+        for name, threads, ptx in compile_numba_kernels(target, **sizes)
     ]

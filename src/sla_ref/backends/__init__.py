@@ -25,7 +25,11 @@ ENTRY_POINT_GROUP = "sla_ref.backends"
 ENVIRONMENT_VARIABLE = "SLA_REF_BACKEND"
 
 # Imported on first use: `import sla_ref` loads neither triton nor numba.
-_BUILT_IN = {"torch": "sla_ref.backends.pytorch", "triton": "sla_ref.backends.triton_fused"}
+_BUILT_IN = {
+    "torch": "sla_ref.backends.pytorch",
+    "triton": "sla_ref.backends.triton_fused",
+    "numba": "sla_ref.backends.numba_cuda",
+}
 _registered: dict[str, Backend] = {}
 
 _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
@@ -47,7 +51,7 @@ def set_backend(name: str) -> None:
     """Use this backend in the whole process, where nothing nearer to the call names another.
 
     Args:
-        name: "torch", "triton", the name of a plug-in, or "auto".
+        name: "torch", "triton", "numba", the name of a plug-in, or "auto".
 
     Raises:
         ValueError: unknown name.
