@@ -69,6 +69,19 @@ def test_a_backend_that_is_not_installed_says_how_to_get_it(monkeypatch):
         call(backend="numba")
 
 
+def test_a_backend_whose_packages_do_not_fit_together_says_so(monkeypatch):
+    real = backends.load
+
+    def load(name):
+        if name == "numba":
+            raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+        return real(name)
+
+    monkeypatch.setattr(backends, "load", load)
+    assert "row_stack" in sla_ref.list_backends()["numba"]
+    call(backend="torch")
+
+
 def test_auto_on_a_cpu_is_torch(monkeypatch):
     used = []
     real = backends.load

@@ -171,7 +171,7 @@ def load(name: str) -> Backend:
 def _reason(name: str) -> str | None:
     try:
         backend = load(name)
-    except ImportError as error:
+    except Exception as error:  # a package that is too old or too new for another raises more than ImportError
         help_line = f": pip install 'sla-ref[{name}]'" if name in _BUILT_IN else ""
         return f"it cannot be imported ({error}){help_line}"
     return backend.unavailable()
