@@ -578,13 +578,15 @@ down_columns = {j: tiles[2::2] for j, tiles in reads["_backward_dkdv_kernel"].it
 assert along_rows == {i: block_map.kv_indices[0, 0, i].tolist() for i in range(8)}
 assert down_columns == dict(enumerate(columns))
 
+style = {label: {"facecolor": CLASS_COLOURS[label], "alpha": 0.45, "lw": 0} for label in (1, 0, -1)}
+style[-1]["hatch"] = "///"
 figure, panels = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True, layout="constrained")
 for panel, title in zip(panels, ("_forward_kernel", "_backward_dkdv_kernel"), strict=True):
     for i in range(8):
         for j in range(8):
-            colour = CLASS_COLOURS[int(labels[i, j])]
-            panel.add_patch(plt.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, color=colour, alpha=0.45, lw=0))
+            panel.add_patch(plt.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **style[int(labels[i, j])]))
     panel.set(xlim=(-0.5, 7.5), ylim=(7.5, -0.5), aspect="equal", xlabel="key block j", title=title)
+    panel.set(xticks=range(8), yticks=range(8))
 panels[0].set_ylabel("query block i")
 for i, steps in along_rows.items():
     for step, j in enumerate(steps):
@@ -592,8 +594,8 @@ for i, steps in along_rows.items():
 for j, steps in down_columns.items():
     for step, i in enumerate(steps):
         panels[1].text(j, i, step, ha="center", va="center")
-names = [plt.Rectangle((0, 0), 1, 1, color=CLASS_COLOURS[label], alpha=0.45, lw=0) for label in (1, 0, -1)]
-figure.legend(names, [CLASS_NAMES[label] for label in (1, 0, -1)], loc="outside lower center", ncols=3)
+keys = [plt.Rectangle((0, 0), 1, 1, **style[label]) for label in style]
+figure.legend(keys, [CLASS_NAMES[label] for label in style], loc="outside lower center", ncols=3)
 plt.show()
 
 # %% [markdown]
@@ -620,17 +622,18 @@ assert total.item() == 100
 # often it is repeated.
 #
 # This package had one, and not even in its source. Look at the loop of the linear branch in `_forward_kernel`. Its
-# $\phi(Q)$ tile goes two ways: into the sum for the denominator and into the product with $H$. In the first version the
-# compiler pipelined that loop. It fetched the tile of the next turn into shared memory while the matrix unit was at
+# $\phi(Q)$ tile goes two ways: into the sum for the denominator and into the product with $H$. In the first version
+# the compiler pipelined that loop. It fetched the tile of the next turn into shared memory while the matrix unit was at
 # work on this one, which is what pipelining is for. But this tile had one buffer only, and the fetch overwrote what the
 # matrix unit was still reading. The interpreter has no pipeline, and nothing to see. On an H200, with long sequences
-# and blocks of 64, the same forward gave other bits when it was repeated. [Performance](../performance.md) has the run.
+# and blocks of 64, the same forward gave other bits when it was repeated. `num_stages=1` in the `tl.range` of that loop
+# turns the pipeline off there. [Performance](../performance.md) says what has been run on which GPU.
 #
-# `num_stages=1` in the `tl.range` of that loop turns the pipeline off there. What it teaches:
+# What it teaches:
 #
-# - A right kernel in the interpreter is right as mathematics. What a GPU runs is the compiler's version of it.
+# - What the interpreter confirms is the mathematics. What a GPU runs is the compiler's version of it.
 # - Repeating a run and comparing bits is a sharp test, for kernels that promise to repeat. An error bound may not see a
-#   few stale numbers. Kernels with atomics cannot be tested so.
+#   few stale numbers. Where atomics add floats, bits may differ anyway and the test says nothing.
 # - A small case may never lose a race. The test for this one (`tests/test_triton.py`) needs a GPU and 32,760 tokens.
 # - The flaw could be read in the compiled code, as a wait for all products *but one* before the fetch.
 #   `tests/test_kernels.py` reads it there, without a GPU.
@@ -714,9 +717,8 @@ torch.testing.assert_close(z, phi_K.sum(1))
 
 # %% [markdown]
 # **2. Down a column.** Write the kernel for the sparse branch's share of $dV$: one program per key block, which walks
-# down its list, makes $P = e^{S - L}$ again and adds up $P^\top dO^s$, lines 9 and 10 of Algorithm 2. Two things to
-# mind. The list of block $j$ begins at `q_offsets[j]`. And what is $P$ for rows past the end, where there is no $L$:
-# which `other` makes their weights 0?
+# down its list, makes $P = e^{S - L}$ again and adds up $P^\top dO^s$, lines 9 and 10 of Algorithm 2. The list of block
+# $j$ begins at `q_offsets[j]`. Memory behind `lse` holds NaN as well: which `other` gives rows past the end no weight?
 
 
 # %% tags=["exercise"]
