@@ -1,0 +1,763 @@
+# %% [markdown]
+# # 6. The Triton kernel
+#
+# A GPU kernel is a function that thousands of programs run at once, each on a tile of its own. Triton writes such
+# functions in Python, and its interpreter runs them on a CPU, where they can be stopped and looked into. Here a kernel
+# of three lines grows into the sparse branch, and its running $m$, $l$ and $O$ are printed between blocks. Then come
+# the package's own kernels. Afterwards you will be able to read `sla_ref/backends/triton_fused.py`, and know what a run
+# in the interpreter proves and what it cannot show.
+#
+# Builds on: [4. Algorithm 1](04_algorithm_1.md), [5. Algorithm 2](05_algorithm_2.md)
+#
+# The interpreter is switched on by an environment variable. Every function marked with `@triton.jit` looks at it when
+# it is declared, and Triton's own, such as `tl.sum`, are declared when `triton` is imported. So it comes first.
+
+# %%
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from inspect import getsource
+from pathlib import Path
+from unittest import mock
+
+import matplotlib.pyplot as plt
+import torch
+import triton
+import triton.language as tl
+
+from sla_ref import testing
+from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
+from sla_ref.backends import pytorch, triton_fused
+from sla_ref.lab.lesson import show_source
+
+assert triton.knobs.runtime.interpret, "the cells below look into running kernels: leave TRITON_INTERPRET unset, or 1"
+
+# %% [markdown]
+# ## Three lines
+#
+# This kernel doubles the numbers in `source`.
+
+
+# %%
+@triton.jit
+def double_kernel(source, target, length, TILE: tl.constexpr):
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tile = tl.load(source + place, mask=place < length, other=0.0)
+    tl.store(target + place, 2 * tile, mask=place < length)
+
+
+numbers = torch.arange(10.0)
+doubled = torch.full((10,), float("nan"))
+double_kernel[(3,)](numbers, doubled, 10, TILE=4)
+print(doubled)
+
+assert torch.equal(doubled, 2 * numbers)
+
+# %% [markdown]
+# Word by word:
+#
+# - `double_kernel[(3,)]` starts the kernel on a **grid** of three. Each of the three runs is a **program**. All run the
+#   same code, in no promised order, and `tl.program_id(0)` tells a program which one it is: 0, 1 or 2.
+# - `tl.arange(0, TILE)` is the numbers 0 to 3. So `place` is not one number but a **tile**, here `[4, 5, 6, 7]` in
+#   program 1, and all that follows works on whole tiles. On the GPU a program is a group of threads that share the
+#   elements of its tiles among them.
+# - A tensor arrives as a pointer, the address of its first element. `source + place` is a tile of addresses. Shape and
+#   strides do not come along; a kernel that needs them takes them as arguments of their own.
+# - `tl.load` reads all addresses of a tile. Three programs of four cover twelve places, and there are ten. The **mask**
+#   says which exist. Where it is false nothing is read or written, and a read gives `other`.
+# - `TILE` is a `tl.constexpr`, a number that the compiler knows. Shapes of tiles have to be such numbers, and powers of
+#   two. For another value another kernel is compiled. `length` is known only when the kernel runs.
+#
+# In the interpreter, programs run one after another and a tile is a NumPy array. A kernel may then call any Python
+# function, and that is how we look inside. On a GPU this is not possible; there `tl.device_print` prints from a kernel.
+
+
+# %%
+def values(tile):
+    """What a tile holds at this moment, as a tensor; in the interpreter only."""
+    return torch.from_numpy(tile.handle.data.copy())
+
+
+def number(scalar):
+    """The same of a single number, which may also be a plain int."""
+    return int(values(scalar)) if isinstance(scalar, tl.tensor) else scalar
+
+
+def look(program, place, tile):
+    print(f"program {number(program)}: places {values(place).tolist()}, tile {values(tile).tolist()}")
+
+
+@triton.jit
+def double_and_look_kernel(source, target, length, TILE: tl.constexpr):
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tile = tl.load(source + place, mask=place < length, other=0.0)
+    look(tl.program_id(0), place, tile)
+    tl.store(target + place, 2 * tile, mask=place < length)
+
+
+double_and_look_kernel[(3,)](numbers, doubled, 10, TILE=4)
+
+# %% [markdown]
+# `other` is part of the result wherever a tile is summed up. For a sum 0 is right; for a maximum it is not. Here are
+# ten negative numbers, in a buffer that goes on with NaN so that a read past the end would be seen.
+
+
+# %%
+@triton.jit
+def largest_kernel(source, target, length, other, TILE: tl.constexpr):
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tile = tl.load(source + place, mask=place < length, other=other)
+    tl.store(target + tl.program_id(0), tl.max(tile, 0))
+
+
+def in_nan(tensor):
+    """The same tokens (N, D) in a buffer whose memory goes on with NaN."""
+    buffer = torch.cat([tensor, torch.full((16, *tensor.shape[1:]), float("nan"))])
+    return buffer[: len(tensor)]
+
+
+negative = in_nan(-1 - numbers)
+with_zero, with_infinity = torch.zeros(3), torch.zeros(3)
+largest_kernel[(3,)](negative, with_zero, 10, 0.0, TILE=4)
+largest_kernel[(3,)](negative, with_infinity, 10, float("-inf"), TILE=4)
+print(with_zero.tolist(), with_infinity.tolist())
+
+assert with_infinity.tolist() == [-1, -5, -9]
+assert with_zero.tolist() == [-1, -5, 0]  # a number that is nowhere in the data
+
+# %% [markdown]
+# Left out, `other` is 0 in the interpreter and undefined on a GPU. In the package every masked load names it.
+#
+# ## A product of tiles
+#
+# Attention needs tiles with two axes. Below, `tile_of` gives the addresses of some tokens: a column of row numbers
+# times the length of a row, plus a row of column numbers. A function marked `@triton.jit` can be called from kernels.
+#
+# The second new thing is `tl.dot`, the product of two tiles, which is what a GPU's matrix units do. The package asks
+# for `input_precision="ieee"`: by default a GPU may round float32 to tf32 first, which has 10 bits behind the point
+# instead of 23. The interpreter computes in full precision whatever is asked for.
+#
+# One head of 120 tokens with 16 dimensions, in blocks of 16, the smallest that the package's kernels take: eight
+# blocks, the last with 8 tokens. Of the eight key blocks of each query block three are critical, three marginal and two
+# negligible. The grid has two axes, one program for each pair of blocks.
+
+
+# %%
+@triton.jit
+def tile_of(tokens, first, ROWS: tl.constexpr, D: tl.constexpr):
+    """Addresses of ROWS tokens from `first`. # [ROWS, D]"""
+    return tokens + (first + tl.arange(0, ROWS))[:, None] * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def load_tokens(tokens, first, length, ROWS: tl.constexpr, D: tl.constexpr):
+    """ROWS tokens from `first`; those past the end are zeros. # [ROWS, D]"""
+    inside = (first + tl.arange(0, ROWS) < length)[:, None]
+    return tl.load(tile_of(tokens, first, ROWS, D), mask=inside, other=0.0)
+
+
+@triton.jit
+def scores_kernel(query, key, scores, length, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+    first_row, first_key = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    Q = load_tokens(query, first_row, length, BLOCK, D)  # [BLOCK, D]
+    K = load_tokens(key, first_key, length, BLOCK, D)  # [BLOCK, D]
+    S = tl.dot(Q, tl.trans(K), input_precision="ieee") * scale  # [BLOCK, BLOCK]
+    row, column = first_row + tl.arange(0, BLOCK), first_key + tl.arange(0, BLOCK)
+    inside = (row < length)[:, None] & (column < length)[None, :]
+    tl.store(scores + row[:, None] * length + column[None, :], S, mask=inside)
+
+
+problem = testing.make_problem(
+    heads=1,
+    query_length=120,
+    head_dim=16,
+    block_q=16,
+    block_k=16,
+    critical_ratio=0.375,
+    negligible_ratio=0.25,
+    seed=2,
+)
+query, key, value, phi_query, phi_key = (in_nan(tensor[0, 0]) for tensor in problem.inputs)  # (120, 16) each
+block_map, scale = problem.block_map, problem.scale
+labels = block_map.labels[0, 0]  # (8, 8): 1 critical, 0 marginal, -1 negligible
+print(labels.numpy())
+
+scores = torch.full((120, 120), float("nan"))
+scores_kernel[(8, 8)](query, key, scores, 120, scale, D=16, BLOCK=16)
+torch.testing.assert_close(scores, scale * query @ key.T)
+
+# %% [markdown]
+# ## First step: attention over all blocks
+#
+# This kernel wrote the whole $N \times N$ scores to memory, which is what SLA wants to avoid. The next one keeps each
+# tile to itself. One program per query block: it walks along the key blocks with the online softmax of [tutorial
+# 4](04_algorithm_1.md) and holds $m$, $l$ and $O$ all the while. Tiles of one axis, `[BLOCK]`, are one number per row.
+# `watch` is Python and notes what row 3 of query block 3 holds after each key block.
+
+
+# %%
+trace = []
+
+
+def watch(i, j, m, l, O):
+    """Notes row 3 of query block 3 after key block j."""
+    if number(i) == 3:
+        trace.append((number(j), values(m)[3].item(), values(l)[3].item(), values(O)[3].norm().item()))
+
+
+def print_trace():
+    for j, m, l, O in trace:
+        print(f"key block {j}:  m {m:5.2f}  l {l:5.2f}  |O| {O:5.2f}")
+
+
+@triton.jit
+def softmax_step(m, l, O, S, V):
+    """Takes in a tile of scores [BLOCK, BLOCK] and its values [BLOCK, D]."""
+    m_new = tl.maximum(m, tl.max(S, 1))  # [Alg. 1 L9]
+    P = tl.exp(S - m_new[:, None])  # [Alg. 1 L9]
+    correction = tl.exp(m - m_new)
+    l = l * correction + tl.sum(P, 1)  # [Alg. 1 L10]
+    O = tl.dot(P, V, O * correction[:, None], input_precision="ieee")  # P V, added to the third argument [Alg. 1 L11]
+    return m_new, l, O
+
+
+@triton.jit
+def attention_kernel(query, key, value, out, length, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    Q = load_tokens(query, i * BLOCK, length, BLOCK, D)  # [BLOCK, D]
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    O = tl.zeros([BLOCK, D], tl.float32)
+    for j in range(tl.cdiv(length, BLOCK)):
+        K = load_tokens(key, j * BLOCK, length, BLOCK, D)
+        V = load_tokens(value, j * BLOCK, length, BLOCK, D)
+        S = tl.dot(Q, tl.trans(K), input_precision="ieee") * scale
+        m, l, O = softmax_step(m, l, O, S, V)
+        watch(i, j, m, l, O)
+    inside = (i * BLOCK + tl.arange(0, BLOCK) < length)[:, None]
+    tl.store(tile_of(out, i * BLOCK, BLOCK, D), O / l[:, None], mask=inside)
+
+
+# %% [markdown]
+# With 112 tokens, seven whole blocks, it is softmax attention:
+
+
+# %%
+def run_attention(length):
+    """Through the kernel and through torch. # (length, 16) each"""
+    trace.clear()
+    q, k, v = (in_nan(tensor[:length]) for tensor in (query, key, value))
+    out = torch.full((length, 16), float("nan"))
+    attention_kernel[(triton.cdiv(length, 16),)](q, k, v, out, length, scale, D=16, BLOCK=16)
+    return out, torch.softmax(scale * q @ k.T, dim=1) @ v
+
+
+torch.testing.assert_close(*run_attention(112))
+print_trace()
+
+# %% [markdown]
+# With all 120 it is wrong, though every load is masked. The eight keys past the end read as zeros, so their scores are
+# 0. A score of 0 is not a weight of 0: it is $e^{0 - m}$, and ends up in $l$.
+
+# %%
+wrong, right = run_attention(120)
+excess = right.norm(dim=1) / wrong.norm(dim=1)  # l with the eight keys too many, over l without
+print(f"l is too large by a factor of {excess.min():.3f} to {excess.max():.3f}")
+
+assert (excess > 1).all()
+torch.testing.assert_close(wrong * excess[:, None], right)
+
+# %% [markdown]
+# ## Second step: the sparse branch
+#
+# What is missing is a score of $-\infty$ for keys past the end, and a walk along the critical blocks alone. The kernel
+# does not look at the labels. It gets, for each query block, the list of its critical key blocks. `kv_indices` of a
+# block map holds these lists, ascending, and `kv_num_blocks` their lengths.
+
+# %%
+capacity = block_map.kv_indices.shape[-1]
+for i in range(8):
+    print(f"query block {i}: key blocks {block_map.kv_indices[0, 0, i].tolist()}")
+    assert block_map.kv_indices[0, 0, i].tolist() == (labels[i] == 1).nonzero().flatten().tolist()
+assert (block_map.kv_num_blocks == capacity).all()
+
+# %% [markdown]
+# The number of steps is now read from memory, and so is the place of each tile. That is all that sparse means here:
+# what is not on the list is never touched. At the end come the two outputs of the sparse branch, $O^s = O / l$ and $L =
+# m + \log l$.
+
+
+# %%
+@triton.jit
+def sparse_kernel(
+    query,
+    key,
+    value,
+    kv_num_blocks,
+    kv_indices,
+    out,
+    lse,
+    length,
+    scale,
+    capacity,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0)
+    row = i * BLOCK + tl.arange(0, BLOCK)
+    Q = load_tokens(query, i * BLOCK, length, BLOCK, D)
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    O = tl.zeros([BLOCK, D], tl.float32)
+    for step in range(tl.load(kv_num_blocks + i)):
+        j = tl.load(kv_indices + i * capacity + step)
+        K = load_tokens(key, j * BLOCK, length, BLOCK, D)
+        V = load_tokens(value, j * BLOCK, length, BLOCK, D)
+        S = tl.dot(Q, tl.trans(K), input_precision="ieee") * scale
+        S = tl.where((j * BLOCK + tl.arange(0, BLOCK) < length)[None, :], S, float("-inf"))
+        m, l, O = softmax_step(m, l, O, S, V)
+        watch(i, j, m, l, O)
+    tl.store(tile_of(out, i * BLOCK, BLOCK, D), O / l[:, None], mask=(row < length)[:, None])  # [Alg. 1 L16]
+    tl.store(lse + row, m + tl.log(l), mask=row < length)  # [Alg. 1 L16]
+
+
+trace.clear()
+out, lse = torch.full((120, 16), float("nan")), torch.full((120,), float("nan"))
+lists = block_map.kv_num_blocks, block_map.kv_indices
+sparse_kernel[(8,)](query, key, value, *lists, out, lse, 120, scale, capacity, D=16, BLOCK=16)
+print_trace()
+
+assert trace[1][1] > trace[0][1] and trace[1][2] < trace[0][2]  # a larger score came, and shrank what was there
+assert [j for j, *_ in trace] == block_map.kv_indices[0, 0, 3].tolist()
+
+# %% [markdown]
+# Not a number of the NaN around the inputs got in, and both outputs are those of the `torch` backend:
+
+# %%
+saved = pytorch.forward(*problem.inputs, block_map, scale)
+torch.testing.assert_close(out, saved.out_sparse[0, 0])
+torch.testing.assert_close(lse, saved.lse[0, 0])
+
+# %% [markdown]
+# ## The same in the package
+#
+# `sla_ref/backends/triton_fused.py` begins with helpers like ours. A tensor of tokens arrives as a `view`: a pointer
+# with the strides of batch, head and token. One launch covers all heads, so a program finds its head from its number
+# first.
+
+# %%
+show_source(triton_fused._dot, triton_fused._pointers, triton_fused._load_slab)
+
+# %% [markdown]
+# COLUMNS is D rounded up to a power of two, since a tile cannot be 96 wide; the columns that are too many are masked. A
+# slab is a part of the features, `feature` to `feature + FEATURES`, for tiles too large for the registers as a whole.
+# On GPUs that can, `_load` lets the hardware fetch a tile by itself (a descriptor, TMA) and needs no addresses.
+#
+# ### Why int64
+#
+# Triton computes with int32 where it can, as a GPU does. A tensor of more than $2^{31}$ elements has addresses beyond
+# that, and an int32 product does not complain. Here a head has $2^{27}$ elements, as 1,048,576 tokens of 128 have:
+
+
+# %%
+@triton.jit
+def offset_kernel(narrow, wide, stride):
+    head = tl.program_id(0)
+    tl.store(narrow + head, (head * stride).to(tl.int64))
+    tl.store(wide + head, head.to(tl.int64) * stride)
+
+
+narrow, wide = torch.zeros(2, 20, dtype=torch.int64)
+offset_kernel[(20,)](narrow, wide, 2**27)
+print(f"head 16 begins at {wide[16]}, in int32 at {narrow[16]}")
+
+assert wide.tolist() == [head * 2**27 for head in range(20)]
+assert torch.equal(narrow[:16], wide[:16]) and narrow[16] == -(2**31)
+
+# %% [markdown]
+# Hence the `.to(tl.int64)` in `_pointers` before the products, not after. Offsets inside a tile are small and stay
+# int32, which takes half the registers.
+#
+# ### The online softmax
+#
+# `_softmax_step` is ours with three changes. It loads K and V itself. It works with powers of two, as in the second
+# exercise of tutorial 4: `scale` holds a factor $\log_2 e$. And it compares with keys past the end only if `PARTIAL`
+# says so, a constexpr: from one source the compiler makes a step with the comparison and one without.
+
+# %%
+show_source(triton_fused._softmax_step, triton_fused._scores)
+
+# %% [markdown]
+# The interpreter lets us put a function of our own in its place, which calls the original and looks at what it returns.
+# Row 3 of query block 3 has the same history as in our kernel, once $m$ is multiplied by $\log 2$.
+
+# %%
+LN_2 = triton_fused.LN_2.value
+ours = list(trace)
+original_step = triton_fused._softmax_step
+
+
+def watched_step(O, l, m, Q, key, value, bh, num_heads, first_key, *rest):
+    O, l, m = original_step(O, l, m, Q, key, value, bh, num_heads, first_key, *rest)
+    watch(tl.program_id(0), number(first_key) // 16, m * LN_2, l, O)
+    return O, l, m
+
+
+trace.clear()
+with mock.patch.object(triton_fused, "_softmax_step", watched_step):
+    fused = triton_fused.forward(*problem.inputs, block_map, scale)
+print_trace()
+
+torch.testing.assert_close(torch.tensor(trace), torch.tensor(ours))
+
+# %% [markdown]
+# ## The linear branch, and the whole forward
+#
+# A state $h_j$, $z_j$ does not depend on a query. One program of `_states_kernel` makes one of them, and writes it as a
+# row of memory: first the rows of $h_j$, then $z_j$, then two counters. `SOFTMAX` chooses between two forms: either
+# `phi_key` holds $\phi(K)$, or it holds $K$ and `_load_phi` computes the softmax on the way, so that $\phi(K)$ is never
+# in memory.
+
+# %%
+show_source(triton_fused._states_kernel)
+
+# %% [markdown]
+# Then every query block needs $H_i = \sum_j [M_{ij} = 0]\, h_j$. All of these sums together are one matrix product,
+#
+# $$\underset{T_m \times T_n}{W} \;\cdot\; \underset{T_n \times (D^2 + D)}{(h, z)},$$
+#
+# and that is what GPUs are best at. A product cannot skip a block: $0 \cdot \mathrm{NaN}$ is NaN, so a single bad key
+# block would ruin all rows. Therefore `_states_kernel` writes zeros for such a block and counts it, and the rows that
+# do include it become NaN at the end.
+#
+# In float16 a sum over many blocks could pass 65,504, its largest number, and be infinite: 32,760 tokens with features
+# of 2.5 are enough. So $W_{ij}$ is not 1 but about one over the number of marginal blocks of the row. The factor
+# cancels in $\phi H / (\phi Z)$. That it is a power of two makes this exact: such a factor moves the exponent of a
+# float and leaves its digits alone.
+
+# %%
+phi_K, V = (torch.nn.functional.pad(tensor, (0, 0, 0, 8)).view(8, 16, 16) for tensor in (phi_key, value))
+states = torch.cat([phi_K.mT @ V, phi_K.sum(1, keepdim=True)], dim=1).flatten(1)  # (8, 16 * 16 + 16)
+marginal = (labels == 0).float()
+count = marginal.sum(1, keepdim=True)
+W = triton_fused._weights(problem.query, block_map)[0, :8, :8]  # padded with zeros to whole tiles
+print(f"marginal blocks in a row: {int(count[0])}, weight: {W.max():.3f}")
+
+assert torch.equal(W, marginal * 2.0 ** -count.log2().floor())
+
+
+def linear_branch(W):
+    """(120, 16), from the weights that add up the states."""
+    H, Z = (W @ states).view(8, 17, 16).split([16, 1], dim=1)
+    phi_Q = torch.nn.functional.pad(phi_query, (0, 0, 0, 8)).view(8, 16, 16)
+    return ((phi_Q @ H) / (phi_Q @ Z.mT)).flatten(0, 1)[:120]
+
+
+torch.testing.assert_close(linear_branch(W), saved.out_linear[0, 0])
+assert torch.equal(linear_branch(W), linear_branch(marginal)), "a factor of a power of two costs no bit"
+assert not torch.equal(linear_branch(marginal / 3), linear_branch(marginal)), "another factor does"
+assert torch.tensor(32760 * 2.5).half().isinf() and torch.tensor(32760 * 2.5 / 256).half().isfinite()  # Z, weighted Z
+
+# %% [markdown]
+# The matrix $W$ comes from a kernel that reads the labels. For each row it counts the zeros, and then writes.
+
+# %%
+show_source(triton_fused._weights_kernel)
+
+# %% [markdown]
+# Now the whole forward. Where our grid had a program for each query block, here a block may be cut into several
+# programs of ROWS rows, and a key block into steps of KEYS keys: smaller tiles for GPUs with less room. Lists ascend,
+# so only a list's last block can be the partial one, and the loop over all others goes without the comparison. A query
+# block without a critical block gets `sparse = 0` and `lse = -inf`. Below that, the linear branch: $\phi(Q_i) H_i$ and
+# $\phi(Q_i) Z_i$, slab by slab.
+
+# %%
+show_source(triton_fused._forward_kernel)
+
+# %% [markdown]
+# `do_not_specialize` above the kernel needs a word. Triton compiles a kernel once for each combination of constexpr
+# values, and by default also once for integers that are divisible by 16 and once for those that are not, since the
+# former may allow wider loads. The 32,760 tokens of a video at 480p are not divisible by 16, and 32,768 are. Named in
+# `do_not_specialize`, lengths are just numbers, and all sequences run the same binary. So what was tested at one length
+# is what runs at another, and a new length does not have to be compiled. `tests/test_kernels.py` compares the binaries.
+#
+# Its outputs are those of the `torch` backend, also with the softmax inside. NumPy may warn of a division by zero here:
+# rows past the end have a denominator of 0, and are not stored.
+
+# %%
+inside = triton_fused.forward_softmax(*problem.inputs[:3], block_map, scale)
+torch.testing.assert_close(tuple(fused), tuple(saved))
+torch.testing.assert_close(tuple(inside), tuple(saved))
+
+# %% [markdown]
+# ## The backward, down the columns
+#
+# $dQ_i$ belongs to a query block and is summed along its row of the map, as in the forward. $dK_j$ and $dV_j$ belong to
+# a key block, and get a share from every query block that has $j$ on its list. Two ways to do this:
+#
+# - Walk along rows and let each program add its share to $dK_j$ in memory. Several programs then add to the same place
+#   at the same time, which needs atomic additions, and their order changes from run to run.
+# - Walk down columns. One program owns $dK_j$ and $dV_j$, gathers all shares and writes once.
+#
+# The order matters because float addition is not associative:
+
+# %%
+large = torch.tensor(1e8)
+assert (large + 1) - large == 0 and (large - large) + 1 == 1
+
+# %% [markdown]
+# So the package does the second, and results repeat bit for bit. A column needs a list of its own, the transpose of
+# `kv_indices`. Columns differ in length, and one long column would make a table of equal rows large, so all lists stand
+# one behind the other: the list of key block $j$ is `q_indices[q_offsets[j] : q_offsets[j + 1]]`.
+
+# %%
+q_offsets, q_indices = block_map.q_offsets[0, 0], block_map.q_indices[0, 0]
+columns = [q_indices[start:end].tolist() for start, end in q_offsets.unfold(0, 2, 1)]
+for j, column in enumerate(columns):
+    print(f"key block {j}: query blocks {column}")
+    assert column == (labels[:, j] == 1).nonzero().flatten().tolist()
+
+# %%
+show_source(triton_fused._backward_dkdv_kernel)
+
+# %% [markdown]
+# K and V are loaded once and stay; Q and dO come and go. `row_lse` and `row_delta` hold $L$ and $D^s$ of each row, left
+# there by the kernel that makes $dQ$. The rest is lines 9 to 12 of Algorithm 2.
+#
+# Which tiles does each kernel read? Let us ask. Two functions of the package are replaced by ones that write down what
+# they are called with: `_launch`, which starts a kernel, and `_load`, with which the sparse branch reads tiles. A
+# third, `_store_slab`, writes tiles of outputs and tells us whether each is written once.
+
+# %%
+reads, writes = defaultdict(lambda: defaultdict(list)), Counter()
+launch, load, store_slab = triton_fused._launch, triton_fused._load, triton_fused._store_slab
+running = []
+
+
+def recorded_launch(kernel, *args, **options):
+    running.append(kernel.fn.__name__)
+    launch(kernel, *args, **options)
+
+
+def recorded_load(view, bh, num_heads, first, *rest):
+    reads[running[-1]][number(tl.program_id(0))].append(number(first) // 16)
+    return load(view, bh, num_heads, first, *rest)
+
+
+def recorded_store(view, bh, num_heads, first, length, feature, *rest):
+    writes[len(running), *map(number, (view[0], bh, first, feature))] += 1
+    store_slab(view, bh, num_heads, first, length, feature, *rest)
+
+
+with mock.patch.multiple(triton_fused, _launch=recorded_launch, _load=recorded_load, _store_slab=recorded_store):
+    triton_fused.forward(*problem.inputs, block_map, scale)
+    gradients = triton_fused.backward(
+        problem.grad_sparse, problem.grad_linear, *problem.inputs, fused, block_map=block_map, scale=scale
+    )
+print(f"{len(running)} launches, {len(writes)} tiles of outputs, each written {max(writes.values())} time")
+
+expected = pytorch.backward(
+    problem.grad_sparse, problem.grad_linear, *problem.inputs, saved, block_map=block_map, scale=scale
+)
+torch.testing.assert_close(tuple(gradients), tuple(expected))
+assert set(writes.values()) == {1}
+
+# %% [markdown]
+# A program of the forward reads Q, then K and V for each step. One of the dK, dV kernel reads K and V, then Q and dO
+# for each step. The number in a cell below says in which step of its program it was read. Both kernels visit the
+# critical pairs and no other: the left one has a program for each row, the right one for each column.
+
+# %%
+along_rows = {i: tiles[1::2] for i, tiles in reads["_forward_kernel"].items()}
+down_columns = {j: tiles[2::2] for j, tiles in reads["_backward_dkdv_kernel"].items()}
+assert along_rows == {i: block_map.kv_indices[0, 0, i].tolist() for i in range(8)}
+assert down_columns == dict(enumerate(columns))
+
+style = {label: {"facecolor": CLASS_COLOURS[label], "alpha": 0.45, "lw": 0} for label in (1, 0, -1)}
+style[-1]["hatch"] = "///"
+figure, panels = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True, layout="constrained")
+for panel, title in zip(panels, ("_forward_kernel", "_backward_dkdv_kernel"), strict=True):
+    for i in range(8):
+        for j in range(8):
+            panel.add_patch(plt.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **style[int(labels[i, j])]))
+    panel.set(xlim=(-0.5, 7.5), ylim=(7.5, -0.5), aspect="equal", xlabel="key block j", title=title)
+    panel.set(xticks=range(8), yticks=range(8))
+panels[0].set_ylabel("query block i")
+for i, steps in along_rows.items():
+    for step, j in enumerate(steps):
+        panels[0].text(j, i, step, ha="center", va="center")
+for j, steps in down_columns.items():
+    for step, i in enumerate(steps):
+        panels[1].text(j, i, step, ha="center", va="center")
+keys = [plt.Rectangle((0, 0), 1, 1, **style[label]) for label in style]
+figure.legend(keys, [CLASS_NAMES[label] for label in style], loc="outside lower center", ncols=3)
+plt.show()
+
+# %% [markdown]
+# ## What the interpreter cannot show
+#
+# Here is a kernel that is wrong. A hundred programs each read the same number, add 1 and write it back. On a GPU they
+# run at once; two that read before either has written count as one. This is a **race**.
+
+
+# %%
+@triton.jit
+def racing_kernel(total):
+    tl.store(total, tl.load(total) + 1)
+
+
+total = torch.zeros(1)
+racing_kernel[(100,)](total)
+print(total.item())
+
+assert total.item() == 100
+
+# %% [markdown]
+# The interpreter calls it right, because there is never more than one program. No run in it can find a race, however
+# often it is repeated.
+#
+# This package had one, and not even in its source. Look at the loop of the linear branch in `_forward_kernel`. Its
+# $\phi(Q)$ tile goes two ways: into the sum for the denominator and into the product with $H$. In the first version
+# the compiler pipelined that loop. It fetched the tile of the next turn into shared memory while the matrix unit was at
+# work on this one, which is what pipelining is for. But this tile had one buffer only, and the fetch overwrote what the
+# matrix unit was still reading. The interpreter has no pipeline, and nothing to see. On an H200, with long sequences
+# and blocks of 64, the same forward gave other bits when it was repeated. `num_stages=1` in the `tl.range` of that loop
+# turns the pipeline off there. [Performance](../performance.md) says what has been run on which GPU.
+#
+# What it teaches:
+#
+# - What the interpreter confirms is the mathematics. What a GPU runs is the compiler's version of it.
+# - Repeating a run and comparing bits is a sharp test, for kernels that promise to repeat. An error bound may not see a
+#   few stale numbers. Where atomics add floats, bits may differ anyway and the test says nothing.
+# - A small case may never lose a race. The test for this one (`tests/test_triton.py`) needs a GPU and 32,760 tokens.
+# - The flaw could be read in the compiled code, as a wait for all products *but one* before the fetch.
+#   `tests/test_kernels.py` reads it there, without a GPU.
+#
+# The interpreter is also blind to tf32, as said above, to memory that is undefined instead of 0, and to everything
+# about speed: registers, shared memory, whether loads are wide.
+#
+# ## What the compiler makes of it
+#
+# Compiling needs no GPU. It does need a Python without the interpreter, so here is one that gets `double_kernel` with
+# 128 elements a tile, and prints what came out for an H100 or H200 (sm_90), in PTX, the assembly language of NVIDIA's
+# GPUs.
+
+# %%
+program = f"""
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+{getsource(double_kernel.fn)}
+signature = {{"source": "*fp32", "target": "*fp32", "length": "i32"}}
+source = ASTSource(double_kernel, signature, constexprs={{"TILE": 128}})
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+with tempfile.TemporaryDirectory() as folder:
+    script = Path(folder, "compile_it.py")
+    script.write_text(program)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+assert done.returncode == 0, done.stderr
+wanted = ("%ctaid.x;", "%tid.x;", "setp.", "ld.global", "add.f32", "st.global", ".reqntid")
+ptx = [" ".join(line.split()) for line in done.stdout.splitlines() if any(word in line for word in wanted)]
+print(*ptx, sep="\n")
+
+assert [line for line in ptx if line.startswith("@%p") and "ld.global" in line], "the load has a condition"
+assert [line for line in ptx if line.startswith("@%p") and "st.global" in line], "and so has the store"
+
+# %% [markdown]
+# The program id is `%ctaid.x`. Of the tile each of the 128 threads (`.reqntid`) has one element, found from its own
+# number `%tid.x`. The mask has become a comparison, `setp.lt`, and `@%p1` in front of an instruction means: only where
+# it holds. A program of our three lines is 128 threads that do the same thing in step.
+#
+# For the package's kernels there is a command. It compiles each of them for one of four architectures, prints
+# registers, stack, shared memory and the kind of matrix instruction, and fails where a kernel spills registers to
+# memory or needs more shared memory than there is:
+#
+# ```sh
+# sla-ref kernels --target sm_90
+# ```
+#
+# ## Exercises
+#
+# **1. States.** Write the kernel that makes $h_j = \phi(K_j)^\top V_j$ and $z_j$, one key block per program. $h$ is
+# (Tk, D, D) and $z$ (Tk, D), both contiguous. Memory behind the tokens holds NaN, so the last block needs care. Use
+# `load_tokens`; `tile_of` can also address the rows of $h_j$.
+
+
+# %% tags=["exercise"]
+@triton.jit
+def states_kernel(phi_key, value, h, z, length, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Key block j = program: writes h[j] (D, D) and z[j] (D). [Alg. 1 L4]"""
+    ...
+
+
+# %% tags=["solution"]
+@triton.jit
+def states_kernel(phi_key, value, h, z, length, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Key block j = program: writes h[j] (D, D) and z[j] (D). [Alg. 1 L4]"""
+    j = tl.program_id(0)
+    phi = load_tokens(phi_key, j * BLOCK, length, BLOCK, D)  # [BLOCK, D]
+    V = load_tokens(value, j * BLOCK, length, BLOCK, D)  # [BLOCK, D]
+    tl.store(tile_of(h, j * D, D, D), tl.dot(tl.trans(phi), V, input_precision="ieee"))
+    tl.store(z + j * D + tl.arange(0, D), tl.sum(phi, 0))
+
+
+# %% tags=["check"]
+h, z = torch.full((8, 16, 16), float("nan")), torch.full((8, 16), float("nan"))
+states_kernel[(8,)](phi_key, value, h, z, 120, D=16, BLOCK=16)
+torch.testing.assert_close(h, phi_K.mT @ V)
+torch.testing.assert_close(z, phi_K.sum(1))
+
+# %% [markdown]
+# **2. Down a column.** Write the kernel for the sparse branch's share of $dV$: one program per key block, which walks
+# down its list, makes $P = e^{S - L}$ again and adds up $P^\top dO^s$, lines 9 and 10 of Algorithm 2. The list of block
+# $j$ begins at `q_offsets[j]`. Memory behind `lse` holds NaN as well: which `other` gives rows past the end no weight?
+
+
+# %% tags=["exercise"]
+@triton.jit
+def dv_kernel(
+    query, key, grad_sparse, lse, q_offsets, q_indices, grad_value, length, scale, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Key block j = program: writes dV_j, rows j * BLOCK ... of grad_value (N, D)."""
+    ...
+
+
+# %% tags=["solution"]
+@triton.jit
+def dv_kernel(
+    query, key, grad_sparse, lse, q_offsets, q_indices, grad_value, length, scale, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Key block j = program: writes dV_j, rows j * BLOCK ... of grad_value (N, D)."""
+    j = tl.program_id(0)
+    K = load_tokens(key, j * BLOCK, length, BLOCK, D)
+    dV = tl.zeros([BLOCK, D], tl.float32)
+    for step in range(tl.load(q_offsets + j), tl.load(q_offsets + j + 1)):
+        first = tl.load(q_indices + step) * BLOCK
+        row = first + tl.arange(0, BLOCK)
+        Q = load_tokens(query, first, length, BLOCK, D)
+        S = tl.dot(Q, tl.trans(K), input_precision="ieee") * scale
+        L = tl.load(lse + row, mask=row < length, other=float("inf"))
+        P = tl.exp(S - L[:, None])  # [Alg. 2 L9]
+        dO = load_tokens(grad_sparse, first, length, BLOCK, D)
+        dV = tl.dot(tl.trans(P), dO, dV, input_precision="ieee")  # [Alg. 2 L10]
+    inside = (j * BLOCK + tl.arange(0, BLOCK) < length)[:, None]
+    tl.store(tile_of(grad_value, j * BLOCK, BLOCK, D), dV, mask=inside)
+
+
+# %% tags=["check"]
+grad_value = in_nan(torch.full((120, 16), float("nan")))
+dO = in_nan(problem.grad_sparse[0, 0])
+dv_kernel[(8,)](query, key, dO, in_nan(lse), q_offsets, q_indices, grad_value, 120, scale, D=16, BLOCK=16)
+no_linear = torch.zeros_like(problem.grad_linear)
+sparse_share = pytorch.backward(
+    problem.grad_sparse, no_linear, *problem.inputs, saved, block_map=block_map, scale=scale
+).value
+torch.testing.assert_close(grad_value, sparse_share[0, 0])
