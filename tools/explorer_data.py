@@ -37,7 +37,7 @@ def encode(numbers: Tensor) -> str:
 
 @torch.no_grad()
 def attention_inputs() -> tuple[ModelConfig, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """The model's configuration, the clip at every time (T, F, S, S), and each layer's query, key, value (T, H, N, D)."""
+    """The configuration, the clip at every time (T, F, S, S), and of each layer query, key, value (T, H, N, D)."""
     teacher, _ = weights.load_weights(weights.TEACHER)
     config = teacher.config
     clip, labels = MovingDigits("held_out", evaluate.HELD_OUT_SEED, size=config.size, frames=config.frames).batch(1)
@@ -81,7 +81,8 @@ def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dic
         "negligible_mass": [analysis.class_mass(mass, labels)[-1] for labels in by_negligible],
         "negligible_error": [error((labels >= 0).to(torch.int8)) for labels in by_negligible],
     }
-    rounded = {name: (torch.stack(parts).double() * 1e4).round() / 1e4 for name, parts in figures.items()}
+    # To what the page shows, 0.1 %.
+    rounded = {name: (torch.stack(parts).double() * 1e3).round() / 1e3 for name, parts in figures.items()}
     return {"order": [[encode(head) for head in heads] for heads in order]} | {
         name: parts.tolist() for name, parts in rounded.items()
     }
