@@ -52,13 +52,14 @@ bench: $(VENV)/.has-demo
 # The date is fixed, so that the same sources make the same site.
 docs: $(VENV)/.has-docs
 	$(VENV)/bin/python tools/build_tutorials.py
+	$(VENV)/bin/python tools/explorer_data.py
 	NO_MKDOCS_2_WARNING=1 SOURCE_DATE_EPOCH=0 $(RUN) mkdocs build --strict $(ARGS)
 
 hooks: $(VENV)/.has-dev
 	$(RUN) pre_commit install
 
 clean:
-	rm -rf build dist docs/tutorials site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/explorer/data.js docs/tutorials site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # pip is the last thing that a venv gets: where it is missing, the venv is not whole.

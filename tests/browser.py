@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 SECONDS = 30  # for any one answer
+KEY_CODES = {"Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class BrowserError(RuntimeError):
@@ -82,6 +83,22 @@ class Page:
                 return value
             time.sleep(0.05)
         raise BrowserError(f"still not true after {SECONDS} s: {script}")
+
+    def press(self, key: str) -> None:
+        """Presses and releases a key of KEY_CODES."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEY_CODES[key])
+
+    def point(self, selector: str, x: float, y: float, *, click: bool = False) -> None:
+        """Moves the mouse to a place in an element, in shares of its width and height; clicks there if asked."""
+        box = self.evaluate(
+            f"(part => {{ part.scrollIntoView({{block: 'center', behavior: 'instant'}});"
+            f"return part.getBoundingClientRect().toJSON(); }})(document.querySelector({json.dumps(selector)}))"
+        )
+        place = {"x": box["left"] + x * box["width"], "y": box["top"] + y * box["height"]}
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", **place)
+        for kind in ("mousePressed", "mouseReleased") if click else ():
+            self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
 
     def screenshot(self) -> str:
         """The whole page as a PNG in base64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from browser import Page, open_browser
 from needs import need_program, need_site
+
+import sla_ref
+from sla_ref import analysis
+from tools import explorer_data
 
 ROOT = Path(__file__).parents[1]
 DESKTOP, PHONE = (1280, 900), (390, 844)
@@ -212,3 +218,149 @@ def test_figures_take_the_colour_of_the_text(browser, address):
             )
         )
     assert colours[0] != colours[1], colours
+
+
+# --- the mask explorer -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explorer_layers():
+    """Query, key, value (time, head, token, feature) of each layer."""
+    return explorer_data.attention_inputs()[2]
+
+
+@pytest.fixture
+def explorer(browser, address) -> Page:
+    browser.open(f"{address}/explorer.html", width=1280, height=900, dark=False)
+    browser.wait_for("!!document.querySelector('#explorer-map')")
+    return browser
+
+
+def set_sliders(page: Page, **places: int) -> None:
+    """Moves sliders to stops, counted from 0."""
+    for name, place in places.items():
+        page.evaluate(
+            f"(input => {{ input.value = {place}; input.dispatchEvent(new Event('input')); }})"
+            f"(document.querySelector('#explorer-{name}'))"
+        )
+
+
+COLOURS_ON_THE_MAP = """
+(() => {
+  const map = document.querySelector('#explorer-map'), blocks = 64, cell = map.width / blocks;
+  const {data} = map.getContext('2d').getImageData(0, 0, map.width, map.height);
+  return Array.from({length: blocks * blocks}, (_, pair) => {
+    const y = Math.floor(pair / blocks) * cell + 2, x = pair % blocks * cell + 2;  // beside dot and stroke
+    const pixel = 4 * (y * map.width + x);
+    return [...data.subarray(pixel, pixel + 3)];
+  });
+})()
+"""
+
+
+def shown_labels(page: Page) -> torch.Tensor:
+    """The class of each pair of blocks (Tq, Tk), from the colours on the map."""
+    label_of = {tuple(bytes.fromhex(colour[1:])): label for label, colour in analysis.CLASS_COLOURS.items()}
+    labels = [label_of[tuple(colour)] for colour in page.evaluate(COLOURS_ON_THE_MAP)]
+    return torch.tensor(labels, dtype=torch.int8).view(64, 64)
+
+
+def package_labels(layers, layer: int, time: int, head: int, critical: int, negligible: int) -> torch.Tensor:
+    query, key, _ = layers[layer]
+    ratios = explorer_data.CRITICAL_RATIOS[critical], explorer_data.NEGLIGIBLE_RATIOS[negligible]
+    return sla_ref.classify_blocks(query, key, *ratios, block_q=16, block_k=16).labels[time, head]
+
+
+def test_the_explorers_data_are_those_that_its_tool_computes(site):
+    text = (site / "explorer/data.js").read_text(encoding="utf-8")
+    assert len(text) < 600_000
+    built = json.loads(text.removeprefix("window.maskExplorerData = ").removesuffix(";\n"))
+    assert built == json.loads(json.dumps(explorer_data.collect()))
+
+
+def test_the_explorer_shows_the_classes_of_the_package(explorer, explorer_layers):
+    maps = [{"layer": n // 10, "time": n // 2 % 5, "head": n % 2} for n in range(4 * 5 * 2)]
+    ratios = [{"critical": n // 4, "negligible": n % 4} for n in range(4 * 4)]
+    for settings in [one | ratios[n % 16] for n, one in enumerate(maps)] + [maps[7] | one for one in ratios]:
+        set_sliders(explorer, **settings)
+        assert torch.equal(shown_labels(explorer), package_labels(explorer_layers, **settings)), settings
+
+
+def test_the_explorers_figures_are_those_of_dense_attention(explorer, explorer_layers):
+    settings = {"layer": 3, "time": 1, "head": 1, "critical": 2, "negligible": 3}
+    set_sliders(explorer, **settings)
+    labels = package_labels(explorer_layers, **settings)
+    query, key, value = (tokens[1, 1].double() for tokens in explorer_layers[3])
+    weights = torch.softmax(query @ key.T / 8, dim=-1)
+    of_pairs = labels.repeat_interleave(16, 0).repeat_interleave(16, 1)
+
+    def held(label):
+        return f"{100 * weights.where(of_pairs == label, 0).sum() / 1024:.1f} %"
+
+    def error(kept):
+        some = weights.where(kept, 0)
+        output, full = some / some.sum(dim=-1, keepdim=True) @ value, weights @ value
+        return f"{100 * (output - full).abs().sum() / full.abs().sum():.1f} %"
+
+    cells = "[...document.querySelectorAll('#explorer td:not(:first-child)')].map(cell => cell.textContent)"
+    assert explorer.evaluate(cells) == [
+        *("6 of 64", held(1), "26 of 64", held(0), "32 of 64", held(-1)),
+        "41.9 MFLOP, 15.6 % of full attention's 268.4 MFLOP",
+        error(of_pairs == 1),
+        error(of_pairs >= 0),
+    ]
+
+
+def chosen_pair(page: Page) -> tuple[int, int]:
+    """The query block and the key block that the text speaks of, counted from 0."""
+    text = page.evaluate("document.querySelector('#explorer-said').textContent")
+    query_block, key_block = re.search(r"Query block (\d+) .*Key block (\d+) ", text).groups()
+    return int(query_block) - 1, int(key_block) - 1
+
+
+def test_the_explorer_answers_to_the_keyboard(explorer, explorer_layers):
+    explorer.evaluate("document.querySelector('#explorer-critical').focus()")
+    explorer.press("ArrowRight")  # to 10 %
+    settings = {"layer": 2, "time": 2, "head": 0, "critical": 2, "negligible": 1}
+    assert torch.equal(shown_labels(explorer), package_labels(explorer_layers, **settings))
+
+    visited = []
+    for _ in range(7):
+        explorer.press("Tab")
+        visited.append(explorer.evaluate("document.activeElement.id.replace('explorer-', '')"))
+    assert visited == ["negligible", "layer", "head", "time", "query", "map", "frames"]
+
+    i, j = chosen_pair(explorer)
+    explorer.press("ArrowRight")  # in the clip: a frame on
+    assert chosen_pair(explorer) == (i + 4, j)
+    explorer.evaluate("document.querySelector('#explorer-map').focus()")
+    for key in ("ArrowDown", "ArrowLeft", "ArrowLeft", "ArrowUp", "ArrowUp"):
+        explorer.press(key)
+    i, j = i + 3, j - 2
+    assert chosen_pair(explorer) == (i, j)
+    assert explorer.evaluate("document.querySelector('#explorer-query').value") == str(i)
+
+    said = explorer.evaluate("document.querySelector('#explorer-said').textContent")
+    listed = re.findall(r"(\d+) \(frame (\d+)\)", said)
+    query, key, _ = explorer_layers[2]
+    order = sla_ref.block_scores(query, key, block_q=16, block_k=16)[2, 0, i].argsort(descending=True, stable=True)
+    assert listed == [(str(block + 1), str(block // 4 + 1)) for block in order[:6].tolist()]
+    label = package_labels(explorer_layers, **settings)[i, j].item()
+    assert f"is {analysis.CLASS_NAMES[label]}, rank {order.tolist().index(j) + 1} of 64" in said
+    for _ in range(70):
+        explorer.press("ArrowUp")
+    assert chosen_pair(explorer) == (0, j), "the first block is the end"
+
+
+def test_the_explorer_answers_to_the_mouse(explorer):
+    chosen = chosen_pair(explorer)
+    explorer.point("#explorer-map", 10.5 / 64, 50.5 / 64)
+    assert chosen_pair(explorer) == (50, 10)
+    explorer.point("h1", 0.5, 0.5)
+    assert chosen_pair(explorer) == chosen, "pointing does not choose"
+    explorer.point("#explorer-map", 10.5 / 64, 50.5 / 64, click=True)
+    explorer.point("h1", 0.5, 0.5)
+    assert chosen_pair(explorer) == (50, 10)
+    explorer.point("#explorer-frames", 0.65, 0.42, click=True)  # third frame of the second row, its third band
+    assert chosen_pair(explorer) == (6 * 4 + 2, 10)
+    assert explorer.problems == []
