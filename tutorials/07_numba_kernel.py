@@ -112,7 +112,7 @@ def make_block_sum(barriers, patience):
 
 source = np.random.default_rng(7).normal(size=8).astype(np.float32)
 totals = {}
-for barriers, patience in ((False, 60), (True, 0.2)):
+for barriers, patience in ((False, 60), (True, 0.05)):
     total = np.full(1, np.nan, dtype=np.float32)
     make_block_sum(barriers, patience)[1, 8](source, total)
     totals[barriers] = total[0]
@@ -127,8 +127,8 @@ assert not np.isclose(totals[False], source.sum())
 #
 # We had to hold up threads to make this happen for certain. Left alone, a kernel that lacks a barrier may be right ten
 # times and wrong the eleventh, in the simulator and on a GPU. So a right result says little about barriers, a wrong one
-# a lot. `tests/test_numba.py` takes barriers out of the package's kernels one at a time, and requires that the
-# simulator gives a wrong result for each.
+# a lot. `tests/test_numba.py` takes three barriers of the package's kernels out, one at a time, and requires that the
+# simulator gives a wrong result without it.
 #
 # A barrier must be reached by all threads of a block. That is why the `if thread < step` above ends before it.
 #
@@ -199,12 +199,13 @@ show_source(numba_cuda._load)
 
 # %% [markdown]
 # Eight neighbouring threads read eight neighbouring numbers of a row, and the next eight threads read the next row.
-# Compare that with what may seem more natural, a row for each thread:
+# Compare that with what may seem more natural, a row for each thread. It asks for 32 sectors and uses one number of
+# each; the other seven are of use later only if a cache still has them then.
 
 
 # %%
 def sectors(places):
-    """How many sectors of 32 bytes these numbers of 4 bytes lie in."""
+    """How many sectors of 32 bytes these numbers of 4 bytes lie in; an array begins with a sector."""
     return len({place * 4 // 32 for place in places})
 
 
@@ -367,13 +368,15 @@ show_source(numba_cuda._forward_kernel)
 #   keys, and `_sum_lanes` joins them once.
 # - `exp2` and `log2_scale`: powers of two, as in the second exercise of [tutorial 4](04_algorithm_1.md).
 #
-# The list of keys on the way, in the registers of eight threads. One head, two query blocks and five key blocks of 16
-# tokens, the last of both with 4 and 12 tokens; D = 8. A thread block then has 32 threads, and 64 would only take
-# longer: in the simulator each of them is a Python thread.
+# ## Watching the registers
 #
-# A kernel that is a Python function can be watched like one. The function below takes the place of `_product`. When it
-# is called for `O += P V`, it reads `m` and `l` among the variables of the kernel that called it. Then it calls the
-# real one.
+# One head with 20 queries, 76 keys and D = 8, in blocks of 16: two query blocks and five key blocks, the last ones
+# partial. Blocks this small make thread blocks of 32 threads. With 64 tokens there would be 128, and in the simulator
+# each of them is a Python thread.
+#
+# There a kernel is a Python function, too, and can be watched like one. The function below takes the place of
+# `_product`. When it is called for `O += P V`, it reads `m` and `l` among the variables of the kernel that called it.
+# Then it calls the real one.
 
 # %%
 problem = testing.make_problem(
@@ -410,7 +413,8 @@ q, k = problem.query[0, 0], problem.key[0, 0]
 seen = []
 for j in critical:
     m, l = (np.array(values) for values in zip(*(watched[j][lane] for lane in range(8)), strict=True))
-    print(f"key block {j}: m {m[0]:.2f}, l of the lanes {' '.join(f'{part:.2f}' for part in l)}, together {l.sum():.2f}")
+    lanes = " ".join(f"{part:.2f}" for part in l)
+    print(f"key block {j}: m {m[0]:.2f}, l of the lanes {lanes}, together {l.sum():.2f}")
     seen += range(16 * j, min(16 * (j + 1), 76))
     scores = scale * k[seen] @ q[5]
     assert (m == m[0]).all(), "the lanes agree on m"
@@ -438,24 +442,37 @@ torch.testing.assert_close(tuple(saved), tuple(expected))
 # - `_backward_dq_kernel` walks along rows, as the forward does, and gives $dQ$.
 # - `_backward_dkdv_kernel` walks down columns, owns its $dK$ and $dV$, and adds to what is there of $dV$.
 #
-# The sums $H_i = \sum_j h_j$ are no kernel here; torch makes them with one matrix product (`_add_up`). A run of forward
-# and backward starts these, in this order:
+# The sums $H_i = \sum_j h_j$ are no kernel here; torch makes them with one matrix product (`_add_up`).
+#
+# A forward and a backward start these, in this order. To spare the simulator it is a smaller problem, with 16 queries
+# and 20 keys.
 
 # %%
+smaller = testing.make_problem(
+    heads=1,
+    query_length=16,
+    key_length=20,
+    head_dim=8,
+    block_q=16,
+    block_k=16,
+    critical_ratio=0.5,
+    negligible_ratio=0.0,
+)
+assert sorted(smaller.block_map.labels.flatten().tolist()) == [0, 1]  # one key block is critical, one marginal
+
 real_launch = numba_cuda._launch
 
 
 def watched_launch(kernel, grid, rows, *args):
-    print(f"{kernel.py_func.__name__:22} {grid[0]} thread blocks of {numba_cuda.threads(rows)} threads")
+    print(f"{kernel.py_func.__name__:22} thread blocks: {grid[0]}, threads of each: {numba_cuda.threads(rows)}")
     real_launch(kernel, grid, rows, *args)
 
 
 with mock.patch.object(numba_cuda, "_launch", watched_launch):
-    saved = numba_cuda.forward(*problem.inputs, block_map, scale)
-    gradients = numba_cuda.backward(problem.grad_sparse, problem.grad_linear, *problem.inputs, saved, block_map, scale)
+    results = testing.run_backend(numba_cuda, smaller)
 
-expected = pytorch.backward(problem.grad_sparse, problem.grad_linear, *problem.inputs, expected, block_map, scale)
-torch.testing.assert_close(tuple(gradients), tuple(expected))
+expected = testing.run_backend(pytorch, smaller)
+torch.testing.assert_close(results, expected)
 
 # %% [markdown]
 # All five gradients agree, too. The smallest of the kernels is the one for the states. In it the spare column, which is
@@ -468,15 +485,17 @@ show_source(numba_cuda._states_kernel)
 # ## How many threads fit
 #
 # A GPU hides the time that memory takes by having other warps to run meanwhile. How many warps a multiprocessor can
-# hold at once, its **occupancy**, depends on what each takes of its stores. One of an H100 or H200 has 65,536 registers,
-# 228 KB of shared memory, of which every thread block costs 1 KB more than it asks for, and room for 2,048 threads. What
-# a kernel needs of each stands at the top of the file, read from compiled kernels. The first to run out decides:
+# hold at once, its **occupancy**, depends on what each takes of its stores. A multiprocessor of an H100 or H200 has
+# 65,536 registers, room for 2,048 threads, and 228 KB of shared memory, of which a thread block takes 1 KB more than it
+# asks for. What a kernel needs is in the table at the top of the file, for D = 64 and blocks of 64; `sla-ref kernels`
+# read it from compiled kernels, which needs no GPU. The store that runs out first decides:
 
 # %%
 LIMITS = {"registers": 65536, "shared memory": 228 * 1024, "threads": 2048}
 rows = re.findall(r"`(_\w+)` .* (\d+) +(\d+) +(\d+)$", numba_cuda.__doc__, flags=re.MULTILINE)
 needs = {kernel: tuple(map(int, numbers)) for kernel, *numbers in rows}
 assert len(needs) == 6
+assert all(registers % 8 == 0 for _, registers, _ in needs.values())  # else a GPU would round up
 
 decided_by = {}
 for kernel, (threads, registers, shared) in needs.items():
@@ -493,8 +512,7 @@ assert set(decided_by.values()) == {"registers"}
 
 # %% [markdown]
 # Registers go to the micro-tiles. So the choice is between few threads that reuse what they read and many threads that
-# wait for memory in turns. Which is faster only a measurement on a GPU can say, and [none was
-# made](../performance.md) for this backend. It is here to be read.
+# wait for memory in turns. Which of them is faster only a measurement on a GPU can say, and this page claims none.
 #
 # ## What Triton hides
 #
@@ -502,9 +520,9 @@ assert set(decided_by.values()) == {"registers"}
 #
 # | | Numba | Triton |
 # |---|---|---|
-# | threads | `_first_row`, `_lane`: each thread finds its rows and columns | a program works on tiles; the compiler deals out their elements to threads |
-# | shared memory | `cuda.shared.array`, `_load`, the spare column | `tl.load` gives a tile; where it lives, and how, is the compiler's choice |
-# | barriers | `cuda.syncthreads`, four in a turn | none; the compiler sets them where one thread needs what another has made |
+# | threads | each finds its rows and columns: `_first_row`, `_lane` | a program has tiles, dealt out by the compiler |
+# | shared memory | `cuda.shared.array`, `_load`, the spare column | `tl.load`; where a tile lives is not said |
+# | barriers | `cuda.syncthreads`, four in a turn | set by the compiler, where a thread needs what another made |
 #
 # The same turn of the loop in Triton:
 
@@ -514,32 +532,31 @@ show_source(triton_fused._softmax_step)
 turn = inspect.getsource(inspect.unwrap(numba_cuda._forward_kernel))
 turn = turn[turn.index("for step in") : turn.index("_sum_lanes")]
 assert turn.count("cuda.syncthreads()") + turn.count("_max_lanes") == 4
-assert "barrier" not in inspect.getsource(triton_fused._softmax_step.fn)
+assert not re.search("barrier|shared|thread", inspect.getsource(triton_fused._softmax_step.fn))
 
 # %% [markdown]
-# `tl.max(S, 1)` is `_max_lanes`; `tl.dot` is `_product`, and more: on a GPU it uses the matrix units, which
-# `_product` cannot.
+# `tl.max(S, 1)` is `_max_lanes`. `_dot` is `_product`, and more: with 16-bit numbers it goes to the GPU's matrix units,
+# of which `_product` knows nothing. It multiplies and adds in float32.
 #
 # ## What the simulator cannot show
 #
 # - Speed, in any form. It has no warps, sectors, banks or registers; what we said of them came from addresses and from
 #   compiled kernels.
 # - Types. Numba gives every variable of a kernel a type when it compiles. A literal such as `0.0` is float64 there and
-#   draws float32 with it, hence `ZERO` and `ONE` in the file. To the simulator they are the same.
+#   draws float32 with it, hence `ZERO` and `ONE` in the file. In the simulator both give the same.
 # - Some races. It runs Python threads, in an order that a GPU need not take.
 #
 # ## Exercises
 #
 # **1. Transpose.** Write a kernel that transposes a $16 \times 16$ matrix with 256 threads in one thread block. Reads
-# and writes both have to be coalesced, so the way leads through shared memory. The array `tile` is there; whether its
-# rows are too long is not checked, but you can say why they are 17.
+# and writes both have to be coalesced, so the way leads through shared memory. How long should the rows of the shared
+# tile be? The check does not ask, but a GPU would.
 
 
 # %% tags=["exercise"]
 @cuda.jit
 def transpose_kernel(source, target):
     """target = source^T, both (16, 16); 256 threads, and a warp touches 4 sectors at a time."""
-    tile = cuda.shared.array((16, 17), float32)
     ...
 
 
@@ -582,7 +599,7 @@ def lse_kernel(scores, lse):
     highest = cuda.shared.array(8, float32)
     total = cuda.shared.array(8, float32)
     row, lane = cuda.blockIdx.x, cuda.threadIdx.x
-    m, l = -math.inf, 0.0
+    m, l = float32(-math.inf), float32(0)  # the literals alone would be float64
     for n in range(lane, scores.shape[1], 8):
         score = scores[row, n]
         if score > m:
@@ -596,7 +613,7 @@ def lse_kernel(scores, lse):
     if lane == 0:
         for other in range(1, 8):
             m = max(m, highest[other])
-        l = 0.0
+        l = float32(0)
         for other in range(8):
             l += math.exp(highest[other] - m) * total[other]
         lse[row] = m + math.log(l)
