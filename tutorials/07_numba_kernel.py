@@ -249,7 +249,7 @@ for spare in (0, 1):
     taken["Q", spare], taken["K", spare] = passes_of_product(4, zeros(64, 64 + spare).T, zeros(32, 64 + spare).T, 4)
     taken["P", spare], taken["V", spare] = passes_of_product(8, zeros(64, 32 + spare).T, zeros(32, 64 + spare), 4)
 for tile in "QKPV":
-    print(f"{tile}: {taken[tile, 0]} passes without the spare column, {taken[tile, 1]} with it")
+    print(f"passes to read {tile}: {taken[tile, 0]} without the spare column, {taken[tile, 1]} with it")
 
 assert [taken[tile, 0] for tile in "QKPV"] == [4, 8, 4, 1]
 assert [taken[tile, 1] for tile in "QKPV"] == [1, 1, 1, 1]
@@ -278,7 +278,7 @@ for panel, columns in zip(panels, (64, 65), strict=True):
     record(numba_cuda._product, np.zeros((4, 4), dtype=np.float32), zeros(64, 65).T, K.T, 1)
     asked = Counter(place % 32 for place in set(K.instructions()[0]))
     panel.bar(range(32), [asked[bank] for bank in range(32)], color="#0072B2")
-    panel.set(xlabel="bank", title=f"Rows of {columns} numbers: {max(asked.values())} passes", yticks=range(0, 9, 2))
+    panel.set(xlabel="bank", title=f"Rows of {columns} numbers", yticks=range(0, 9, 2))
 panels[0].set_ylabel("different numbers asked for")
 plt.show()
 
@@ -343,8 +343,8 @@ for panel, tile, title, across in zip(panels, (loaded, computed), titles, ("feat
 panels[0].set_ylabel("row of the query block")
 plt.show()
 
-# Every number of S belongs to one thread.
-assert sorted(place for places in computed.log.values() for place in places) == list(range(64 * 32))
+everything = sorted(place for places in computed.log.values() for place in places)
+assert everything == list(range(64 * 32)), "each number of S belongs to one thread"
 
 # %% [markdown]
 # ## The forward kernel
