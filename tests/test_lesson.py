@@ -52,3 +52,13 @@ def test_a_notebook_gets_it_highlighted(monkeypatch):
     monkeypatch.setitem(lesson.sys.modules, "IPython", notebook)
     lesson.show_source(sla_ref.reference.combine)
     assert shown[0]._repr_markdown_().startswith('```python title="sla_ref/reference.py, combine"\ndef combine(')
+
+
+def test_measured_reads_the_clone_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lesson.measured("cpu")["rows"]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "cpu.json").write_text("{}")
+    assert lesson.measured("cpu") == {}  # where it is run comes first
+    with pytest.raises(FileNotFoundError, match=r"found no absent\.json"):
+        lesson.measured("absent")

@@ -20,9 +20,7 @@
 # cost.
 
 # %%
-import json
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -31,7 +29,7 @@ import sla_ref
 from sla_ref import analysis
 from sla_ref.backends import pytorch
 from sla_ref.lab import evaluate, states, weights
-from sla_ref.lab.lesson import show_source
+from sla_ref.lab.lesson import measured, show_source
 
 N, D, BLOCK = 32760, 128, 64
 T = -(-N // BLOCK)
@@ -185,8 +183,7 @@ plt.show()
 # The figures are read from the file that it wrote.
 
 # %%
-folder = next(each for each in (Path.cwd(), *Path.cwd().parents) if (each / "benchmarks" / "results").is_dir())
-timed = json.loads((folder / "benchmarks" / "results" / "states.json").read_text())
+timed = measured("states")
 machine = timed["machine"]
 print(f"{machine['cpu']}, {machine['torch_threads']} threads, torch {machine['versions']['torch']}")
 print(f"{timed['blocks']} x {timed['blocks']} blocks, D {timed['head_dim']}; milliseconds, fastest of {timed['turns']}")

@@ -9,7 +9,6 @@
 # [5. Algorithm 2](05_algorithm_2.md)
 
 # %%
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,13 +20,11 @@ import torch.nn.functional as F
 import sla_ref
 from sla_ref.lab import evaluate, flow, train
 from sla_ref.lab.data import MovingDigits
-from sla_ref.lab.lesson import show_source
+from sla_ref.lab.lesson import measured, show_source
 from sla_ref.lab.model import with_attention
 from sla_ref.lab.weights import STUDENT, TEACHER, load_weights
 
-here = Path(globals().get("__file__", "")).resolve()  # a notebook has no __file__: it looks where it was started
-clone = next(folder for folder in (here, *here.parents) if (folder / "benchmarks" / "results").is_dir())
-RESULTS = json.loads((clone / "benchmarks" / "results" / "finetune.json").read_text())
+RESULTS = measured("finetune")
 
 # %% [markdown]
 # ## The teacher

@@ -1,13 +1,18 @@
-"""What the tutorials show: functions of the package, from their source, so that no lesson holds a copy that ages."""
+"""What the tutorials show: functions of the package from their source, and figures from the files they were measured to.
+
+So no lesson holds a copy that ages.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -57,3 +62,18 @@ def source_of(thing: Callable[..., object] | type) -> Source:
         raise TypeError(f"objects must be functions or classes written in Python, got {thing!r}") from error
     place = file.relative_to(PACKAGE.parent) if file.is_relative_to(PACKAGE) else Path(file.name)
     return Source(f"{place.as_posix()}, {function.__qualname__}", code)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """What a benchmark wrote: `benchmarks/results/{name}.json` of the clone that this is run or was installed from.
+
+    Raises:
+        FileNotFoundError: there is no such clone, or no such file in it.
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents, *PACKAGE.parents):
+        file = folder / "benchmarks" / "results" / f"{name}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    raise FileNotFoundError(
+        f"name must be a file in benchmarks/results of a clone of the repository, found no {name}.json"
+    )
