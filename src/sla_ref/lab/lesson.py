@@ -1,7 +1,4 @@
-"""What the tutorials show: functions of the package from their source, and figures from the files they were measured to.
-
-So no lesson holds a copy that ages.
-"""
+"""What the tutorials show: functions from their source, figures from result files. No lesson holds a copy that ages."""
 
 from __future__ import annotations
 
