@@ -61,7 +61,8 @@
   let orders = []; // of each query block: its key blocks in descending order of score
   let labels = []; // of each query block: the class of each key block
 
-  const map = canvas(data.blocks * CELL, data.blocks * CELL, "Classes of all pairs of blocks. Arrow keys choose a pair.");
+  const mapSize = data.blocks * CELL;
+  const map = canvas(mapSize, mapSize, "Classes of all pairs of blocks. Arrow keys choose a pair.");
   const rowMark = element("div", "explorer-mark");
   const cellMark = element("div", "explorer-mark");
   const frameStep = data.size * ZOOM + GUTTER + GAP;
@@ -82,7 +83,8 @@
 
   /** After a change of ratio, layer, head or noise level. */
   function classify() {
-    const counts = classCounts(data.blocks, data.critical_ratios[at("critical")], data.negligible_ratios[at("negligible")]);
+    const ratios = [data.critical_ratios[at("critical")], data.negligible_ratios[at("negligible")]];
+    const counts = classCounts(data.blocks, ...ratios);
     const order = decode(data.layers[at("layer")].order[at("time")][at("head")]);
     orders = Array.from({ length: data.blocks }, (_, i) => order.subarray(i * data.blocks, (i + 1) * data.blocks));
     labels = orders.map((row) => classifyRow(row, counts));
@@ -117,14 +119,15 @@
     const figure = (name, ratio) => layer[name][at(ratio)][at("time")][at("head")];
     const mass = { 1: figure("critical_mass", "critical"), "-1": figure("negligible_mass", "negligible") };
     mass[0] = 1 - mass[1] - mass[-1];
-    fill(classTable, ["Class", "Key blocks per query block", "Attention they hold"], data.classes.map(([label, name]) => [
-      [swatch(label), ` ${name}`], [`${counts[label]} of ${data.blocks}`], [percent(mass[label])],
-    ]));
-    const flops = data.sla_flops[at("critical")];
+    const classes = data.classes.map(([label, name]) => [
+      [swatch(label), ` ${name}`], `${counts[label]} of ${data.blocks}`, percent(mass[label]),
+    ]);
+    fill(classTable, ["Class", "Key blocks per query block", "Attention they hold"], classes);
+    const [flops, full] = [data.sla_flops[at("critical")], data.full_flops];
     fill(costTable, ["Figure", "Value"], [
-      [["Operations of SLA, one head"], [`${mega(flops)}, ${percent(flops / data.full_flops)} of full attention's ${mega(data.full_flops)}`]],
-      [["Error with the critical blocks alone"], [percent(figure("critical_error", "critical"))]],
-      [["Error without the negligible blocks"], [percent(figure("negligible_error", "negligible"))]],
+      ["Operations of SLA, one head", `${mega(flops)}, ${percent(flops / full)} of full attention's ${mega(full)}`],
+      ["Error with the critical blocks alone", percent(figure("critical_error", "critical"))],
+      ["Error without the negligible blocks", percent(figure("negligible_error", "negligible"))],
     ]);
   }
 
@@ -226,6 +229,10 @@
     return made;
   }
 
+  function view(caption, ...parts) {
+    return element("figure", "", element("figcaption", "", caption), element("div", "explorer-stage", ...parts));
+  }
+
   function swatch(label) {
     const made = element("canvas", "explorer-swatch");
     made.width = made.height = CELL;
@@ -306,10 +313,8 @@
     root.replaceChildren(
       element("div", "explorer-sliders", ...Object.values(sliders).map((input) => input.caption)),
       element("div", "explorer-views",
-        element("figure", "", element("figcaption", "", "Key blocks from left to right, query blocks from top to bottom"),
-          element("div", "explorer-stage", map, rowMark, cellMark)),
-        element("figure", "", element("figcaption", "", "Classes of the key blocks for the chosen query block, on the clip"),
-          frames)),
+        view("Key blocks from left to right, query blocks from top to bottom", map, rowMark, cellMark),
+        view("Classes of the key blocks for the chosen query block, on the clip", frames)),
       said, element("div", "explorer-tables", classTable, costTable),
     );
   }
