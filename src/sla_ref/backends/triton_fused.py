@@ -805,7 +805,7 @@ class _Tiles(NamedTuple):
     keys: int = 64
     """keys at a time"""
     features: int = 64
-    """rows of a state at a time"""
+    """rows of a state at a time; its columns, in `_states_kernel`"""
     warps: int = 4
     stages: int = 2
     """of the software pipeline: tiles that are on their way from memory"""
