@@ -4,8 +4,9 @@
 
 The problem: batch 1, 12 heads, 8192 tokens of 64, float32, blocks of 64 x 64, 5 % critical and 10 % negligible; softmax
 as feature map. The block map is made before: what is timed is the feature map and both branches. Times are medians
-between CUDA events. Then the same at 4096 and 16384 tokens with as many critical blocks in a row: time should double
-with the tokens. A part that fails is recorded as its error, the others still run. `--tiny` rehearses.
+between CUDA events; "graph" replays the same work as a CUDA graph, without the time Python takes to start it. Then the
+same at 4096 and 16384 tokens with as many critical blocks in a row: time should double with the tokens. A part that
+fails is recorded as its error, the others still run. `--tiny` rehearses.
 """
 
 from __future__ import annotations
@@ -67,20 +68,28 @@ class Tokens(Problem):
             found["peak_mib"] = self.peak(both)
         return found
 
+    def graph_figures(self, function: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, object]:
+        """The same milliseconds as CUDA graphs."""
+        if self.device.type != "cuda":
+            return {}
+        functions = {"forward_graph": self.forward(function), "forward_backward_graph": self.both(function)}
+        return {name: attempt(lambda f=f: self.replayed(f)) for name, f in functions.items()}
 
-def kernel_figures(tokens: Tokens) -> dict[str, float]:
-    """Microseconds of each kernel in one forward and backward of the Numba backend."""
+
+def kernel_figures(tokens: Tokens, name: str) -> dict[str, float]:
+    """Microseconds of the kernels that take most of one forward and backward of a backend."""
     if tokens.device.type != "cuda":
         return {}
     from torch.profiler import ProfilerActivity, profile
 
-    both = tokens.both(tokens.backend("numba"))
+    both = tokens.both(tokens.backend(name))
     both()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         both()
         torch.cuda.synchronize()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {event.key[:120]: round(event.self_device_time_total, 1) for event in events if event.self_device_time_total}
+    found = {event.key[:100]: round(event.self_device_time_total, 1) for event in events[:20]}
+    return found | {"all": round(sum(event.self_device_time_total for event in events), 1)}
 
 
 def resources(tokens: Tokens) -> dict[str, dict[str, int]]:
@@ -93,12 +102,12 @@ def resources(tokens: Tokens) -> dict[str, dict[str, int]]:
 
     def noted(kernel: object, grid: tuple[int, int], rows: int, *args: object) -> None:
         launch(kernel, grid, rows, *args)
-        *_, signature = kernel.overloads
+        specialized = numba_cuda._specialized[kernel, torch.cuda.current_device()]
         found[kernel.py_func.__name__] = {
             "threads": numba_cuda.threads(rows),
-            "registers": kernel.get_regs_per_thread(signature),
-            "shared": kernel.get_shared_mem_per_block(signature),
-            "local": kernel.get_local_mem_per_thread(signature),
+            "registers": specialized.get_regs_per_thread(),
+            "shared": specialized.get_shared_mem_per_block(),
+            "local": specialized.get_local_mem_per_thread(),
         }
 
     with mock.patch.object(numba_cuda, "_launch", noted):
@@ -131,19 +140,21 @@ def parity(quick: bool) -> dict[str, object]:
 
 def table(result: dict) -> str:
     """The figures for people."""
-    lines = [f"{'N':>6} {'':14}{'forward':>18}{'fwd + bwd':>18}{'peak MiB':>10}"]
+    columns = ("forward", "forward_graph", "forward_backward", "forward_backward_graph")
+    lines = [f"{'N':>6} {'':16}" + "".join(f"{column:>24}" for column in (*columns, "peak_mib"))]
     for length, rows in result["lengths"].items():
         dense = rows.get("dense equations", {})
         for name, row in rows.items():
             if "error" in row:
                 lines.append(f"{length:>6} {name:14} {row['error'][:90]}")
                 continue
-            cells = [
-                f"{row[part]:.2f}" + (f" ({dense[part] / row[part]:.1f}x)" if part in dense else "")
-                for part in ("forward", "forward_backward")
-            ]
-            peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-"
-            lines.append(f"{length:>6} {name:14}{cells[0]:>18}{cells[1]:>18}{peak:>10}")
+            cells = []
+            for column in columns:
+                value, base = row.get(column), dense.get(column.removesuffix("_graph"))
+                ratio = f" ({base / value:.1f}x)" if isinstance(value, float) and base else ""
+                cells.append(f"{value:.2f}{ratio}" if isinstance(value, float) else "-")
+            cells.append(f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-")
+            lines.append(f"{length:>6} {name:16}" + "".join(f"{cell:>24}" for cell in cells))
     for part in ("parity", "difference_from_torch", "resources", "kernels_us"):
         lines.append(f"{part}: {json.dumps(result[part], indent=1)}")
     return "\n".join(lines)
@@ -176,15 +187,18 @@ def main() -> None:
             } | result
             result["problem"] = {"heads": heads, "head_dim": head_dim, "block": block, "critical_blocks": critical}
             result["problem"] |= {"dtype": "float32", "negligible_ratio": RATIOS[1]}
-        rows = {name: attempt(lambda t=tokens, n=name: t.figures(t.backend(n), 31)) for name in BACKENDS}
+        rows = {name: attempt(lambda t=tokens, n=name: t.figures(t.backend(n), 101)) for name in BACKENDS}
+        for name, row in rows.items():
+            if "error" not in row:
+                row |= tokens.graph_figures(tokens.backend(name))
         if length == lengths[0]:
             rows["dense equations"] = attempt(lambda t=tokens: t.figures(t.dense, 7))
             for part, function in (
                 ("difference_from_torch", differences),
                 ("resources", resources),
-                ("kernels_us", kernel_figures),
             ):
                 result[part] = attempt(lambda t=tokens, f=function: f(t))
+            result["kernels_us"] = {name: attempt(lambda t=tokens, n=name: kernel_figures(t, n)) for name in BACKENDS}
         result["lengths"][str(length)] = rows
     result["parity"] = {} if options.tiny else attempt(lambda: parity(not options.all_cases))
     if options.json is not None:

@@ -59,10 +59,20 @@ def test_result_has_the_dtype_of_query_whatever_that_of_proj(dtype, proj):
 
 
 @pytest.mark.parametrize("proj", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(proj):
-    layer = sla_ref.SparseLinearAttention(16, **BLOCKS).to(proj)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(*inputs()).dtype == torch.bfloat16
+def test_autocast(proj, device):
+    """On a GPU the backend is triton, which takes these blocks."""
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, block_q=16, block_k=16).to(device, proj)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    x = tuple(tensor.detach().to(device).requires_grad_() for tensor in inputs())
+    expected = layer(*x)
+    expected_grads = torch.autograd.grad(expected.square().sum(), x)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = layer(*x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=5e-2, rtol=5e-2)
+    for grad, wanted in zip(torch.autograd.grad(out.float().square().sum(), x), expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, wanted, atol=0.1 * wanted.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu", "hedgehog", torch.exp])

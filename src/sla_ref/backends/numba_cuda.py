@@ -200,12 +200,15 @@ def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Any:
     """[h_j | z_j] = phi(K_j)^T [V_j | 1] for ROWS features of one key block. [Alg. 1 L4]
 
     With [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1], and queries for keys, [dH_i | dZ_i]. [Alg. 2 L3] [Alg. 2 L4]
+
+    The product that adds states up cannot leave a block out: 0 * NaN is NaN. So a part of a state with a NaN or Inf
+    is written as zeros, and counts in `broken`, (heads, T, SLABS).
     """
     SLABS = math.ceil(COLUMNS / ROWS)
     WIDTH, STRIDE, ROW_STRIDE = COLUMNS // LANES, COLUMNS + 1, ROWS + 1
 
     @cuda.jit
-    def states(features, values, spare, out):
+    def states(features, values, spare, out, broken):
         phi = cuda.shared.array((TOKENS, ROW_STRIDE), float32)
         V = cuda.shared.array((TOKENS, STRIDE), float32)
         h = cuda.local.array((HEIGHT, WIDTH), float32)
@@ -226,6 +229,18 @@ def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Any:
             cuda.syncthreads()
             _product(h, phi, V, TOKENS)
             _product_spare(z, phi, V, TOKENS)
+        finite = True
+        for r in range(HEIGHT):
+            finite = finite and math.isfinite(z[r])
+            for c in range(WIDTH):
+                finite = finite and math.isfinite(h[r, c])
+        some = cuda.syncthreads_or(int32(not finite))  # a barrier that tells every thread whether one said yes
+        if some:
+            _clear(h)
+            for r in range(HEIGHT):
+                z[r] = ZERO
+        if thread == 0:
+            broken[head, j, cuda.blockIdx.x % SLABS] = ONE if some else ZERO
         _store(out[head], j, feature, 0, h)
         for r in range(HEIGHT):
             row = feature + _first_row() + r
@@ -610,9 +625,18 @@ def _launch(kernel: Any, grid: tuple[int, int], rows: int, *args: Tensor | np.fl
         arrays = [arg.numpy() if isinstance(arg, Tensor) else arg for arg in args]
         kernel[grid, threads(rows)](*arrays)
         return
-    arrays = [cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args]
+    key = kernel, torch.cuda.current_device()
+    if key not in _specialized:
+        arrays = (cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args)
+        _specialized[key] = kernel.specialize(*arrays)
     stream = torch.cuda.current_stream().cuda_stream
-    kernel[grid, threads(rows), cuda.external_stream(stream) if stream else 0](*arrays)
+    _specialized[key][grid, threads(rows), cuda.external_stream(stream) if stream else 0](*args)
+
+
+_specialized: dict[tuple[Any, int], Any] = {}
+"""Kernels compiled for their types of arguments, by kernel and device. A kernel has the same types in every call; not
+to look at them again saves a third of the time that Python takes to start one.
+"""
 
 
 def threads(rows: int) -> int:
@@ -640,6 +664,7 @@ def _head_chunks(query: Tensor, block_map: BlockMap, per_query_block: int, tenso
     num_states = block_map.labels.shape[3] + per_query_block * block_map.labels.shape[2]
     columns = _columns(query.shape[-1])
     size = min(heads, max(1, tensors * query.numel() // (num_states * (columns + 1) * columns)))
+    size = math.ceil(heads / math.ceil(heads / size))  # chunks of about one size
     return [slice(first, min(first + size, heads)) for first in range(0, heads, size)]
 
 
@@ -661,29 +686,31 @@ def _float32_products() -> Iterator[None]:
             settings.fp32_precision = before
 
 
-def _block_states(features: Tensor, values: Tensor, spare: Tensor, block: int) -> Tensor:
-    """(G, N, D), (G, N, D), (G, N) -> features^T [values | spare] of each block, (G, T, COLUMNS, COLUMNS + 1)."""
+def _block_states(features: Tensor, values: Tensor, spare: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(G, N, D), (G, N, D), (G, N) -> features^T [values | spare] of each block, (G, T, COLUMNS, COLUMNS + 1).
+
+    And where there were NaN or Inf instead, (G, T, parts of a state).
+    """
     heads, length, head_dim = features.shape
     columns, num_blocks = _columns(head_dim), math.ceil(length / block)
-    states = torch.empty(heads, num_blocks, columns, columns + 1, dtype=torch.float32, device=features.device)
     rows, tokens = _tile("states", columns, 16 if columns <= 16 else 32 if columns % 64 else 64, block)
+    parts = math.ceil(columns / rows)
+    states = torch.empty(heads, num_blocks, columns, columns + 1, dtype=torch.float32, device=features.device)
+    broken = torch.empty(heads, num_blocks, parts, dtype=torch.float32, device=features.device)
     kernel = _states_kernel(columns, rows, tokens, block)
-    _launch(kernel, (num_blocks * math.ceil(columns / rows), heads), rows, features, values, spare, states)
-    return states
+    _launch(kernel, (num_blocks * parts, heads), rows, features, values, spare, states, broken)
+    return states, broken
 
 
-def _add_up(member: Tensor, states: Tensor) -> Tensor:
-    """For each row of the 0/1 `member` (G, Ti, Tj), the sum of the states with a 1. [Alg. 1 L13] [Alg. 2 L14]
+def _add_up(member: Tensor, states: Tensor, broken: Tensor) -> Tensor:
+    """For each row of the 0/1 `member` (G, Ti, Tj), the sum of the states with a 1; NaN if one of them is broken.
 
-    The product that adds states up cannot leave a block out: 0 * NaN is NaN. So a state with a NaN or Inf counts as
-    zeros, and sums to which it belongs become NaN. Overwrites `states`.
+    [Alg. 1 L13] [Alg. 2 L14]
     """
-    broken = ~states.isfinite().flatten(2).all(-1)  # (G, Tj)
-    states.masked_fill_(broken[..., None, None], 0.0)
     with _float32_products():
         sums = torch.bmm(member, states.flatten(2)).unflatten(2, states.shape[2:])
-        spoilt = torch.bmm(member, broken[..., None].float()) > 0  # (G, Ti, 1)
-    return sums.masked_fill_(spoilt[..., None], math.nan)
+        spoilt = torch.bmm(member, broken).sum(-1) > 0  # (G, Ti)
+    return sums.masked_fill_(spoilt[..., None, None], math.nan)
 
 
 def _marginal(block_map: BlockMap) -> tuple[Tensor, Tensor]:
@@ -769,9 +796,9 @@ def forward(
         out_sparse, out_linear = torch.empty_like(Q), torch.empty_like(Q)
         lse = torch.empty(Q.shape[:2], dtype=torch.float32, device=query.device)
         ones = torch.ones(K.shape[:2], dtype=torch.float32, device=query.device)
-        for heads in _head_chunks(query, block_map, 1, 2):
+        for heads in _head_chunks(query, block_map, 1, 4):
             states = _block_states(phi_K[heads], V[heads], ones[heads], block_map.block_k)
-            sums = _add_up(member[heads], states)
+            sums = _add_up(member[heads], *states)
             lists = (num_blocks[heads], indices[heads], num_marginal[heads])
             outputs = (out_sparse[heads], out_linear[heads], lse[heads])
             _launch(
@@ -833,9 +860,9 @@ def _backward_linear(
     member, num_marginal = _marginal(block_map)
     ones = torch.ones(V.shape[:2], dtype=torch.float32, device=V.device)
     dphi_Q, dphi_K, dV = torch.empty_like(phi_Q), torch.empty_like(phi_K), torch.empty_like(V)
-    for heads in _head_chunks(query, block_map, 2, 2):
+    for heads in _head_chunks(query, block_map, 2, 4):
         states = _block_states(phi_K[heads], V[heads], ones[heads], block_map.block_k)
-        sums = _add_up(member[heads], states)
+        sums = _add_up(member[heads], *states)
         share = torch.empty_like(dO[heads])
         share_spare = torch.empty(share.shape[:2], dtype=torch.float32, device=share.device)
         _launch(
@@ -850,7 +877,7 @@ def _backward_linear(
             dphi_Q[heads],
         )
         grad_sums = _block_states(phi_Q[heads], share, share_spare, block_map.block_q)
-        grad_states = _add_up(member[heads].mT, grad_sums)
+        grad_states = _add_up(member[heads].mT, *grad_sums)
         _launch(
             key_kernel,
             (num_key_blocks * (block_map.block_k // key_rows), len(sums)),
