@@ -627,8 +627,9 @@ def _launch(kernel: Any, grid: tuple[int, int], rows: int, *args: Tensor | np.fl
         return
     key = kernel, torch.cuda.current_device()
     if key not in _specialized:
-        arrays = (cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args)
-        _specialized[key] = kernel.specialize(*arrays)
+        _specialized[key] = kernel.specialize(
+            *(cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args)
+        )
     stream = torch.cuda.current_stream().cuda_stream
     _specialized[key][grid, threads(rows), cuda.external_stream(stream) if stream else 0](*args)
 
