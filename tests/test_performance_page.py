@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "performance.md").read_text()
 GPU = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text())
+WAN = json.loads((ROOT / "benchmarks" / "results" / "wan.json").read_text())["arms"]
 CPU = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
 
 
@@ -22,6 +23,12 @@ def gpu_row(name: str, row: dict) -> str:
     return f"| {' | '.join(cells)} | {row['peak_mib']:.0f} ({row['peak_mib'] / sdpa['peak_mib']:.2f}x) |"
 
 
+def wan_row(name: str, row: dict) -> str:
+    base = WAN["SDPA, cuDNN"]
+    cells = [f"{row[key]:.1f} ({base[key] / row[key]:.2f}x)" for key in ("forward", "self_attention", "training_step")]
+    return f"| {' | '.join([name, *cells])} |"
+
+
 def cpu_row(row: dict) -> str:
     forward = f"{row['sdpa_forward']:.1f} | {row['sla_forward']:.1f} | {row['forward_ratio']:.1f}x"
     both = f"{row['sdpa_forward_backward']:.1f} | {row['sla_forward_backward']:.1f}"
@@ -31,6 +38,7 @@ def cpu_row(row: dict) -> str:
 ROWS = [gpu_row("SDPA, cuDNN", GPU["sdpa_cudnn"])]
 ROWS += [gpu_row(f"sla_ref {blocks}", row) for blocks, row in GPU["layer"].items()]
 ROWS += [gpu_row(f"thu-ml/SLA {blocks}", row) for blocks, row in GPU["released_code"].items()]
+ROWS += [wan_row(name, row) for name, row in WAN.items()]
 ROWS += [cpu_row(row) for row in CPU["rows"]]
 ROWS += [
     f"| {row['length']} | {row['ms']:.1f} | {1024 * row['ms'] / row['length']:.2f} |"
@@ -42,3 +50,10 @@ ROWS += [f"| {GPU['kernels_us'][name]} |" for name in ("_backward_dkdv_kernel", 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_page_has_the_row(row: str):
     assert row in PAGE
+
+
+def test_the_page_on_wan_has_its_figures():
+    page = (ROOT / "docs" / "wan.md").read_text()
+    dense, sla = WAN["SDPA, cuDNN"], WAN["SLA 128x64"]
+    assert f"forward takes {sla['forward']:.0f} ms instead of {dense['forward']:.0f}" in page
+    assert f"step {sla['training_step'] / 1000:.2f} s instead of {dense['training_step'] / 1000:.2f}" in page
