@@ -5,8 +5,6 @@ Without a GPU they run in Numba's simulator, one Python thread for each thread o
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
 import os
 import subprocess
@@ -15,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from faults import with_fault
 
 from sla_ref import backends, testing
 from sla_ref.block_map import BlockMap
@@ -116,18 +115,6 @@ FAULTS = {  # what is wrong: the line, what it becomes, a result in which it mus
 }
 
 
-def with_fault(tmp_path, old: str, new: str):
-    """The backend with one line changed, as a module of its own."""
-    source = inspect.getsource(numba_cuda)
-    assert source.count(old) == 1, f"{source.count(old)} places to change: {old}"
-    path = tmp_path / "faulty.py"
-    path.write_text(source.replace(old, new).replace("from ..", "from sla_ref."))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, tmp_path, device: str) -> None:
     old, new, where = FAULTS[fault]
@@ -136,14 +123,14 @@ def test_planted_fault_is_caught(fault: str, tmp_path, device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
     exact = testing.oracle(problem)
     budget = testing.error_budget(problem, exact)
-    results = testing.run_backend(with_fault(tmp_path, old, new), problem)
+    results = testing.run_backend(with_fault(numba_cuda, tmp_path, old, new), problem)
     caught = [check.name for check in testing._compare(results, exact, budget) if not check.passed]
     assert where in caught, f"caught in {caught}"
 
 
 def test_without_a_fault_all_is_right(tmp_path, device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
-    assert_right(problem, testing.run_backend(with_fault(tmp_path, "import functools", "import functools"), problem))
+    assert_right(problem, testing.run_backend(with_fault(numba_cuda, tmp_path, "import functools", "import functools"), problem))
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

@@ -150,8 +150,7 @@ UNEVEN_NUMBERS = """
 """
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(("size", "dark"), [(DESKTOP, False), (PHONE, True)], ids=["desktop, light", "phone, dark"])
 def test_every_page_opens_without_complaint(browser, address, names, size, dark):
     width, height = size
     for name in names:

@@ -5,13 +5,12 @@ Without a GPU they run in Triton's interpreter.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from faults import with_fault
 
 from sla_ref import backends, testing
 from sla_ref.block_map import BlockMap
@@ -99,26 +98,13 @@ SOFTMAX_FAULTS = {  # the same, in the form that computes phi by itself
 }
 
 
-def with_fault(tmp_path, old: str, new: str):
-    """The backend with one line changed, as a module of its own: triton reads a kernel's source from its file."""
-    source = inspect.getsource(triton_fused)
-    assert old in source, f"nothing to replace: {old}"
-    source = source.replace("from ..", "from sla_ref.").replace(old, new, 1)
-    path = tmp_path / "faulty.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, tmp_path, device: str) -> None:
     old, new, where = FAULTS[fault]
     problem = testing.make_problem(**SMALL, device=device)
     exact = testing.oracle(problem)
     budget = testing.error_budget(problem, exact)
-    results = testing.run_backend(with_fault(tmp_path, old, new), problem)
+    results = testing.run_backend(with_fault(triton_fused, tmp_path, old, new), problem)
     caught = [check.name for check in testing._compare(results, exact, budget) if not check.passed]
     assert where in caught, f"caught in {caught}"
 
@@ -127,14 +113,14 @@ def test_planted_fault_is_caught(fault: str, tmp_path, device: str) -> None:
 def test_planted_fault_in_the_form_with_softmax_is_caught(fault: str, tmp_path, device: str) -> None:
     old, new, where = SOFTMAX_FAULTS[fault]
     problem = testing.make_problem(**{**SMALL, "head_dim": 24}, device=device)
-    results = testing.run_softmax(with_fault(tmp_path, old, new), problem)
+    results = testing.run_softmax(with_fault(triton_fused, tmp_path, old, new), problem)
     caught = [check.name for check in testing._compare(results, *testing._softmax_budget(problem)) if not check.passed]
     assert where in caught, f"caught in {caught}"
 
 
 def test_without_a_fault_all_is_right(tmp_path, device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
-    assert_right(problem, testing.run_backend(with_fault(tmp_path, "import math", "import math"), problem))
+    assert_right(problem, testing.run_backend(with_fault(triton_fused, tmp_path, "import math", "import math"), problem))
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

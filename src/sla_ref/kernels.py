@@ -89,9 +89,11 @@ def _inspect(cubin: bytes) -> dict[str, Any]:
         file.flush()
         command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        command = [_tool("nvdisasm"), "-c", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+        sass = ""
+        if numbers["STACK"]:  # a spill lives on the stack; disassembling takes as long as a third of compiling
+            command = [_tool("nvdisasm"), "-c", file.name]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
