@@ -130,7 +130,9 @@ def test_planted_fault_is_caught(fault: str, tmp_path, device: str) -> None:
 
 def test_without_a_fault_all_is_right(tmp_path, device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
-    assert_right(problem, testing.run_backend(with_fault(numba_cuda, tmp_path, "import functools", "import functools"), problem))
+    assert_right(
+        problem, testing.run_backend(with_fault(numba_cuda, tmp_path, "import functools", "import functools"), problem)
+    )
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

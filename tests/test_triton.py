@@ -120,7 +120,9 @@ def test_planted_fault_in_the_form_with_softmax_is_caught(fault: str, tmp_path, 
 
 def test_without_a_fault_all_is_right(tmp_path, device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
-    assert_right(problem, testing.run_backend(with_fault(triton_fused, tmp_path, "import math", "import math"), problem))
+    assert_right(
+        problem, testing.run_backend(with_fault(triton_fused, tmp_path, "import math", "import math"), problem)
+    )
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
