@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "performance.md").read_text()
 GPU = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text())
 WAN = json.loads((ROOT / "benchmarks" / "results" / "wan.json").read_text())["arms"]
+BACKENDS = json.loads((ROOT / "benchmarks" / "results" / "backends.json").read_text())
 CPU = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
 
 
@@ -29,6 +30,27 @@ def wan_row(name: str, row: dict) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
+def backend_rows() -> list[str]:
+    lengths, kernels = BACKENDS["lengths"], BACKENDS["kernels_us"]
+    dense, rows = lengths["8192"]["dense equations"], []
+    columns = ("forward", "forward_graph", "forward_backward", "forward_backward_graph")
+    for name, row in lengths["8192"].items():
+        cells = [
+            f"{row[key]:.2f} ({dense[key.removesuffix('_graph')] / row[key]:.1f}x)" if key in row else "-"
+            for key in columns
+        ]
+        rows.append(f"| {' | '.join([name, *cells])} | {row['peak_mib']:.0f} |")
+    for name in ("triton", "numba"):
+        for key, words in (("forward_graph", "forward"), ("forward_backward_graph", "forward + backward")):
+            one, two, four = (lengths[length][name][key] for length in ("4096", "8192", "16384"))
+            times = f"{one:.2f} | {two:.2f} | {four:.2f}"
+            rows.append(f"| {name}, {words} | {times} | {two / one:.2f}x | {four / two:.2f}x |")
+    for name in ("_backward_dkdv_kernel", "_backward_dq_kernel", "_forward_kernel", "_states_kernel"):
+        numba = next(value for key, value in kernels["numba"].items() if f"::{name}::" in key)
+        rows.append(f"| `{name}` | {kernels['triton'][name]:.1f} | {numba:.1f} |")
+    return rows
+
+
 def cpu_row(row: dict) -> str:
     forward = f"{row['sdpa_forward']:.1f} | {row['sla_forward']:.1f} | {row['forward_ratio']:.1f}x"
     both = f"{row['sdpa_forward_backward']:.1f} | {row['sla_forward_backward']:.1f}"
@@ -38,6 +60,7 @@ def cpu_row(row: dict) -> str:
 ROWS = [gpu_row("SDPA, cuDNN", GPU["sdpa_cudnn"])]
 ROWS += [gpu_row(f"sla_ref {blocks}", row) for blocks, row in GPU["layer"].items()]
 ROWS += [gpu_row(f"thu-ml/SLA {blocks}", row) for blocks, row in GPU["released_code"].items()]
+ROWS += backend_rows()
 ROWS += [wan_row(name, row) for name, row in WAN.items()]
 ROWS += [cpu_row(row) for row in CPU["rows"]]
 ROWS += [

@@ -513,7 +513,8 @@ assert set(decided_by.values()) == {"registers"}
 
 # %% [markdown]
 # Registers go to the micro-tiles. So the choice is between few threads that reuse what they read and many threads that
-# wait for memory in turns. Which of them is faster only a measurement on a GPU can say, and this page claims none.
+# wait for memory in turns. Which of them is faster only a measurement on a GPU can say;
+# [Performance](../performance.md#the-backends-side-by-side) has what these tiles reach.
 #
 # ## What Triton hides
 #
