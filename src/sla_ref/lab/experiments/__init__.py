@@ -36,13 +36,13 @@ class Setting:
     width: int = 128
     depth: int = 4
     heads: int = 2
-    steps: int = 300
+    steps: int = 400
     """Of a fine-tune, where a case does not say otherwise."""
     batch: int = 32
     learning_rate: float = 1e-3
     """Peak of the one-cycle schedule, the same for all: what `sla-ref finetune` has."""
-    teacher_steps: int = 0
-    """Of a teacher that is trained for the experiments; 0: the teacher is the shipped one."""
+    teacher_steps: int = 1000
+    """Of a teacher that is trained for the experiments: where the shipped one does not fit, and for other data."""
     clips: int = 256
     """Held-out clips for losses and distances."""
     samples: int = 256
@@ -50,7 +50,7 @@ class Setting:
     sample_steps: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "clips", "samples", "sample_steps"):
+        for name in ("steps", "batch", "teacher_steps", "clips", "samples", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -71,7 +71,7 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         Setting("n1024", size=32, frames=16, block=16, tile=(4, 2, 2)),
-        Setting("n4096", size=64, frames=16, block=64, tile=(4, 4, 4), batch=16, teacher_steps=2000),
+        Setting("n4096", size=64, frames=16, block=64, tile=(4, 4, 4), batch=16),
         Setting(
             "quick",
             size=16,
@@ -82,7 +82,7 @@ SETTINGS = {
             depth=2,
             steps=8,
             batch=4,
-            teacher_steps=30,
+            teacher_steps=60,
             clips=8,
             samples=20,
             sample_steps=3,
@@ -104,15 +104,17 @@ class Context:
 
     device: torch.device
     work: Path
+    graph: bool = True
+    """Whether a GPU records a training step once and replays it (CUDA graph); needs the backend `triton`."""
     tick: Callable[[int, float | None], object] = lambda step, loss: None
     """Called after each step of a long job with the steps done so far, and the loss where one is known."""
     _teachers: dict[tuple[str, float], VideoTransformer] = field(default_factory=dict, repr=False)
     _classifiers: dict[tuple[int, bool], DigitClassifier] = field(default_factory=dict, repr=False)
 
     def teacher(self, setting: Setting, *, backdrop: float = 0.0) -> VideoTransformer:
-        """The full-attention model that students start from, in evaluation mode, without gradients; not to be changed.
+        """The full-attention model that students start from, without gradients; not to be changed.
 
-        The shipped one, or one that is trained now and kept; `backdrop` is an option of the data (`lab.data`).
+        The shipped one, or one that is trained now and kept in `work`; `backdrop` is an option of the data (`lab.data`).
         """
         from .students import load_or_train_teacher
 
@@ -177,7 +179,7 @@ EXPERIMENTS: Mapping[str, Experiment] = _Registry(
         "ablation-negligible": "ablations:NEGLIGIBLE",
         "ablation-feature-map": "ablations:FEATURE_MAP",
         "ablation-block": "ablations:BLOCK",
-        "ablation-proj": "ablations:PROJ",
+        "ablation-proj": "ablations:PROJ_START",
         "ablation-steps": "ablations:STEPS",
         "recipes": "recipes:EXPERIMENT",
         "when": "when:EXPERIMENT",
