@@ -55,9 +55,7 @@ class ModelConfig:
 
     def clips(self, split: str, seed: int) -> MovingDigits:
         """The stream of clips that such a model is for."""
-        return MovingDigits(
-            split, seed, size=self.size, frames=self.frames, pairs=self.pairs, backdrop=self.backdrop
-        )
+        return MovingDigits(split, seed, size=self.size, frames=self.frames, pairs=self.pairs, backdrop=self.backdrop)
 
 
 def rotary_angles(frames: int, side: int, head_dim: int, base: float = 10000.0) -> Tensor:

@@ -114,7 +114,7 @@ class Context:
     def teacher(self, setting: Setting, *, backdrop: float = 0.0) -> VideoTransformer:
         """The full-attention model that students start from, without gradients; not to be changed.
 
-        The shipped one, or one that is trained now and kept in `work`; `backdrop` is an option of the data (`lab.data`).
+        The shipped one, or one that is trained now and kept in `work`. `backdrop` is an option of the clips.
         """
         from .students import load_or_train_teacher
 

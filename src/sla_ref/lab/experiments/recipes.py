@@ -17,8 +17,8 @@ POINTS = 8  # of a curve
 def measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
     """Loss and distance along the way, and the first step looked at where half of the gap was closed.
 
-    The gap is that between the untrained student's held-out loss and the teacher's. A recipe that does not get there has
-    no such figure.
+    The gap is that between the untrained student's held-out loss and the teacher's. A recipe that does not get
+    there has no such figure.
     """
     recipe, teacher = RECIPES[case], context.teacher(setting)
     student = build(recipe, teacher, setting, seed)

@@ -391,7 +391,7 @@ def quality(student: VideoTransformer, setting: Setting, context: Context) -> di
         features = [clip_features(classifier, each) for each in (clips, real)]
     return {
         "frechet": frechet_distance(*features),
-        "recognised": recognised_share(classifier, clips, digits.to(device)),
+        "recognised": recognised_share(classifier, clips, labels.to(device)),
     }
 
 
@@ -428,6 +428,4 @@ def of_recipes(
         values = losses(student, teacher, setting) | cost(student)
         return values | quality(student, setting, context) if generate else values
 
-    return Experiment(
-        name, question, lambda setting: list(recipes(setting)), measure, prepare, "held_out_loss", paired
-    )
+    return Experiment(name, question, lambda setting: list(recipes(setting)), measure, prepare, "held_out_loss", paired)
