@@ -163,7 +163,7 @@ class _Registry(Mapping[str, Experiment]):
         self.places = places
 
     def __getitem__(self, name: str) -> Experiment:
-        return pkgutil.resolve_name(f"{__name__}.{self.places[name]}")  # type: ignore[no-any-return]
+        return pkgutil.resolve_name(f"{__name__}.{self.places[name]}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

@@ -169,11 +169,9 @@ def _paired_table(experiment: Experiment, lines: list[Line]) -> str:
         other = other or _values(lines, f"{conditions[0]}: {arm}", experiment.shown)
         return _spread(first[seed] - other[seed] for seed in first if seed in other)
 
-    header = [
-        f"{_title(experiment.shown)}, above zero: the other is better",
-        *(f"{arms[0]} - {arm}" for arm in arms[1:]),
-    ]
-    return _rows(header, ([condition, *(difference(condition, arm) for arm in arms[1:])] for condition in conditions))
+    others = arms[1:]
+    rows = ([condition, *(difference(condition, arm) for arm in others)] for condition in conditions)
+    return _rows([f"{_title(experiment.shown)}, paired by seed", *(f"{arms[0]}, minus {arm}" for arm in others)], rows)
 
 
 def _conditions(experiment: Experiment, lines: list[Line]) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ import sla_ref
 from .. import evaluate, flow
 from ..arms import ArmOptions, LinearOnly, SparseOnly
 from ..data import NO_DIGIT
-from ..model import VideoTransformer, with_attention
+from ..model import PATCH, VideoTransformer, with_attention
 from ..weights import TEACHER, load_weights, round_to_half, save_weights
 from . import Context, Experiment, Setting
 
@@ -161,7 +161,9 @@ def build(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int
         if config.attention == "sla":
             attention.core = _core(recipe, options)
         if recipe.order == "tiles":
-            attention.core = Reordered(attention.core, tile_order(setting.frames, setting.size // 4, setting.tile))
+            attention.core = Reordered(
+                attention.get_submodule("core"), tile_order(setting.frames, setting.size // 4, setting.tile)
+            )
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and recipe.trained in name)
     return student.to(next(teacher.parameters()).device)
@@ -369,7 +371,7 @@ def losses(student: VideoTransformer, teacher: VideoTransformer, setting: Settin
 def quality(student: VideoTransformer, setting: Setting, context: Context) -> dict[str, float]:
     """What generated clips are worth to a classifier of digits: all from the same noise, as many of each digit.
 
-    The Frechet distance is that to four times as many held-out clips.
+    The Fréchet distance is that to as many held-out clips.
     """
     from ..classifier import clip_features, frechet_distance, recognised_share
 
@@ -386,9 +388,8 @@ def quality(student: VideoTransformer, setting: Setting, context: Context) -> di
                 flow.sample(student, noise[part].to(device), labels[part].to(device), setting.sample_steps).float()
             )
     clips = torch.cat(made)
-    real, _ = student.config.clips("held_out", evaluate.HELD_OUT_SEED + 1).batch(4 * setting.samples, device)
-    with torch.no_grad():
-        features = [clip_features(classifier, each) for each in (clips, real)]
+    real, _ = student.config.clips("held_out", evaluate.HELD_OUT_SEED + 1).batch(setting.samples, device)
+    features = [clip_features(classifier, each) for each in (clips, real)]
     return {
         "frechet": frechet_distance(*features),
         "recognised": recognised_share(classifier, clips, labels.to(device)),
