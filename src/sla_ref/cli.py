@@ -187,6 +187,75 @@ def finetune(
         )
 
 
+experiments = typer.Typer(help="The paper's experiments on the lab's model.", no_args_is_help=True)
+app.add_typer(experiments, name="experiments")
+Results = Annotated[
+    Path | None, typer.Option(help="Folder of the measured lines. Default: benchmarks/results/experiments.")
+]
+
+
+@experiments.command("run")
+def experiments_run(
+    names: Annotated[list[str] | None, typer.Argument(help="Experiments; all if left out.")] = None,
+    setting: Annotated[str, typer.Option(help="n1024, n4096 or quick.")] = "n1024",
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds on a CPU: --setting quick, one seed.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Default: 0,1,2; with --quick 0.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only this case; repeat it for several.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of a fine-tune. Default: the setting's.", min=1)] = None,
+    batch: Annotated[int | None, typer.Option(help="Clips per step. Default: the setting's.", min=1)] = None,
+    jobs: Annotated[int, typer.Option(help="Cases at a time, each in a process of its own.", min=1)] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Start no new case after so many.", min=0)] = None,
+    device: Device = "auto",
+    backend: Backend = None,
+    graph: Annotated[bool, typer.Option(help="On a GPU, record a training step once and replay it.")] = True,
+    out: Results = None,
+    work: Annotated[Path, typer.Option(help="Folder of trained teachers and classifiers.")] = Path("runs/experiments"),
+    commit: Annotated[str | None, typer.Option(help="Of this code, where there is no git.")] = None,
+) -> None:
+    """Measure what is not measured yet: a line of JSON for every case and seed. The same command goes on."""
+    _require(LAB)
+    from dataclasses import replace
+
+    from .lab.experiments import EXPERIMENTS, Context, find_setting
+    from .lab.experiments.runner import RESULTS, run
+
+    chosen = find_setting("quick" if quick else setting)
+    chosen = replace(chosen, steps=steps or chosen.steps, batch=batch or chosen.batch)
+    numbers = seeds or ("0" if quick else "0,1,2")
+    if not all(part.strip().isdecimal() for part in numbers.split(",")):
+        raise ValueError(f"seeds must be numbers with commas between them, got {numbers!r}")
+    where = _device(device)
+    with _using(backend):
+        run(
+            names or list(EXPERIMENTS),
+            chosen,
+            [int(part) for part in numbers.split(",")],
+            out or (Path("runs/experiments-quick") if quick else RESULTS),
+            Context(where, work, graph),
+            console,
+            cases=case,
+            jobs=jobs,
+            commit=commit,
+            minutes=minutes,
+        )
+
+
+@experiments.command("report")
+def experiments_report(
+    results: Results = None,
+    docs: Annotated[Path, typer.Option(help="Folder of experiments.md; figures go to experiments/ in it.")] = Path(
+        "docs"
+    ),
+) -> None:
+    """Put tables and figures of all measured lines into the documentation."""
+    _require(LAB)
+    from .lab.experiments.report import report
+    from .lab.experiments.runner import RESULTS
+
+    for path in report(results or RESULTS, docs):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
 @app.command()
 def backends() -> None:
     """Say which backends are usable here, and why the others are not."""

@@ -13,5 +13,6 @@ Needs the extra `lab` (`pip install 'sla-ref[lab]'`). One file, one job:
 - `figures`   the pictures
 - `jobs`      what `sla-ref train-teacher` and `sla-ref finetune` run
 - `demo`      what `sla-ref demo` runs
+- `experiments`  the paper's comparisons and ablations, small: what `sla-ref experiments` runs
 - `files`, `console`, `machine`: whole files, progress bars, hardware and versions
 """

@@ -40,17 +40,28 @@ class MovingDigits:
 
     What a clip shows is drawn on the CPU; the pixels are made on the device that asks for them. Each
     digit is half a frame wide, starts anywhere and moves in a straight line, reflected at the borders.
-    A share `pairs` of the clips shows two digits; where they overlap, the darker ink wins.
+    A share `pairs` of the clips shows two digits; where they overlap, the darker ink wins. With a `backdrop`, each clip
+    has a grey background of one level, drawn from [-1, 2 backdrop - 1]: something that all of its tokens share.
     """
 
-    def __init__(self, split: str, seed: int, *, size: int = 32, frames: int = 16, pairs: float = 0.0) -> None:
-        if not 0 <= pairs <= 1:
-            raise ValueError(f"pairs must be between 0 and 1, got {pairs}")
+    def __init__(
+        self,
+        split: str,
+        seed: int,
+        *,
+        size: int = 32,
+        frames: int = 16,
+        pairs: float = 0.0,
+        backdrop: float = 0.0,
+    ) -> None:
+        for name, share in (("pairs", pairs), ("backdrop", backdrop)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}")
         for name, value, least in (("size", size, 16), ("frames", frames, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.images, self.labels = digit_images(split)
-        self.size, self.frames, self.pairs = size, frames, pairs
+        self.size, self.frames, self.pairs, self.backdrop = size, frames, pairs, backdrop
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -66,7 +77,11 @@ class MovingDigits:
         ink = self.images[chosen] * shown[:, :, None, None]  # (count, SLOTS, 8, 8)
 
         ink, draws, labels = (each.to(device, non_blocking=True) for each in (ink, draws, labels))
-        return self._render(ink, self._paths(draws)), labels
+        clips = self._render(ink, self._paths(draws))
+        if self.backdrop:  # drawn only where it is asked for: without it, the clips of a seed stay what they were
+            level = 2 * self.backdrop * torch.rand(count, 1, 1, 1, generator=self.generator) - 1
+            clips = clips.maximum(level.to(device, non_blocking=True))
+        return clips, labels
 
     def _paths(self, draws: Tensor) -> Tensor:
         """Where each digit's upper left corner is, in pixels: (count, SLOTS, frames, 2)."""

@@ -17,7 +17,6 @@ import sla_ref
 
 from ..analysis import attention_flops
 from . import flow
-from .data import MovingDigits
 from .model import ModelConfig, VideoTransformer
 
 HELD_OUT_SEED = 1_000_003  # of clips, noise and times; the same for every model ever compared
@@ -37,9 +36,7 @@ def held_out(model: VideoTransformer, clips: int) -> HeldOut:
     """A set of so many held-out clips, always the same; times are spread evenly over [0, 1]."""
     if clips < 1:
         raise ValueError(f"clips must be at least 1, got {clips}")
-    config = model.config
-    data = MovingDigits("held_out", HELD_OUT_SEED, size=config.size, frames=config.frames, pairs=config.pairs)
-    clip, labels = data.batch(clips)
+    clip, labels = model.config.clips("held_out", HELD_OUT_SEED).batch(clips)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     noise = torch.randn(clip.shape, generator=generator)
     time = (torch.arange(clips) + 0.5) / clips

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arms import ArmOptions, make_arm
-from .data import CLASSES, NO_DIGIT
+from .data import CLASSES, NO_DIGIT, MovingDigits
 
 PATCH = 4
 
@@ -30,6 +30,7 @@ class ModelConfig:
     frames: int = 16
     size: int = 32
     pairs: float = 0.0  # of the clips it is for: the share that shows two digits
+    backdrop: float = 0.0  # of those clips: how bright a background may be
     width: int = 128
     depth: int = 4
     heads: int = 2
@@ -51,6 +52,10 @@ class ModelConfig:
     @property
     def tokens(self) -> int:
         return self.frames * (self.size // PATCH) ** 2
+
+    def clips(self, split: str, seed: int) -> MovingDigits:
+        """The stream of clips that such a model is for."""
+        return MovingDigits(split, seed, size=self.size, frames=self.frames, pairs=self.pairs, backdrop=self.backdrop)
 
 
 def rotary_angles(frames: int, side: int, head_dim: int, base: float = 10000.0) -> Tensor:

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import flow
-from .data import MovingDigits
 from .files import new_folder, whole
 from .model import VideoTransformer
 
@@ -120,8 +119,7 @@ class _Run:
     def __init__(self, model: VideoTransformer, config: TrainConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
         self.step = 0
-        shown = model.config
-        self.data = MovingDigits("train", config.seed, size=shown.size, frames=shown.frames, pairs=shown.pairs)
+        self.data = model.config.clips("train", config.seed)
         self.noise = torch.Generator(device).manual_seed(config.seed)
         self.optimizer = torch.optim.AdamW(
             model.parameters(),

@@ -1,0 +1,53 @@
+"""What to fine-tune, and towards what: Proj alone or everything, the flow loss or the teacher."""
+
+from __future__ import annotations
+
+from . import Context, Experiment, Setting
+from .students import Recipe, build, fine_tune, losses
+
+RECIPES = {
+    "Proj alone, flow loss": Recipe(trained="proj_l"),
+    "Proj alone, each layer by itself": Recipe(trained="proj_l", objective="layers"),
+    "everything, flow loss": Recipe(),
+    "everything, towards the teacher": Recipe(objective="teacher"),
+}
+POINTS = 8  # of a curve
+
+
+def measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
+    """Loss and distance along the way, and the first step looked at where half of the gap was closed.
+
+    The gap is that between the untrained student's held-out loss and the teacher's. A recipe that does not get
+    there has no such figure.
+    """
+    recipe, teacher = RECIPES[case], context.teacher(setting)
+    student = build(recipe, teacher, setting, seed)
+    start = losses(student, teacher, setting)["held_out_loss"]
+    half = (start + losses(teacher, teacher, setting)["held_out_loss"]) / 2
+    steps = recipe.steps(setting)
+    points = {round(steps * point / POINTS) for point in range(1, POINTS + 1)}
+    values = {"loss_at_0": start}
+
+    def watch(step: int) -> None:
+        if step in points:
+            values[f"loss_at_{step}"] = loss = losses(student, teacher, setting)["held_out_loss"]
+            if loss <= half:
+                values.setdefault("steps_to_half_the_gap", step)
+
+    fine_tune(student, teacher, recipe, setting, seed, context, watch)
+    return losses(student, teacher, setting) | values
+
+
+def prepare(setting: Setting, context: Context) -> None:
+    """The teacher."""
+    context.teacher(setting)
+
+
+EXPERIMENT = Experiment(
+    "recipes",
+    "What should be fine-tuned, and towards what?",
+    lambda setting: list(RECIPES),
+    measure,
+    prepare,
+    "held_out_loss",
+)

@@ -1,0 +1,50 @@
+"""When does the paper's order hold, SLA at 5 % before sparse-only attention at 15 %?
+
+Each condition changes one thing about the comparison. Where sparse-only attention does not know what is changed, its
+figures are those of the condition "as in main", and it is not measured again. N is varied by the setting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import Setting
+from .students import Recipe, of_recipes
+
+SLA = "SLA, 5 %"
+ARMS = {
+    SLA: Recipe(),
+    "sparse only, 5 %": Recipe("sparse"),
+    "sparse only, 15 %": Recipe("sparse", critical_ratio=0.15),
+}
+BASE = "as in main"
+BACKDROP = 0.5
+
+
+def recipes(setting: Setting) -> dict[str, Recipe]:
+    """Cheap ones first; where tokens are many, the length of the fine-tune alone is varied."""
+    short, long = (round(setting.steps * length) for length in (1 / 4, 4))
+    made = _arms(BASE) | _arms(f"{short} steps", length=1 / 4)
+    if setting.name != "n4096":
+        made |= {f"{name}: {SLA}": recipe for name, recipe in _only_sla().items()}
+        made |= _arms("tokens in tiles", order="tiles")
+        for factor in (2, 4):
+            made |= _arms(f"blocks of {factor * setting.block}", block_factor=factor)
+        made |= _arms("a backdrop", backdrop=BACKDROP)
+        made |= _arms(f"{long} steps", length=4)
+    return made
+
+
+def _arms(condition: str, **changes: object) -> dict[str, Recipe]:
+    return {f"{condition}: {arm}": replace(recipe, **changes) for arm, recipe in ARMS.items()}  # type: ignore[arg-type]
+
+
+def _only_sla() -> dict[str, Recipe]:
+    return {
+        "Proj at ten times the rate": Recipe(proj_rate=10.0),
+        "temperature 4": Recipe(temperature=4.0),
+        "temperature 16": Recipe(temperature=16.0),
+    }
+
+
+EXPERIMENT = of_recipes("when", "When is SLA at 5 % better than sparse-only attention at 15 %?", recipes, paired=True)
