@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sla_ref import analysis, classify_blocks
+from sla_ref import analysis, classify_blocks, sparse_linear_attention
 
 
 def test_attention_weights_are_what_sdpa_multiplies_the_values_with():
@@ -43,6 +43,40 @@ def test_stable_rank_against_its_definition_and_its_limits():
     assert analysis.stable_rank(3 * torch.eye(7)).item() == pytest.approx(7)
     assert analysis.stable_rank(torch.ones(5, 6)).item() == pytest.approx(1)
     assert analysis.stable_rank(torch.zeros(4, 4)).item() == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40, 60), (60, 40), (12, 9), (1, 5)])
+def test_stable_rank_by_iteration_is_the_exact_one(shape):
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(shape, dtype=torch.float64, generator=generator)
+    for matrix in (noise, noise.softmax(dim=-1), (8 * noise).softmax(dim=-1)):
+        exact, found = analysis.stable_rank(matrix), analysis.stable_rank(matrix, iterations=40)
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=0)
+        assert (found > (1 - 1e-9) * exact).all()
+        few = analysis.stable_rank(matrix, iterations=1)
+        assert ((few - exact).abs() >= (found - exact).abs() - 1e-9).all()
+    assert torch.equal(analysis.stable_rank(noise, 3), analysis.stable_rank(noise, 3))
+    assert analysis.stable_rank(torch.zeros(4, 4), iterations=2).item() == 0
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+        analysis.stable_rank(noise, 0)
+
+
+def test_error_of_keeping_normalises_each_row_anew():
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
+    value = torch.tensor([[1.0], [2.0], [4.0]])  # output 2 and 3
+    kept = torch.tensor([[True, True, False], [False, False, False]])  # output 4/3 and nothing
+    assert analysis.error_of_keeping(kept, weights, value).item() == pytest.approx((2 / 3 + 3) / 5)
+    assert analysis.error_of_keeping(torch.ones_like(kept), weights, value).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_error_of_keeping_the_critical_blocks_is_that_of_the_sparse_branch():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 40, 8, dtype=torch.float64)
+    block_map = classify_blocks(query, key, 0.3, 0.2, block_q=8, block_k=8)
+    weights = analysis.attention_weights(query, key)
+    sparse = sparse_linear_attention(query, key, value, block_map=block_map).sparse
+    error = analysis.error_of_keeping(block_map.to_dense() == 1, weights, value)
+    torch.testing.assert_close(error, analysis.relative_l1(sparse, weights @ value))
 
 
 def test_relative_l1_is_the_error_beside_the_exact_sum():

@@ -42,20 +42,46 @@ def split_top(weights: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return top, weights - top
 
 
-def stable_rank(matrix: Tensor) -> Tensor:
+def stable_rank(matrix: Tensor, iterations: int | None = None) -> Tensor:
     """||A||_F^2 / ||A||_2^2 of each matrix (..., M, N): how many directions carry its weight.
 
-    Between 1 and the rank; 0 for a matrix of zeros.
+    Between 1 and the rank; 0 for a matrix of zeros. With `iterations`, ||A||_2 comes from so many steps of subspace
+    iteration instead of all eigenvalues: for large matrices. It is never too large, so the result never too small.
     """
-    # The largest eigenvalue of A A^T is ||A||_2^2, in half the time that the singular values of A take.
-    largest = torch.linalg.eigvalsh(matrix @ matrix.mT)[..., -1]
+    if iterations is None:
+        # The largest eigenvalue of A A^T is ||A||_2^2, in half the time that the singular values of A take.
+        largest = torch.linalg.eigvalsh(matrix @ matrix.mT)[..., -1]
+    else:
+        largest = _largest_singular_value(matrix, iterations).square()
     squares = matrix.square().sum(dim=(-2, -1))
     return torch.where(largest > 0, squares / largest.where(largest > 0, 1.0), 0.0)
+
+
+def _largest_singular_value(matrix: Tensor, iterations: int, width: int = 16) -> Tensor:
+    """||A||_2 of each matrix (..., M, N), found in a subspace of `width` directions that A A^T is applied to."""
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    start = torch.randn(matrix.shape[-2], min(width, *matrix.shape[-2:]), generator=torch.Generator().manual_seed(0))
+    basis = start.to(matrix).expand(*matrix.shape[:-2], *start.shape)
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
+    return torch.linalg.svdvals(matrix.mT @ basis)[..., 0]
 
 
 def relative_l1(approximation: Tensor, exact: Tensor) -> Tensor:
     """||A - B||_1 / ||B||_1 of each pair of matrices (..., M, N): the error beside the size of the exact one."""
     return (approximation - exact).abs().sum(dim=(-2, -1)) / exact.abs().sum(dim=(-2, -1))
+
+
+def error_of_keeping(kept: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    """Relative L1 error of the output P V if P keeps the weights where `kept` is True, each row normalised anew.
+
+    `kept` and `weights` (..., Nq, Nk), `value` (..., Nk, D) -> (...). A row that keeps nothing gives zeros.
+    """
+    sparse = weights.where(kept, 0.0)
+    total = sparse.sum(dim=-1, keepdim=True)
+    sparse = sparse / total.where(total > 0, 1.0)
+    return relative_l1(sparse @ value, weights @ value)
 
 
 def block_mass(weights: Tensor, block_q: int, block_k: int) -> Tensor:

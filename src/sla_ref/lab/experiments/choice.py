@@ -1,0 +1,181 @@
+"""Does the classification choose well? Pooled scores beside a perfect ranking and a random one.
+
+The *oracle* ranks key blocks by the attention that the query block really spends on them, which only the full map
+knows. It and the random choice hand out as many labels of each class as the pooled scores. The oracle is the best
+choice for the mass that is kept; for an output or a loss it need not be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import sla_ref
+
+from ... import analysis
+from .. import evaluate
+from ..model import VideoTransformer, with_attention
+from ..weights import STUDENT, load_weights
+from . import Context, Experiment, Setting
+from .motivation import TIMES, noisy_clips
+
+CRITICAL_RATIOS = (0.025, 0.05, 0.1, 0.2)
+NEGLIGIBLE_RATIO = 0.1
+LEAST_BLOCK = 16  # tokens; or what the setting has, if that is smaller
+BLOCK_FACTORS = (1, 2, 4)
+MAP_CLIPS = 10  # whose maps are looked at
+STUDENT_CASE = "the fine-tuned student"
+
+Choice = Callable[[Tensor, Tensor, sla_ref.BlockMap], Tensor]
+"""Gives labels for query, key (B, H, N, D), as many of each class as the map of the pooled scores has."""
+
+
+def pooled(query: Tensor, key: Tensor, block_map: sla_ref.BlockMap) -> Tensor:
+    """What SLA does."""
+    return block_map.labels
+
+
+def oracle(query: Tensor, key: Tensor, block_map: sla_ref.BlockMap) -> Tensor:
+    """By the true mass of each block; one clip's map at a time, because it is N x N."""
+    labels = []
+    for q, k, of_clip in zip(query, key, block_map.labels, strict=True):
+        mass = analysis.block_mass(analysis.attention_weights(q, k), block_map.block_q, block_map.block_k)
+        labels.append(analysis.oracle_labels(mass, of_clip))
+    return torch.stack(labels)
+
+
+def random_choice(seed: int) -> Choice:
+    """A ranking that knows nothing; it goes on from call to call."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(query: Tensor, key: Tensor, block_map: sla_ref.BlockMap) -> Tensor:
+        labels = block_map.labels
+        return analysis.oracle_labels(torch.rand(labels.shape, generator=generator).to(labels.device), labels)
+
+    return choose
+
+
+def choices(seed: int) -> dict[str, Choice]:
+    """The three that are compared."""
+    return {"pooled": pooled, "oracle": oracle, "random": random_choice(seed)}
+
+
+class Choosing(nn.Module):
+    """An SLA layer whose blocks are classified by `choose`."""
+
+    def __init__(self, sla: sla_ref.SparseLinearAttention, choose: Choice) -> None:
+        super().__init__()
+        self.sla, self.choose = sla, choose
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        sla = self.sla
+        block_map = sla_ref.classify_blocks(
+            query, key, sla.critical_ratio, sla.negligible_ratio, block_q=sla.block_q, block_k=sla.block_k
+        )
+        block_map = replace(block_map, labels=self.choose(query, key, block_map))
+        out: Tensor = sla(query, key, value, block_map=block_map)
+        return out
+
+
+def with_choice(model: VideoTransformer, choose: Choice) -> VideoTransformer:
+    """A copy of a model with SLA whose layers classify by `choose`."""
+    chosen = with_attention(model, "sla")
+    for block in chosen.blocks:
+        attention = block.get_submodule("attention")
+        sla = attention.core
+        assert isinstance(sla, sla_ref.SparseLinearAttention)
+        attention.core = Choosing(sla, choose)
+    return chosen
+
+
+def map_figures(
+    query: Tensor, key: Tensor, value: Tensor, block_map: sla_ref.BlockMap, compared: dict[str, Choice]
+) -> dict[str, Tensor]:
+    """Of each map of query, key, value (B, H, N, D): recall, mass of each class and error of the sparse branch.
+
+    The error is the relative L1 error of O^s [Eq. 4] beside full attention.
+    """
+    weights = analysis.attention_weights(query, key)
+    mass = analysis.block_mass(weights, block_map.block_q, block_map.block_k)
+    full = weights @ value.float()
+    best = analysis.oracle_labels(mass, block_map.labels)
+    figures = {}
+    for name, choose in compared.items():
+        labels = best if choose is oracle else choose(query, key, block_map)
+        figures[f"recall_{name}"] = analysis.critical_recall(labels, best)
+        for label, held in analysis.class_mass(mass, labels).items():
+            figures[f"{analysis.CLASS_NAMES[label]}_mass_{name}"] = held
+        sparse = sla_ref.sparse_linear_attention(query, key, value, block_map=replace(block_map, labels=labels)).sparse
+        figures[f"sparse_error_{name}"] = analysis.relative_l1(sparse.float(), full)
+    del figures["recall_oracle"]  # 1 by definition
+    return figures
+
+
+def arms(setting: Setting) -> dict[str, tuple[int, float]]:
+    """Block size and critical ratio of each case. Ratios that are less than one block of a row are left out."""
+    tokens, least = setting.model.tokens, min(LEAST_BLOCK, setting.block)
+    return {
+        f"blocks of {block}, {100 * ratio:g} %": (block, ratio)
+        for block in (factor * least for factor in BLOCK_FACTORS)
+        for ratio in CRITICAL_RATIOS
+        if int(ratio * math.ceil(tokens / block)) >= 1
+    }
+
+
+def _cases(setting: Setting) -> list[str]:
+    """The shipped student is one of them where it has the setting's size."""
+    student, _ = load_weights(STUDENT)
+    fits = setting.model == replace(student.config, attention="full")
+    return [*arms(setting), *([STUDENT_CASE] if fits else [])]
+
+
+def _prepare(setting: Setting, context: Context) -> None:
+    context.teacher(setting)
+
+
+def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
+    """Figures of maps are means over layers, heads and clips, as many of each time; the losses are of more clips."""
+    teacher = context.teacher(setting)
+    if case == STUDENT_CASE:
+        sla, _ = load_weights(STUDENT, context.device)
+        looked_at = sla
+    else:
+        block, ratio = arms(setting)[case]
+        changes = {"block": block, "critical_ratio": ratio, "negligible_ratio": NEGLIGIBLE_RATIO}
+        sla, looked_at = with_attention(teacher, "sla", **changes), teacher
+    config = sla.config
+    data = noisy_clips(teacher, seed, torch.tensor(TIMES).repeat(setting.clips)[: setting.clips])
+
+    compared = choices(seed)
+    found: dict[str, list[Tensor]] = {}
+    for clip in range(min(MAP_CLIPS, setting.clips)):
+        inputs = (each[clip : clip + 1].to(context.device) for each in (data.x, data.time, data.labels))
+        for query, key, value in evaluate.attention_inputs(looked_at, *inputs):
+            block_map = sla_ref.classify_blocks(
+                query, key, config.critical_ratio, config.negligible_ratio, block_q=config.block, block_k=config.block
+            )
+            for name, figure in map_figures(query, key, value, block_map, compared).items():
+                found.setdefault(name, []).append(figure.double().cpu())
+        context.tick(clip + 1, None)
+    values = {name: torch.stack(figures).mean().item() for name, figures in found.items()}
+    values["critical_share"] = 1 - block_map.sparsity
+
+    for name, choose in compared.items():
+        prediction = evaluate.predict(with_choice(sla, choose), data)
+        values[f"held_out_loss_{name}"] = evaluate.held_out_loss(prediction, data)
+    values["held_out_loss_teacher"] = evaluate.held_out_loss(evaluate.predict(teacher, data), data)
+    return values
+
+
+EXPERIMENT = Experiment(
+    "choice",
+    "Does the classification choose well?",
+    _cases,
+    _measure,
+    _prepare,
+    shown="recall_pooled",
+)
