@@ -174,6 +174,8 @@ class _Registry(Mapping[str, Experiment]):
 
 EXPERIMENTS: Mapping[str, Experiment] = _Registry(
     {
+        "motivation": "motivation:EXPERIMENT",
+        "choice": "choice:EXPERIMENT",
         "main": "main:EXPERIMENT",
         "ablation-critical": "ablations:CRITICAL",
         "ablation-negligible": "ablations:NEGLIGIBLE",
