@@ -108,7 +108,7 @@ def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = No
     rows = tokens.movedim(dim, 0)
     # Everybody gets what everybody has. The sum over ranks in the backward is that of the copies.
     copies = rows.expand(len(lengths), *rows.shape).flatten(0, 1)
-    return _AllToAll.apply(copies, [len(rows)] * len(lengths), lengths, group).movedim(0, dim)
+    return _AllToAll.apply(copies, [len(rows)] * len(lengths), lengths, group).movedim(0, dim).contiguous()
 
 
 def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:

@@ -54,7 +54,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         # gloo has no type of error of its own.
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise RuntimeError(
-                f"rank {rank()} of {count()} lost another rank, which died, hangs or does something else: {error}"
+                f"rank {rank()} waited in vain for another rank, which died or hangs: {error}"
             ) from error
         raise
     leave()  # not after an error: the others may be waiting for what this rank will never send
@@ -108,7 +108,7 @@ def wrap(model: nn.Module, fsdp: bool) -> nn.Module:
             raise ValueError("fsdp needs the processes that torchrun starts, got one that was started alone")
         return model
     if not fsdp:
-        return DistributedDataParallel(model, broadcast_buffers=False)  # buffers are constants here
+        return DistributedDataParallel(model)
     mesh = init_device_mesh(next(model.parameters()).device.type, (count(),))
     for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh)
