@@ -29,7 +29,7 @@ needs_wan = pytest.mark.skipif(not WAN, reason="needs the extra diffusers")
 def torchrun(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Two processes on this machine's CPU, and a port of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )
