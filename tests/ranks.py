@@ -238,20 +238,17 @@ def failing(folder: Path) -> None:
 
 
 def main(what: str, folder: Path) -> None:
-    """Two sessions; each ends with a failure."""
     with distributed.process_group(torch.device("cpu")):
         if what == "split":
             split(folder)
-        else:
+            failing(folder)
+        elif what == "trained":
             trained(folder)
-    if what == "split":
-        failing(folder)
-    else:
-        finetune(folder, "command", steps=2)
-        with distributed.process_group(torch.device("cpu")):
-            if dist.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+            finetune(folder, "command", steps=2)
+        elif dist.get_rank() == 0:
             training(folder, "dying")
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,14 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, and gives this one's device; alone, `device` as it is.
+    """Joins the processes that torchrun started, and gives this one's device.
+
+    For a process alone, or one that has joined already, that is `device` as it is.
 
     Raises:
         ValueError: device names one GPU, or there are more processes than GPUs.
     """
-    if not dist.is_torchelastic_launched():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield device
         return
     if device.type == "cuda":
