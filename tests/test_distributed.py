@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -275,3 +277,57 @@ def test_a_rank_that_dies_ends_all(tmp_path):
     assert monotonic() - start < 60
     assert session.returncode == 1
     assert f"exitcode  : {-signal.SIGKILL}" in session.stderr
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+
+
+@needs_wan
+def test_the_script_of_the_page_runs_on_two_ranks(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 4
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks))
+    session = torchrun(script)
+    assert session.returncode == 0, session.stderr
+
+
+def test_the_page_has_the_table_of_the_benchmark(capsys):
+    runpy.run_path(str(ROOT / "benchmarks" / "traffic.py"), run_name="__main__")
+    assert capsys.readouterr().out in PAGE
+
+
+@needs_wan
+def test_the_table_counts_the_parameters_of_wan():
+    from diffusers import WanTransformer3DModel
+
+    traffic = runpy.run_path(str(ROOT / "benchmarks" / "traffic.py"))
+    sizes = {"num_attention_heads": traffic["HEADS"], "attention_head_dim": traffic["HEAD_DIM"]}
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**sizes, num_layers=traffic["LAYERS"], ffn_dim=8960)
+    assert sum(parameter.numel() for parameter in model.parameters()) == traffic["PARAMETERS"]
+
+
+def test_the_table_counts_what_the_collectives_send(monkeypatch):
+    """One layer of Ulysses, forward and backward, as in the table: rows that leave for another rank."""
+    sent = []
+
+    def all_to_all(arrived, rows, received, leaving, group):
+        sent.append((sum(leaving) - leaving[0]) * rows[0].numel() * rows.element_size())
+        arrived.copy_(rows.repeat(2, *[1] * (rows.dim() - 1))[: len(arrived)])
+
+    def all_gather(arrived, mine, group):
+        for each in arrived:
+            each.copy_(mine)
+
+    monkeypatch.setattr("torch.distributed.all_to_all_single", all_to_all)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
+    traffic = runpy.run_path(str(ROOT / "benchmarks" / "traffic.py"))
+    width = traffic["HEADS"] * traffic["HEAD_DIM"]
+    shards = torch.randn(3, 1, traffic["HEADS"], 8, traffic["HEAD_DIM"], dtype=torch.bfloat16, requires_grad=True)
+    ranks.ulysses_attention(lambda query, key, value: query + key + value, *shards).sum().backward()
+    assert len(sent) == 4
+    assert sum(sent) * traffic["LAYERS"] == traffic["ulysses"](2, 16) == 8 * 30 * 8 * width * 2 / 2
