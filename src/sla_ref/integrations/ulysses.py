@@ -42,6 +42,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIMS = 8
 
 
+@torch.compiler.disable  # what the ranks tell each other is not known to a compiler
 def ulysses_attention(
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     query: Tensor,
@@ -85,6 +86,7 @@ def ulysses_attention(
     return rows.unflatten(0, (ranks, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
 
 
+@torch.compiler.disable
 def split_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """This rank's part of a tensor that every rank of the group has: (..., N, ...) -> (..., n, ...).
 
@@ -98,6 +100,7 @@ def split_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = Non
     return tokens.tensor_split(ranks, dim)[rank]
 
 
+@torch.compiler.disable
 def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """All tokens, on every rank, from each rank's part: (..., n, ...) -> (..., N, ...).
 
