@@ -65,6 +65,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 def leave() -> None:
     """Ends the communication; every rank at the same time. What follows, each does alone."""
     if dist.is_initialized():
+        dist.barrier()  # nobody hangs up while another rank still listens
         dist.destroy_process_group()
 
 
