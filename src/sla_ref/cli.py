@@ -6,8 +6,10 @@ named by the command that needs it.
 
 from __future__ import annotations
 
+import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,12 +41,13 @@ Seed = Annotated[int, typer.Option(help="Decides clips, noise and initial weight
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda where there is one.")]
 Backend = Annotated[str | None, typer.Option(help="Backend for SLA; see `sla-ref backends`. Default: auto.")]
 Steps = Annotated[int, typer.Option(help="Training steps.", min=1)]
-Batch = Annotated[int, typer.Option(help="Clips per step.", min=1)]
+Batch = Annotated[int, typer.Option(help="Clips per step, of all processes together.", min=1)]
 Clips = Annotated[int, typer.Option(help="Held-out clips to evaluate on.", min=1)]
 Rate = Annotated[float, typer.Option("--learning-rate", help="Peak of the one-cycle schedule.")]
 Objective = Annotated[str, typer.Option(help="flow: the velocity; teacher: the teacher's prediction (white box).")]
 Precision = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")]
+Fsdp = Annotated[bool, typer.Option("--fsdp", help="Under torchrun: split the parameters too (FSDP2), not only clips.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")]
 
 
@@ -101,6 +104,7 @@ def train_teacher(
     device: Device = "auto",
     precision: Precision = "float32",
     compile: Compile = False,
+    fsdp: Fsdp = False,
     resume: Resume = False,
     clips: Clips = 1024,
     size: Annotated[int, typer.Option(help="Height and width of a frame, in pixels.")] = 32,
@@ -116,7 +120,7 @@ def train_teacher(
     from .lab.model import ModelConfig
     from .lab.train import TrainConfig
 
-    with _resumable():
+    with _training(device) as (where, output):
         jobs.train_teacher(
             ModelConfig(frames=frames, size=size, pairs=pairs, width=width, depth=depth, heads=heads),
             TrainConfig(
@@ -127,11 +131,12 @@ def train_teacher(
                 precision=precision,
             ),
             out,
-            _device(device),
-            console,
+            where,
+            output,
             clips=clips,
             resume=resume,
             compiled=compile,
+            fsdp=fsdp,
         )
 
 
@@ -152,6 +157,7 @@ def finetune(
     backend: Backend = None,
     precision: Precision = "float32",
     compile: Compile = False,
+    fsdp: Fsdp = False,
     resume: Resume = False,
     clips: Clips = 1024,
 ) -> None:
@@ -161,7 +167,7 @@ def finetune(
     from .lab.train import TrainConfig
     from .lab.weights import TEACHER
 
-    with _resumable(), _using(backend):
+    with _training(device) as (where, output), _using(backend):
         jobs.finetune(
             teacher or TEACHER,
             attention,
@@ -179,11 +185,12 @@ def finetune(
                 precision=precision,
             ),
             out,
-            _device(device),
-            console,
+            where,
+            output,
             clips=clips,
             resume=resume,
             compiled=compile,
+            fsdp=fsdp,
         )
 
 
@@ -352,13 +359,30 @@ def _using(backend: str | None) -> AbstractContextManager[object]:
     return nullcontext() if backend is None else sla_ref.use_backend(backend)
 
 
-class _resumable(AbstractContextManager[None]):
-    """Says how to go on when a training run is interrupted; its checkpoint is already saved."""
+@contextmanager
+def _training(device: str) -> Iterator[tuple[torch.device, Console]]:
+    """This process's device, and a console that is silent in all processes of torchrun but the first.
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            console.print("interrupted; the same command with --resume goes on from here")
-            raise typer.Exit(130)
+    Says how to go on when a run is interrupted; its checkpoint is already saved.
+    """
+    from .lab import distributed
+
+    with distributed.process_group(_device(device)) as where:
+        output = console if distributed.rank() == 0 else Console(quiet=True)
+        try:
+            yield where, output
+        except KeyboardInterrupt:
+            output.print("interrupted; the same command with --resume goes on from the last checkpoint")
+            raise typer.Exit(130) from None
+
+
+def _first_to_fail() -> bool:
+    """False in a process of torchrun after another one has said what is wrong."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    from .lab import distributed
+
+    return distributed.first_to_fail()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -366,5 +390,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
-        print(f"sla-ref: {error}", file=sys.stderr)
+        if _first_to_fail():
+            print(f"sla-ref: {error}", file=sys.stderr)
         raise SystemExit(1) from error

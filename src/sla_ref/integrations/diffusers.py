@@ -17,7 +17,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 try:
     from diffusers import WanTransformer3DModel
@@ -45,6 +47,7 @@ from .checkpoints import (
     sla_parameters,
     split_sla_state_dict,
 )
+from .ulysses import check_heads, gather_tokens, split_tokens, ulysses_attention
 
 __all__ = [
     "install_sla",
@@ -69,11 +72,16 @@ def install_sla(
     feature_map: str | FeatureMap = "softmax",
     variant: str = "paper",
     backend: str | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Puts an SLA layer of its own into each block's self-attention; cross-attention stays as it is.
 
     Proj is created float32 and zero on the block's device, to be trained; `transformer.to()` applies to it afterwards.
     Call this before `torch.compile` or a wrapper for several devices, and before an optimizer is made.
+
+    With a group of P ranks, each rank's blocks work on its part of the tokens, N / P of them with their own rotary
+    embeddings, and its attention on its part of the heads: see `sla_ref.integrations.ulysses`. Input and output stay
+    whole and are the same on all ranks.
 
     Args:
         transformer: a `WanTransformer3DModel`, as `pipeline.transformer`; Wan 2.2 has a second, `transformer_2`.
@@ -83,11 +91,12 @@ def install_sla(
         block_q, block_k, feature_map, backend: as in `sla_ref.SparseLinearAttention`.
         variant: "paper", or "main" or "SLA-1" for weights trained with the authors' code, TurboDiffusion's for example:
             see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
+        group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value, SLA is installed already, the transformer's
-            self-attention has another processor than diffusers' own, is split over devices, or has no weights yet. The
-            transformer is then as it was.
+            self-attention has another processor than diffusers' own, is split over devices, has no weights yet, or has
+            heads that the ranks of the group cannot share out evenly. The transformer is then as it was.
     """
     attentions = _self_attentions(transformer)
     chosen = _chosen(layers, len(attentions))
@@ -98,7 +107,16 @@ def install_sla(
     if any(isinstance(attention.processor, _WanSelfAttention) for attention in attentions):
         raise ValueError("transformer must be without SLA, which is installed already; remove_sla takes it out")
     if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError("transformer must be whole, got one that enable_parallelism has split over devices")
+        raise ValueError(
+            f"transformer must be whole, got one that enable_parallelism has split over devices. {_NO_RING}"
+        )
+    if group is not None:
+        check_heads(attentions[0].heads, group)
+        if len(chosen) < len(attentions):
+            raise ValueError(
+                "layers must be None with a group: a dense layer would attend to its rank's tokens alone; "
+                f"got {len(chosen)} of {len(attentions)} layers"
+            )
     new = []
     for number in chosen:
         attention = attentions[number]
@@ -127,9 +145,11 @@ def install_sla(
             processor = WanReleasedSLAProcessor(
                 head_dim, critical_ratio, feature_map, block_q, block_k, variant=variant, backend=backend
             )
-        processor.replaced = attention.processor
+        processor.replaced, processor.group = attention.processor, group
         new.append((attention, processor.to(device)))
+    hooks = [] if group is None else _split(transformer, group)
     for attention, processor in new:
+        processor.hooks = hooks
         attention.set_processor(processor)
 
 
@@ -143,6 +163,8 @@ def remove_sla(transformer: WanTransformer3DModel) -> None:
     attentions = [each for each in _self_attentions(transformer) if isinstance(each.processor, _WanSelfAttention)]
     if not attentions:
         raise ValueError("transformer must have SLA installed, got one without")
+    for hook in attentions[0].processor.hooks:
+        hook.remove()
     for attention in attentions:
         attention.set_processor(attention.processor.replaced)
 
@@ -168,13 +190,47 @@ def _chosen(layers: Iterable[int] | None, depth: int) -> list[int]:
     return chosen
 
 
+def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list[RemovableHandle]:
+    """Cuts the tokens up where they enter the blocks, with all that belongs to a token, and joins them at the end."""
+
+    def angles(module: nn.Module, inputs: Any, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(split_tokens(each, 1, group) for each in cos_sin)  # (1, N, 1, D)
+
+    def times(module: nn.Module, inputs: Any, conditions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        time, projected, *texts = conditions
+        if time.dim() == 3:  # (B, N, C): Wan 2.2 may have a time for each token
+            time, projected = split_tokens(time, 1, group), split_tokens(projected, 1, group)
+        return time, projected, *texts
+
+    def tokens(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return split_tokens(inputs[0], 1, group), *inputs[1:]  # (B, N, C)
+
+    def output(module: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
+        return gather_tokens(patches, 1, group)
+
+    return [
+        transformer.rope.register_forward_hook(angles),
+        transformer.condition_embedder.register_forward_hook(times),
+        transformer.blocks[0].register_forward_pre_hook(tokens),
+        transformer.proj_out.register_forward_hook(output),
+    ]
+
+
 # --- the processor ---------------------------------------------------------------------------------------------------
+
+
+_NO_RING = (
+    "SLA needs all keys at once, for its classes and for both normalisations, so no ring can run it; "
+    "install_sla(..., group=...) splits tokens by all-to-all"
+)
 
 
 class _WanSelfAttention(nn.Module):
     """What Wan does around its self-attention; the attention itself is that of the class beside this one."""
 
     replaced: WanAttnProcessor
+    hooks: list[RemovableHandle]  # those of the whole transformer
+    group: dist.ProcessGroup | None
     # diffusers sets this on processors that have it, where tokens are split over devices.
     _parallel_config: Any = None
 
@@ -190,7 +246,7 @@ class _WanSelfAttention(nn.Module):
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("SLA takes self-attention without a mask, got encoder_hidden_states or attention_mask")
         if self._parallel_config is not None:
-            raise RuntimeError("SLA needs all tokens on one device, but enable_parallelism has split them")
+            raise RuntimeError(f"enable_parallelism has split the tokens over devices. {_NO_RING}")
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -201,7 +257,11 @@ class _WanSelfAttention(nn.Module):
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
         value = value.to(query.dtype)  # autocast may keep the norms in float32
-        out = super().forward(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # (B, H, N, D)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H, N, D)
+        if self.group is None:
+            out = super().forward(query, key, value)
+        else:
+            out = ulysses_attention(super().forward, query, key, value, self.group)
         out = out.transpose(1, 2).flatten(-2)
         for step in attn.to_out:  # projection, dropout
             out = step(out)

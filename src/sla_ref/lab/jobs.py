@@ -1,7 +1,8 @@
 """The two long jobs: training a teacher, and fine-tuning it with another attention.
 
 Each leaves a folder with `checkpoint.pt`, `metrics.jsonl` and, at the end, the weights in float16 with
-a card that holds the held-out loss of exactly these rounded weights.
+a card that holds the held-out loss of exactly these rounded weights. With several processes all of them train, and
+rank 0 does the rest alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import evaluate
+from . import distributed, evaluate
 from .console import progress_bar
 from .machine import machine
 from .model import ModelConfig, VideoTransformer, with_attention
@@ -34,11 +35,12 @@ def train_teacher(
     clips: int,
     resume: bool = False,
     compiled: bool = False,
+    fsdp: bool = False,
 ) -> Path:
     """Trains a model from scratch; returns the path of its weights file."""
     torch.manual_seed(config.seed)  # the initial weights
     fresh = VideoTransformer(model).to(device)
-    return _run(fresh, None, "flow", config, out, console, clips=clips, resume=resume, compiled=compiled)
+    return _run(fresh, None, "flow", config, out, console, clips=clips, resume=resume, compiled=compiled, fsdp=fsdp)
 
 
 def finetune(
@@ -54,6 +56,7 @@ def finetune(
     clips: int,
     resume: bool = False,
     compiled: bool = False,
+    fsdp: bool = False,
 ) -> Path:
     """Loads the weights `source`, swaps the attention, trains; returns the new weights file."""
     if objective not in OBJECTIVES:
@@ -70,6 +73,7 @@ def finetune(
         clips=clips,
         resume=resume,
         compiled=compiled,
+        fsdp=fsdp,
     )
 
 
@@ -84,6 +88,7 @@ def _run(
     clips: int,
     resume: bool,
     compiled: bool,
+    fsdp: bool,
 ) -> Path:
     attention = model.config.attention
     path = out / f"{attention}.safetensors"
@@ -99,8 +104,16 @@ def _run(
             teacher=teacher if objective == "teacher" else None,
             resume=resume,
             compiled=compiled,
+            fsdp=fsdp,
             tick=tick,
         )
+    weights = distributed.whole_weights(model)
+    first = distributed.rank() == 0
+    distributed.leave()
+    if not first:
+        return path
+    model = VideoTransformer(model.config).to(device)
+    model.load_state_dict(weights)
     round_to_half(model)
     with progress_bar(console, "evaluating the stored weights", clips) as tick:
         prediction = evaluate.predict(model, data, tick=tick)

@@ -6,6 +6,9 @@ loss is the flow loss, or with a teacher (the "white box" recipe) the distance t
 A run lives in one folder: `checkpoint.pt` (all that is needed to go on) and `metrics.jsonl` (one line
 per `log_every` steps: step, mean loss since the last line, learning rate, seconds). On one CPU an
 interrupted and resumed run ends with the same bits as an uninterrupted one.
+
+Under torchrun each process trains on its share of the same batches; rank 0 writes. A checkpoint is that of one
+process, so a run may go on with another number of them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import flow
+from . import distributed, flow
 from .files import new_folder, whole
 from .model import VideoTransformer
 
@@ -60,6 +63,7 @@ def train(
     teacher: nn.Module | None = None,
     resume: bool = False,
     compiled: bool = False,
+    fsdp: bool = False,
     log_every: int = 50,
     save_every: int = 500,
     tick: Callable[[int, float | None], object] = lambda step, loss: None,
@@ -68,20 +72,30 @@ def train(
 
     `tick(step, loss)` is called after each step; loss is None except where a metrics line is written.
     Without `resume`, `out` must be new or empty. With it, `out` must hold a checkpoint of the same
-    configuration. A KeyboardInterrupt saves a checkpoint before it goes on its way.
+    configuration. A KeyboardInterrupt saves a checkpoint before it goes on its way; not with several processes, which
+    it reaches at different steps.
+
+    With several processes `config.batch` is the sum of their shares. With `fsdp` they share out parameters and
+    optimizer states too (FSDP2), else only the batch (DDP).
+
+    Raises:
+        ValueError: the processes cannot share out the batch evenly, or `fsdp` without torchrun.
     """
-    device = next(model.parameters()).device
+    distributed.check_batch(config.batch)
+    device, first = next(model.parameters()).device, distributed.rank() == 0
+    forward: Callable[..., Any] = distributed.wrap(model, fsdp)
+    target: Callable[..., Any] | None = teacher
     run = _Run(model, config, device)
     checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
     if resume:
         run.load(checkpoint)
-        _keep_lines(metrics, run.step)
-    else:
-        new_folder(out)
+    if first:
+        if resume:
+            _keep_lines(metrics, run.step)
+        else:
+            new_folder(out)
     if compiled:
-        forward, target = torch.compile(model), teacher and torch.compile(teacher)
-    else:
-        forward, target = model, teacher
+        forward, target = torch.compile(forward), teacher and torch.compile(teacher)
     model.train()
 
     loss_sum, since, started = torch.zeros((), device=device), run.step, time.perf_counter()
@@ -91,7 +105,7 @@ def train(
             loss_sum += loss  # stays on the device: reading it each step would stall a GPU
             mean = None
             if run.step % log_every == 0 or run.step == config.steps:
-                mean = loss_sum.item() / (run.step - since)
+                mean = distributed.mean(loss_sum).item() / (run.step - since)
                 if not mean < float("inf"):
                     raise FloatingPointError(f"the loss at step {run.step} is {mean}")
                 now = time.perf_counter()
@@ -101,15 +115,17 @@ def train(
                     "learning_rate": run.optimizer.param_groups[0]["lr"],
                     "seconds": round(now - started, 3),
                 }
-                with metrics.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                if first:
+                    with metrics.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
                 loss_sum.zero_()
                 since, started = run.step, now
             tick(run.step, mean)
             if run.step % save_every == 0 or run.step == config.steps:
                 run.save(checkpoint)
     except KeyboardInterrupt:
-        run.save(checkpoint)
+        if distributed.count() == 1:
+            run.save(checkpoint)
         raise
 
 
@@ -137,10 +153,11 @@ class _Run:
         )
 
     def advance(self, forward: Callable[..., Any], teacher: Callable[..., Any] | None) -> Any:
-        """One step; returns its loss as a tensor on the device."""
+        """One step; returns its loss, on this process's share of the batch, as a tensor on the device."""
         clip, labels = self.data.batch(self.config.batch, self.device)
         noise = torch.randn(clip.shape, generator=self.noise, device=self.device)
         moment = torch.rand(len(clip), generator=self.noise, device=self.device)
+        clip, labels, noise, moment = (distributed.share(each) for each in (clip, labels, noise, moment))
         x = flow.noised(clip, noise, moment)
         half = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
@@ -168,11 +185,14 @@ class _Run:
         }
 
     def save(self, path: Path) -> None:
+        model, optimizer = distributed.whole_state(self.model, self.optimizer)
+        if distributed.rank() > 0:
+            return
         state = {
             "identity": self._identity(),
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "clips": self.data.generator.get_state(),
             "noise": self.noise.get_state(),
@@ -195,8 +215,7 @@ class _Run:
                     "a resumed run must keep it"
                 )
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        distributed.load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.data.generator.set_state(state["clips"].cpu())
         self.noise.set_state(state["noise"].cpu())

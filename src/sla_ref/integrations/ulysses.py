@@ -1,0 +1,173 @@
+"""Context parallelism after DeepSpeed-Ulysses: ranks share out the tokens, and for attention the heads.
+
+    tokens = split_tokens(tokens, dim=1)                     # (B, N, C) -> this rank's (B, N / P, C)
+    ...                                                      # what works token by token needs nothing
+    out = ulysses_attention(layer, query, key, value)        # (B, H, N / P, D) each, on P ranks
+    ...
+    tokens = gather_tokens(tokens, dim=1)                    # (B, N / P, C) -> (B, N, C), on every rank
+
+      tokens ->                all-to-all              tokens ->
+    h  0 0 1 1                                       h  0 0 0 0
+    e  0 0 1 1     rank 0: all heads, half the       e  0 0 0 0     rank 0: half the heads,
+    a  0 0 1 1     tokens; rank 1 the other half     a  1 1 1 1     all tokens
+    d  0 0 1 1                                       d  1 1 1 1
+
+Heads know nothing of each other, so each rank's attention is that of one process, for its heads. N need not be
+divisible by P: the first N mod P ranks have one token more.
+
+**Gradients.** The three functions are differentiated as what they are, so that backward on all ranks gives the
+derivative of the *sum* of all ranks' losses, each rank a part of it. DistributedDataParallel and FSDP average these
+parts. Behind `gather_tokens` every rank has the loss of one process, and the average over P times the same loss is
+that loss: wrapped in DDP or FSDP over all ranks, every parameter gets the gradient of one process, Proj and Hedgehog's
+weights too. Without a wrapper, average the gradients over the ranks yourself. All ranks of a group must be given the
+same data, noise and times.
+
+**No ring.** A ring hands the keys around, so that a rank sees a part of them at a time. SLA ranks all key blocks of a
+query block before it knows the classes [Eq. 3], and normalises over all critical and over all marginal keys [Eq. 4]
+[Eq. 5]. None of this can be said of a part of the keys, so there is no ring here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..block_map import check_tensors
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_DIMS = 8
+
+
+@torch.compiler.disable  # what the ranks tell each other is not known to a compiler
+def ulysses_attention(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Self-attention over the tokens of all ranks: `attention` runs on this rank's heads and everybody's tokens.
+
+    Args:
+        attention: takes query, key, value (B, H / P, N, D), returns (B, H / P, N, D), each head by itself: a
+            `SparseLinearAttention`, for example. With `sparse_linear_attention`, take one of its branches.
+        query, key, value: (B, H, n, D), this rank's n of N tokens as `split_tokens` gives them.
+        group: the P ranks that the tokens are split between; all ranks if None.
+
+    Returns:
+        (B, H, n, D), for the same tokens.
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong type, shape, dtype or device; H is not divisible by P; the ranks
+            disagree on shape or dtype, or their tokens are not split as `split_tokens` does. In the last case all ranks
+            raise the same error: shapes are exchanged first, in a small all-gather that waits for the device.
+    """
+    check_tensors(query=query, key=key, value=value)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[2] != query.shape[2]:
+            raise ValueError(f"{name} must have query's number of tokens {query.shape[2]}, got {tensor.shape[2]}")
+    ranks = check_heads(query.shape[1], group)
+    lengths = _lengths("query", query, 2, group)
+    mine = [query.shape[2]] * ranks
+
+    rows = torch.stack((query, key, value)).unflatten(2, (ranks, -1))  # (3, B, P, H / P, n, D)
+    rows = rows.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # (P n, 3, B, H / P, D): what rank 0 gets comes first
+    rows = _AllToAll.apply(rows, mine, lengths, group)  # (N, 3, B, H / P, D)
+    query, key, value = rows.permute(1, 2, 3, 0, 4)  # (B, H / P, N, D) each
+
+    out = attention(query, key, value)
+    if out.shape != query.shape:
+        raise ValueError(f"attention must return a tensor of shape {tuple(query.shape)}, got {tuple(out.shape)}")
+    rows = _AllToAll.apply(out.permute(2, 0, 1, 3), lengths, mine, group)  # (P n, B, H / P, D)
+    return rows.unflatten(0, (ranks, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+
+
+@torch.compiler.disable
+def split_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """This rank's part of a tensor that every rank of the group has: (..., N, ...) -> (..., n, ...).
+
+    Raises:
+        ValueError: there are fewer tokens than ranks, or the ranks disagree on shape or dtype; all raise it then.
+    """
+    lengths = _lengths("tokens", tokens, dim, group, split=False)
+    ranks, rank = len(lengths), dist.get_rank(group)
+    if lengths[0] < ranks:
+        raise ValueError(f"tokens must be at least one for each of the {ranks} ranks, got {lengths[0]} in all")
+    return tokens.tensor_split(ranks, dim)[rank]
+
+
+@torch.compiler.disable
+def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """All tokens, on every rank, from each rank's part: (..., n, ...) -> (..., N, ...).
+
+    Raises:
+        ValueError: the ranks disagree on shape or dtype, or tokens are not split as `split_tokens` does; all raise it.
+    """
+    lengths = _lengths("tokens", tokens, dim, group)
+    rows = tokens.movedim(dim, 0)
+    # Everybody gets what everybody has. The sum over ranks in the backward is that of the copies.
+    copies = rows.expand(len(lengths), *rows.shape).flatten(0, 1)
+    return _AllToAll.apply(copies, [len(rows)] * len(lengths), lengths, group).movedim(0, dim).contiguous()
+
+
+def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
+    """The number of ranks in the group; ValueError unless it divides the number of heads."""
+    ranks = dist.get_world_size(group)
+    if ranks < 1:
+        raise ValueError("group must hold this process, got one of other ranks")
+    if heads % ranks:
+        raise ValueError(
+            f"heads must be divisible by the ranks of the group, which share them out, got {heads} on {ranks} ranks"
+        )
+    return ranks
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows (R, ...) -> (R', ...): the first sent[0] rows go to rank 0, the first received[0] come from it, and so on.
+
+    Its gradient goes the same ways back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
+    ) -> Tensor:
+        ctx.back = (received, sent, group)
+        arrived = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return _AllToAll.apply(gradient, *ctx.back), None, None, None
+
+
+def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None, *, split: bool = True) -> list[int]:
+    """The size of `dim` on each rank. Whatever else would not fit is an error that all ranks raise.
+
+    A collective of unequal sizes never ends, so that the ranks compare dtypes and shapes beforehand.
+    """
+    if tensor.dtype not in _DTYPES or tensor.dim() > _MAX_DIMS:
+        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must be a float tensor of at most {_MAX_DIMS} dimensions, got {got}")
+    place = 2 + range(tensor.dim())[dim]
+    mine = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *[0] * (_MAX_DIMS - tensor.dim())]
+    sent = torch.tensor(mine, device=tensor.device)
+    arrived = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(arrived, sent, group=group)
+    everybody = [each.tolist() for each in arrived]
+
+    lengths = [each[place] for each in everybody]
+    fair = [len(part) for part in torch.empty(sum(lengths), device="meta").tensor_split(len(lengths))]
+    wanted = fair if split else lengths[:1] * len(lengths)
+    if any(each != [*mine[:place], length, *mine[place + 1 :]] for each, length in zip(everybody, wanted, strict=True)):
+        got = "; ".join(
+            f"{tuple(each[2 : 2 + each[1]])} {_DTYPES[each[0]]} on rank {rank}" for rank, each in enumerate(everybody)
+        )
+        but = f", apart from dim {place - 2}, split as split_tokens does" if split else ""
+        raise ValueError(f"{name} must have one shape and dtype on all ranks{but}; got {got}")
+    return lengths

@@ -1,0 +1,256 @@
+"""What test_distributed.py runs in two processes: torchrun starts this file with a folder, and what to do in it.
+
+The comparisons with one process are made there; here each rank does its work and writes down what came out.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import sla_ref
+from sla_ref import cli
+from sla_ref.integrations.ulysses import gather_tokens, split_tokens, ulysses_attention
+from sla_ref.lab import distributed
+from sla_ref.lab import train as loop
+from sla_ref.lab.model import ModelConfig, VideoTransformer, with_attention
+from sla_ref.lab.train import TrainConfig, train
+
+TOKENS = 45  # 23 on one rank and 22 on the other
+CONFIG = TrainConfig(steps=6, batch=4, learning_rate=1e-2)
+
+
+class Attention(nn.Module):
+    """A little of a model: a projection before SLA and one behind it, learnable feature maps, tokens split or not."""
+
+    def __init__(self, feature_map: str = "hedgehog") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(32, 96)
+        self.layer = sla_ref.SparseLinearAttention(8, 0.3, 0.2, block_q=8, block_k=8, feature_map=feature_map)
+        nn.init.normal_(self.layer.proj_l.weight)
+        nn.init.normal_(self.layer.proj_l.bias)
+        self.out = nn.Linear(32, 32)
+        self.split = False
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = split_tokens(tokens, 1) if self.split else tokens
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)  # (B, 4, N, 8)
+        out = ulysses_attention(self.layer, query, key, value) if self.split else self.layer(query, key, value)
+        tokens = self.out(out.transpose(1, 2).flatten(2))
+        return gather_tokens(tokens, 1) if self.split else tokens
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, TOKENS, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def outcome(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Output, and the gradient of every input and every parameter."""
+    inputs = tuple(each.clone().requires_grad_(each.is_floating_point()) for each in inputs)
+    out = model(*inputs)
+    out = out[0] if isinstance(out, tuple) else out
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    (out * weights).sum().backward()
+    found = {"out": out.detach()}
+    found |= {f"input {i}": each.grad for i, each in enumerate(inputs) if each.grad is not None}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        found[name.removeprefix("module.")] = getattr(gradient, "full_tensor", lambda g=gradient: g)()
+    return found
+
+
+class Wan(nn.Module):
+    """diffusers' transformer with SLA; with a group, its tokens are split."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None, heads: int = 2, **options) -> None:
+        from diffusers import WanTransformer3DModel
+
+        from sla_ref.integrations import diffusers as wan
+
+        super().__init__()
+        torch.manual_seed(0)
+        small = {"num_attention_heads": heads, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 32}
+        small |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16, "rope_max_seq_len": 32}
+        self.transformer = WanTransformer3DModel(**small)
+        sparse = {"critical_ratio": 0.2, "negligible_ratio": 0.2, "block_q": 8, "block_k": 8}
+        wan.install_sla(self.transformer, **sparse | options, group=group)
+        for parameter in wan.sla_parameters(self.transformer):
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, latents: Tensor, text: Tensor, times: Tensor) -> Tensor:
+        return self.transformer(latents, times, text, return_dict=False)[0]
+
+
+def latents(size: int = 10, per_token: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """3 x 6 x 10 pixels, which are 45 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    times = torch.arange(TOKENS).expand(2, -1) * 20 if per_token else torch.tensor([900, 300])
+    return (
+        torch.randn(2, 4, 3, 6, size, generator=generator),
+        torch.randn(2, 5, 16, generator=generator),
+        times,
+    )
+
+
+def small_model() -> VideoTransformer:
+    torch.manual_seed(0)
+    made = VideoTransformer(ModelConfig(frames=2, size=16, width=32, depth=2, heads=2, block=8))
+    with torch.no_grad():
+        for parameter in made.parameters():  # away from the zeros, behind which most gradients are zero at first
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return with_attention(made, "sla")
+
+
+def training(folder: Path, name: str, config: TrainConfig = CONFIG, **options) -> None:
+    train(small_model(), config, folder / name, log_every=1, **options)
+
+
+def message(function, *arguments, **options) -> str:
+    """Of the error that a call must raise."""
+    try:
+        function(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def split(folder: Path) -> None:
+    """Ulysses, alone and in Wan."""
+    found: dict[str, object] = {}
+    for feature_map in ("softmax", "hedgehog"):
+        model = Attention(feature_map)
+        model.split = True
+        found[f"summed, {feature_map}"] = outcome(model, tokens())
+    model = Attention()
+    model.split = True
+    found["ddp"] = outcome(DistributedDataParallel(model), tokens())
+    model = Attention()
+    model.split = True
+    fully_shard(model.layer)
+    fully_shard(model)
+    found["fsdp"] = outcome(model, tokens())
+    rank = dist.get_rank()
+    part = torch.arange(rank * 3.0, 5.0 if rank else 3.0).requires_grad_()
+    (gather_tokens(part, 0) * (rank + 1) * torch.arange(5.0)).sum().backward()
+    found["gather"] = {"gradient": part.grad}
+    if "diffusers" in sys.argv:
+        from sla_ref.integrations import diffusers as wan
+
+        group = dist.group.WORLD
+        found["wan"] = outcome(DistributedDataParallel(Wan(group)), *latents())
+        found["wan, time per token"] = outcome(DistributedDataParallel(Wan(group)), *latents(per_token=True))
+        found["wan, main"] = outcome(
+            DistributedDataParallel(Wan(group, negligible_ratio=None, variant="main")), *latents()
+        )
+        model = Wan(group)
+        model.transformer.enable_gradient_checkpointing()
+        for block in model.transformer.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        found["wan, fsdp and checkpointing"] = outcome(model, *latents())
+        model = Wan(group)
+        wan.remove_sla(model.transformer)
+        wan.install_sla(model.transformer, critical_ratio=1.0, block_q=8, block_k=8)
+        found["wan, taken out"] = outcome(model, *latents())
+        found["errors of wan"] = {
+            "heads": message(Wan, group, heads=3),
+            "layers": message(Wan, group, layers=[1]),
+            "size": message(Wan(group), *latents(10 + 2 * rank)),
+        }
+    one = torch.randn(1, 4, 5, 8)
+    found["errors"] = {
+        "length": message(ulysses_attention, Attention().layer, *[torch.randn(1, 4, 5 + 2 * rank, 8)] * 3),
+        "batch": message(ulysses_attention, Attention().layer, *[torch.randn(1 + rank, 4, 5, 8)] * 3),
+        "dims": message(gather_tokens, torch.randn([2] * (2 + rank)), 0),
+        "dtype": message(split_tokens, torch.randn(4, dtype=torch.float64 if rank else torch.float32), 0),
+        "number": message(split_tokens, torch.randn(4 + rank), 0),
+        "few": message(split_tokens, torch.randn(1), 0),
+        "heads": message(ulysses_attention, Attention().layer, *[torch.randn(1, 3, 5, 8)] * 3),
+        "keys": message(ulysses_attention, Attention().layer, one, torch.randn(1, 4, 6, 8), one),
+        "int": message(split_tokens, torch.arange(4), 0),
+        "shape": message(ulysses_attention, lambda query, key, value: query[..., :2], one, one, one),
+    }
+    found["waits"] = waits()
+    torch.save(found, folder / f"split-{rank}.pt")
+
+
+def trained(folder: Path) -> None:
+    """The lab's training under DDP and FSDP2, interrupted by what another number of processes began."""
+    training(folder, "ddp")
+    training(folder, "fsdp", fsdp=True)
+    training(folder, "resumed", resume=True, fsdp=True)
+    said = message(training, folder, "uneven", TrainConfig(batch=3))
+    model = small_model()
+    distributed.wrap(model, fsdp=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    share = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+    weights = distributed.whole_state(model, optimizer)[0]
+    if dist.get_rank() == 0:
+        torch.save({"share": share, "weights": weights, "uneven": said}, folder / "trained.pt")
+
+
+def waits() -> tuple[str, float]:
+    """Rank 1 stays away from a collective: what rank 0 says, and after how many seconds."""
+    group, said, start = dist.new_group(timeout=timedelta(seconds=2)), "", monotonic()
+    if dist.get_rank() == 0:
+        try:
+            ulysses_attention(Attention().layer.float(), *[torch.randn(1, 4, 5, 8)] * 3, group)
+        except RuntimeError as error:
+            said = str(error)
+    dist.barrier()
+    return said, monotonic() - start
+
+
+def finetune(folder: Path, name: str, **options: object) -> None:
+    """The command, as somebody would type it after torchrun."""
+    teacher = folder / "teacher" / "full.safetensors"
+    options = {"teacher": teacher, "out": folder / name, "device": "cpu", "batch": 2, "clips": 2} | options
+    try:
+        cli.main(["finetune", *(f"--{key}={value}" for key, value in options.items()), "--fsdp"])
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def failing(folder: Path) -> None:
+    """Rank 1 alone meets an error, where rank 0 waits for its gradients."""
+    advance = loop._Run.advance
+
+    def advance_or_raise(run, *models):
+        if run.step == 2 and int(os.environ["RANK"]) == 1:
+            raise ValueError("the clips ran out")
+        return advance(run, *models)
+
+    loop._Run.advance = advance_or_raise
+    finetune(folder, "failing", steps=50)
+
+
+def main(what: str, folder: Path) -> None:
+    with distributed.process_group(torch.device("cpu")):
+        if what == "split":
+            split(folder)
+            failing(folder)
+        elif what == "trained":
+            trained(folder)
+            finetune(folder, "command", steps=2)
+        elif dist.get_rank() == 0:
+            training(folder, "dying")
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))

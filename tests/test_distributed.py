@@ -1,0 +1,333 @@
+"""Two processes compute what one does: the lab's training under DDP and FSDP2, Ulysses alone and in Wan.
+
+torchrun starts tests/ranks.py three times, on the CPU with gloo: what came out is compared here with one process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+
+import pytest
+import torch
+
+from sla_ref import cli
+from sla_ref.lab.weights import load_weights
+from tests import ranks
+
+ROOT = Path(__file__).parents[1]
+WAN = importlib.util.find_spec("diffusers") is not None
+needs_wan = pytest.mark.skipif(not WAN, reason="needs the extra diffusers")
+
+
+def torchrun(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Two processes on this machine's CPU, and a port of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
+
+
+def run(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(each) for each in arguments])
+    assert end.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With a tiny teacher for the command line."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny = ["--frames", "4", "--size", "16", "--width", "32", "--depth", "2", "--batch", "2", "--clips", "2"]
+    run("train-teacher", "--out", folder / "teacher", "--device", "cpu", "--steps", "2", *tiny)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(folder):
+    """What each of two ranks found, and how the session ended."""
+    session = torchrun(ROOT / "tests" / "ranks.py", "split", folder, *(["diffusers"] if WAN else []))
+    assert (folder / "split-1.pt").exists(), session.stderr
+    return [torch.load(folder / f"split-{rank}.pt") for rank in (0, 1)], session
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The runs of two ranks, one of which goes on from a run of one process, and how the session ended."""
+
+    def interrupt(step, loss):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ranks.training(folder, "resumed", tick=interrupt)
+    session = torchrun(ROOT / "tests" / "ranks.py", "trained", folder)
+    assert session.returncode == 0, session.stderr
+    return torch.load(folder / "trained.pt"), session
+
+
+def close(found: dict, expected: dict, **tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+# --- Ulysses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "hedgehog"])
+def test_output_and_gradients_are_those_of_one_process(split, feature_map):
+    """45 tokens on two ranks. The ranks' gradients are parts of the gradient of the sum of both losses."""
+    found, _ = split
+    expected = ranks.outcome(ranks.Attention(feature_map), ranks.tokens())
+    outputs = [each[f"summed, {feature_map}"] for each in found]
+    for output in outputs:
+        torch.testing.assert_close(output.pop("out"), expected["out"])
+    average = {name: (outputs[0][name] + outputs[1][name]) / 2 for name in outputs[0]}
+    close(average, {name: value for name, value in expected.items() if name != "out"})
+    assert not torch.allclose(outputs[0]["layer.proj_l.weight"], expected["layer.proj_l.weight"]), "half the heads"
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_ddp_and_fsdp_give_every_parameter_the_gradient_of_one_process(split, wrapper):
+    expected = ranks.outcome(ranks.Attention(), ranks.tokens())
+    assert {"layer.proj_l.weight", "layer.phi_query.weight", "layer.phi_key.weight"} <= expected.keys()
+    for each in split[0]:
+        found = {name: value for name, value in each[wrapper].items() if not name.startswith("input")}
+        close(found, {name: value for name, value in expected.items() if name in found and name != "input 0"})
+        assert len(found) == len(expected) - 1
+
+
+def test_gathering_sends_back_the_sum_of_all_ranks_gradients(split):
+    parts = [each["gather"]["gradient"] for each in split[0]]
+    assert torch.equal(torch.cat(parts), 3 * torch.arange(5.0))  # ranks 0 and 1 weigh with 1 and 2
+
+
+@needs_wan
+@pytest.mark.parametrize(
+    ("name", "options", "inputs"),
+    [
+        ("wan", {}, {}),
+        ("wan, time per token", {}, {"per_token": True}),
+        ("wan, main", {"negligible_ratio": None, "variant": "main"}, {}),
+        ("wan, fsdp and checkpointing", {}, {}),
+        ("wan, taken out", None, {}),
+    ],
+)
+def test_wan_on_two_ranks_is_wan_on_one(split, name, options, inputs):
+    """The main variant computes in bfloat16."""
+    one = ranks.Wan(**options or {})
+    if options is None:
+        from sla_ref.integrations import diffusers as wan
+
+        wan.remove_sla(one.transformer)
+        wan.install_sla(one.transformer, critical_ratio=1.0, block_q=8, block_k=8)
+    expected = ranks.outcome(one, *ranks.latents(**inputs))
+    tolerance = {"atol": 0.05, "rtol": 0.05} if name == "wan, main" else {"atol": 1e-4, "rtol": 1e-4}
+    for each in split[0]:
+        found = {key: value for key, value in each[name].items() if not key.startswith("input")}
+        close(found, {key: value for key, value in expected.items() if not key.startswith("input")}, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("length", "ValueError: query must have one shape and dtype on all ranks, apart from dim 2, split as split_"),
+        ("batch", "got (1, 4, 5, 8) torch.float32 on rank 0; (2, 4, 5, 8) torch.float32 on rank 1"),
+        ("dims", "got (2, 2) torch.float32 on rank 0; (2, 2, 2) torch.float32 on rank 1"),
+        ("dtype", "tokens must have one shape and dtype on all ranks; got (4,) torch.float32 on rank 0; (4,) torch.fl"),
+        ("number", "got (4,) torch.float32 on rank 0; (5,) torch.float32 on rank 1"),
+        ("few", "tokens must be at least one for each of the 2 ranks, got 1 in all"),
+        ("heads", "heads must be divisible by the ranks of the group, which share them out, got 3 on 2 ranks"),
+        ("keys", "key must have query's number of tokens 5, got 6"),
+        ("int", "tokens must be a float tensor of at most 8 dimensions, got torch.int64 (4,)"),
+        ("shape", "attention must return a tensor of shape (1, 2, 10, 8), got (1, 2, 10, 2)"),
+    ],
+)
+def test_all_ranks_raise_the_same_error(split, name, message):
+    first, second = (each["errors"][name] for each in split[0])
+    assert message in first
+    assert first == second
+
+
+@needs_wan
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("heads", "heads must be divisible by the ranks of the group, which share them out, got 3 on 2 ranks"),
+        ("layers", "layers must be None with a group: a dense layer would attend to its rank's tokens alone; got 1 of"),
+        ("size", "tokens must have one shape and dtype on all ranks; got (1, 45, 1, 16)"),
+    ],
+)
+def test_wan_names_what_two_ranks_cannot_do(split, name, message):
+    first, second = (each["errors of wan"][name] for each in split[0])
+    assert message in first
+    assert first == second
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The same run by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    ranks.training(folder, "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed"])
+def test_the_loss_curve_is_that_of_one_process(folder, trained, alone, name):
+    found, expected = lines(folder / name), lines(alone)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+    first, second = (torch.load(path / "checkpoint.pt") for path in (folder / name, alone))
+    close(first["model"], second["model"], atol=1e-4, rtol=1e-4)
+    assert first["identity"] == second["identity"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_one_process_goes_on_where_two_stopped(folder, trained, tmp_path, monkeypatch, alone, name):
+    """From the checkpoint of step 6, six steps more."""
+    longer = ranks.TrainConfig(**{**ranks.CONFIG.__dict__, "steps": 6})
+    state = torch.load(folder / name / "checkpoint.pt")
+    reference = torch.load(alone / "checkpoint.pt")
+    assert state["optimizer"]["state"].keys() == reference["optimizer"]["state"].keys()
+    for place, model in ((tmp_path / "two", state), (tmp_path / "one", reference)):
+        place.mkdir()
+        torch.save(model, place / "checkpoint.pt")
+    runs = []
+    for place in ("two", "one"):
+        model = ranks.small_model()
+        run = ranks.loop._Run(model, longer, torch.device("cpu"))
+        run.load(tmp_path / place / "checkpoint.pt")
+        run.scheduler.last_epoch = 3  # the schedule ends at step 6
+        runs.append([run.advance(model, None).item() for _ in range(3)])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_fsdp_keeps_half_of_the_parameters_on_each_rank(trained):
+    found, _ = trained
+    expected = ranks.small_model().state_dict()
+    close(found["weights"], expected)
+    whole = sum(parameter.numel() for parameter in ranks.small_model().parameters())
+    assert found["share"] < 0.55 * whole  # ragged ones are padded
+
+
+def test_an_uneven_batch_is_named_before_anything_runs(folder, trained):
+    assert trained[0]["uneven"] == "ValueError: batch must be divisible by the number of processes 2, got 3"
+    assert not (folder / "uneven").exists()
+
+
+def test_the_command_writes_what_one_process_writes(folder, trained, tmp_path):
+    _, session = trained
+    out = tmp_path / "one"
+    teacher = folder / "teacher" / "full.safetensors"
+    run("finetune", "--teacher", teacher, "--out", out, "--device", "cpu", "--steps", 2, "--batch", 2, "--clips", 2)
+    assert {path.name for path in (folder / "command").iterdir()} == {path.name for path in out.iterdir()}
+    found, card = load_weights(folder / "command" / "sla.safetensors")
+    expected, other = load_weights(out / "sla.safetensors")
+    close(found.state_dict(), expected.state_dict(), atol=2e-3, rtol=2e-3)  # stored in float16
+    assert card["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-3)
+    assert session.stdout.count("weights: ") == 1, "one log"
+    assert session.stdout.count("step 2 of 2") == 1
+
+
+def test_fsdp_without_torchrun_is_refused(folder, tmp_path, capsys):
+    teacher = folder / "teacher" / "full.safetensors"
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["finetune", f"--teacher={teacher}", f"--out={tmp_path / 'out'}", "--device=cpu", "--fsdp"])
+    assert "sla-ref: fsdp needs the processes that torchrun starts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_raises_ends_all_with_one_message(split):
+    _, session = split
+    assert session.returncode == 1
+    said = [line for line in session.stderr.splitlines() if line.startswith("sla-ref: ")]
+    assert said == ["sla-ref: the clips ran out"]
+
+
+def test_a_rank_that_stays_away_is_not_waited_for(split):
+    said, seconds = split[0][0]["waits"]
+    assert "Timed out" in said or "timeout" in said.lower()
+    assert seconds < 30
+
+
+def test_a_rank_that_dies_ends_all(tmp_path):
+    """torchrun names the rank and its signal; the other rank says so too, unless torchrun was quicker to end it."""
+    start = monotonic()
+    session = torchrun(ROOT / "tests" / "ranks.py", "dying", tmp_path, timeout=60)
+    assert monotonic() - start < 60
+    assert session.returncode == 1
+    assert f"exitcode  : {-signal.SIGKILL}" in session.stderr
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+
+
+@needs_wan
+def test_the_script_of_the_page_runs_on_two_ranks(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 4
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks))
+    session = torchrun(script)
+    assert session.returncode == 0, session.stderr
+
+
+def test_the_page_has_the_table_of_the_benchmark(capsys):
+    runpy.run_path(str(ROOT / "benchmarks" / "traffic.py"), run_name="__main__")
+    assert capsys.readouterr().out in PAGE
+
+
+@needs_wan
+def test_the_table_counts_the_parameters_of_wan():
+    from diffusers import WanTransformer3DModel
+
+    traffic = runpy.run_path(str(ROOT / "benchmarks" / "traffic.py"))
+    sizes = {"num_attention_heads": traffic["HEADS"], "attention_head_dim": traffic["HEAD_DIM"]}
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**sizes, num_layers=traffic["LAYERS"], ffn_dim=8960)
+    assert sum(parameter.numel() for parameter in model.parameters()) == traffic["PARAMETERS"]
+
+
+def test_the_table_counts_what_the_collectives_send(monkeypatch):
+    """One layer of Ulysses, forward and backward, as in the table: rows that leave for another rank."""
+    sent = []
+
+    def all_to_all(arrived, rows, received, leaving, group):
+        sent.append((sum(leaving) - leaving[0]) * rows[0].numel() * rows.element_size())
+        arrived.copy_(rows.repeat(2, *[1] * (rows.dim() - 1))[: len(arrived)])
+
+    def all_gather(arrived, mine, group):
+        for each in arrived:
+            each.copy_(mine)
+
+    monkeypatch.setattr("torch.distributed.all_to_all_single", all_to_all)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
+    traffic = runpy.run_path(str(ROOT / "benchmarks" / "traffic.py"))
+    width = traffic["HEADS"] * traffic["HEAD_DIM"]
+    shards = torch.randn(3, 1, traffic["HEADS"], 8, traffic["HEAD_DIM"], dtype=torch.bfloat16, requires_grad=True)
+    ranks.ulysses_attention(lambda query, key, value: query + key + value, *shards).sum().backward()
+    assert len(sent) == 4
+    assert sum(sent) * traffic["LAYERS"] == traffic["ulysses"](2, 16) == 8 * 30 * 8 * width * 2 / 2
