@@ -124,7 +124,7 @@ def test_bad_options_are_named_before_any_work(tmp_path, context, counted, optio
 
 
 def test_bad_names_are_named():
-    with pytest.raises(ValueError, match=r"experiment must be one of main, .* got 'none'"):
+    with pytest.raises(ValueError, match=r"experiment must be one of motivation, .* got 'none'"):
         find_experiment("none")
     with pytest.raises(ValueError, match="setting must be one of n1024, n4096, quick, got 'none'"):
         find_setting("none")
@@ -392,3 +392,9 @@ def test_a_line_comes_back_as_it_was_written(tmp_path):
     runner.append_line(path, {"case": "two"})
     assert read_lines(path) == [{"case": "5 %, ü"}, {"case": "two"}]
     assert json.loads(path.read_text().splitlines()[1]) == {"case": "two"}
+
+
+def test_many_figures_are_rows():
+    lines = [line("ablation-proj", "Proj: zero", 0, 0.0, **{f"figure_{n}": float(n) for n in range(9)})]
+    page = fill(place("ablation-proj"), {("ablation-proj", "quick"): lines})
+    assert "|  | Proj: zero |\n| --- | --- |\n| figure 0 | 0 |\n" in page
