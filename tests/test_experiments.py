@@ -333,6 +333,7 @@ def test_a_table_of_known_lines():
     assert "|  | held-out loss | sparsity |\n| --- | --- | --- |\n| Proj: zero | 0.15 (0.1 to 0.2) | 0.5 |\n" in page
     assert "| Proj: identity | 0.3 | - |" in page
     assert "2 seeds (0, 1)" in page and "A GPU, torch 2.0, Triton 3.0, commit aaaaaaaaaaaa;" in page
+    assert "8 steps of 4 clips where a row does not say otherwise, learning rate 0.001" in page
     assert "25 s for 3 measurements, 2 at a time" in page  # 100 to 115 and 120 to 130
     assert "(experiments/ablation-proj.quick.svg)" in page
     assert fill(page, {("ablation-proj", "quick"): lines}) == page

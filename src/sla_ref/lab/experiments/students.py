@@ -428,4 +428,13 @@ def of_recipes(
         values = losses(student, teacher, setting) | cost(student)
         return values | quality(student, setting, context) if generate else values
 
-    return Experiment(name, question, lambda setting: list(recipes(setting)), measure, prepare, "held_out_loss", paired)
+    return Experiment(
+        name,
+        question,
+        lambda setting: list(recipes(setting)),
+        measure,
+        prepare,
+        shown="held_out_loss",
+        paired=paired,
+        fine_tunes=True,
+    )
