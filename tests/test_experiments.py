@@ -124,7 +124,7 @@ def test_bad_options_are_named_before_any_work(tmp_path, context, counted, optio
 
 
 def test_bad_names_are_named():
-    with pytest.raises(ValueError, match=r"experiment must be one of main, .* got 'none'"):
+    with pytest.raises(ValueError, match=r"experiment must be one of motivation, .* got 'none'"):
         find_experiment("none")
     with pytest.raises(ValueError, match="setting must be one of n1024, n4096, quick, got 'none'"):
         find_setting("none")
@@ -333,6 +333,7 @@ def test_a_table_of_known_lines():
     assert "|  | held-out loss | sparsity |\n| --- | --- | --- |\n| Proj: zero | 0.15 (0.1 to 0.2) | 0.5 |\n" in page
     assert "| Proj: identity | 0.3 | - |" in page
     assert "2 seeds (0, 1)" in page and "A GPU, torch 2.0, Triton 3.0, commit aaaaaaaaaaaa;" in page
+    assert "8 steps of 4 clips where a row does not say otherwise, learning rate 0.001" in page
     assert "25 s for 3 measurements, 2 at a time" in page  # 100 to 115 and 120 to 130
     assert "(experiments/ablation-proj.quick.svg)" in page
     assert fill(page, {("ablation-proj", "quick"): lines}) == page
@@ -392,3 +393,9 @@ def test_a_line_comes_back_as_it_was_written(tmp_path):
     runner.append_line(path, {"case": "two"})
     assert read_lines(path) == [{"case": "5 %, ü"}, {"case": "two"}]
     assert json.loads(path.read_text().splitlines()[1]) == {"case": "two"}
+
+
+def test_many_figures_are_rows():
+    lines = [line("ablation-proj", "Proj: zero", 0, 0.0, **{f"figure_{n}": float(n) for n in range(9)})]
+    page = fill(place("ablation-proj"), {("ablation-proj", "quick"): lines})
+    assert "|  | Proj: zero |\n| --- | --- |\n| figure 0 | 0 |\n" in page

@@ -145,6 +145,7 @@ class Experiment:
     `cases(setting)` names them, cheap ones first. `measure(case, seed, setting, context)` gives figures by name.
     `prepare(setting, context)` trains what all cases need, once, before any of them runs. `shown` is the figure that
     the picture shows and `paired` says that cases are named "condition: arm", to be compared within a condition.
+    `fine_tunes` says that the setting's steps, batch and learning rate matter.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Experiment:
     prepare: Callable[[Setting, Context], None] = _nothing
     shown: str = ""
     paired: bool = False
+    fine_tunes: bool = False
 
 
 class _Registry(Mapping[str, Experiment]):

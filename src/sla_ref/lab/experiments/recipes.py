@@ -49,5 +49,6 @@ EXPERIMENT = Experiment(
     lambda setting: list(RECIPES),
     measure,
     prepare,
-    "held_out_loss",
+    shown="held_out_loss",
+    fine_tunes=True,
 )

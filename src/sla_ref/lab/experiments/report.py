@@ -22,6 +22,7 @@ from .runner import read_lines
 Line = dict[str, Any]
 
 PLACE = re.compile(r"(<!-- report: (\S+) (\S+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+MOST_COLUMNS = 8
 CURVE = re.compile(r"loss_at_(\d+)")
 TITLES = {
     "held_out_loss": "held-out loss",
@@ -104,7 +105,7 @@ def _block(experiment: Experiment, setting: str, lines: list[Line]) -> str:
     parts = [_table(experiment, lines)]
     if experiment.paired:
         parts.append(_paired_table(experiment, lines))
-    parts.append(_about(lines))
+    parts.append(_about(experiment, lines))
     if experiment.shown:
         path = _figure_path(experiment.name, setting)
         parts.append(f"![{experiment.question} {_title(experiment.shown)} of every case and seed]({path})\n")
@@ -150,13 +151,14 @@ def _rows(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def _table(experiment: Experiment, lines: list[Line]) -> str:
-    names = [name for line in lines for name in line["values"] if not CURVE.fullmatch(name)]
-    columns = list(dict.fromkeys(names))
-    rows = (
-        [case, *(_spread(_values(lines, case, name).values()) for name in columns)]
-        for case in _cases(experiment, lines)
-    )
-    return _rows(["", *map(_title, columns)], rows)
+    """A row per case and a column per figure, or the other way round where figures are many."""
+    found = [name for line in lines for name in line["values"] if not CURVE.fullmatch(name)]
+    names, cases = list(dict.fromkeys(found)), _cases(experiment, lines)
+    cells = [[_spread(_values(lines, case, name).values()) for name in names] for case in cases]
+    across, down = [_title(name) for name in names], cases
+    if len(names) > max(MOST_COLUMNS, len(cases)):
+        across, down, cells = down, across, [list(row) for row in zip(*cells, strict=True)]
+    return _rows(["", *across], ([title, *row] for title, row in zip(down, cells, strict=True)))
 
 
 def _paired_table(experiment: Experiment, lines: list[Line]) -> str:
@@ -179,7 +181,7 @@ def _conditions(experiment: Experiment, lines: list[Line]) -> tuple[list[str], l
     return list(dict.fromkeys(part[0] for part in parts)), list(dict.fromkeys(part[2] for part in parts))
 
 
-def _about(lines: list[Line]) -> str:
+def _about(experiment: Experiment, lines: list[Line]) -> str:
     def all_of(values: Iterable[str]) -> str:
         return " and ".join(dict.fromkeys(values))
 
@@ -191,10 +193,13 @@ def _about(lines: list[Line]) -> str:
     versions = all_of(f"torch {line['versions']['torch']}, Triton {line['versions']['triton']}" for line in lines)
     commits = all_of(line["commit"][:12] for line in lines)
     jobs = all_of(str(line["jobs"]) for line in lines)
+    training = (
+        f"{sizes['steps']} steps of {sizes['batch']} clips where a row does not say otherwise, learning rate "
+        f"{sizes['learning_rate']:g}, {sizes['clips']} held-out clips. "
+    )
     return (
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}): mean, and lowest to highest "
-        f"in brackets. {sizes['steps']} steps of {sizes['batch']} clips where a row does not say otherwise, learning "
-        f"rate {sizes['learning_rate']:g}, {sizes['clips']} held-out clips. {hardware}, {versions}, commit {commits}; "
+        f"in brackets. {training if experiment.fine_tunes else ''}{hardware}, {versions}, commit {commits}; "
         f"{_wall(lines):.0f} s for {len(lines)} measurements, {jobs} at a time.\n"
     )
 
@@ -246,7 +251,7 @@ def _dots(experiment: Experiment, lines: list[Line]) -> Figure:
     axes.set_xlabel(_title(experiment.shown))
     axes.set_title(experiment.question, fontsize=11)
     if len(arms) > 1:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=len(arms))
     return figure
 
 
@@ -267,5 +272,5 @@ def _curves(experiment: Experiment, lines: list[Line]) -> Figure:
     axes.set_ylabel("held-out loss")
     axes.set_title(experiment.question, fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -161,9 +161,8 @@ def build(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int
         if config.attention == "sla":
             attention.core = _core(recipe, options)
         if recipe.order == "tiles":
-            attention.core = Reordered(
-                attention.get_submodule("core"), tile_order(setting.frames, setting.size // 4, setting.tile)
-            )
+            tiles = tile_order(setting.frames, setting.size // PATCH, setting.tile)
+            attention.core = Reordered(attention.get_submodule("core"), tiles)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and recipe.trained in name)
     return student.to(next(teacher.parameters()).device)
@@ -429,4 +428,13 @@ def of_recipes(
         values = losses(student, teacher, setting) | cost(student)
         return values | quality(student, setting, context) if generate else values
 
-    return Experiment(name, question, lambda setting: list(recipes(setting)), measure, prepare, "held_out_loss", paired)
+    return Experiment(
+        name,
+        question,
+        lambda setting: list(recipes(setting)),
+        measure,
+        prepare,
+        shown="held_out_loss",
+        paired=paired,
+        fine_tunes=True,
+    )
