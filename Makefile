@@ -35,7 +35,7 @@ demo: $(VENV)/.has-demo
 
 # One thread for each test process: the processes share the cores already.
 test: $(VENV)/.has-dev
-	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadgroup --durations=10 $(ARGS)
 
 lint: $(VENV)/.has-dev
 	$(RUN) ruff check
