@@ -331,7 +331,7 @@ def test_a_table_of_known_lines():
     page = fill(place("ablation-proj"), {("ablation-proj", "quick"): lines})
     assert page.startswith("Before.\n<!--") and page.endswith("-->\nAfter.\n") and "old" not in page
     assert "|  | held-out loss | sparsity |\n| --- | --- | --- |\n| Proj: zero | 0.15 (0.1 to 0.2) | 0.5 |\n" in page
-    assert "| Proj: identity | 0.3 | - |" in page
+    assert "| Proj: identity (seed 0 alone) | 0.3 | - |" in page, "a case with fewer seeds says so"
     assert "2 seeds (0, 1)" in page and "A GPU, torch 2.0, Triton 3.0, commit aaaaaaaaaaaa;" in page
     assert "8 steps of 4 clips where a row does not say otherwise, learning rate 0.001" in page
     assert "25 s for 3 measurements, 2 at a time" in page  # 100 to 115 and 120 to 130

@@ -155,10 +155,17 @@ def _table(experiment: Experiment, lines: list[Line]) -> str:
     found = [name for line in lines for name in line["values"] if not CURVE.fullmatch(name)]
     names, cases = list(dict.fromkeys(found)), _cases(experiment, lines)
     cells = [[_spread(_values(lines, case, name).values()) for name in names] for case in cases]
-    across, down = [_title(name) for name in names], cases
+    across, down = [_title(name) for name in names], [case + _missing_seeds(lines, case) for case in cases]
     if len(names) > max(MOST_COLUMNS, len(cases)):
         across, down, cells = down, across, [list(row) for row in zip(*cells, strict=True)]
     return _rows(["", *across], ([title, *row] for title, row in zip(down, cells, strict=True)))
+
+
+def _missing_seeds(lines: list[Line], case: str) -> str:
+    """Says so where a case was measured with fewer seeds than others."""
+    seeds = {line["seed"] for line in lines if line["case"] == case}
+    few = len(seeds) < len({line["seed"] for line in lines})
+    return f" (seed {', '.join(map(str, sorted(seeds)))} alone)" if few else ""
 
 
 def _paired_table(experiment: Experiment, lines: list[Line]) -> str:

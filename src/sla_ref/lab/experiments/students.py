@@ -21,7 +21,7 @@ import sla_ref
 from .. import evaluate, flow
 from ..arms import ArmOptions, LinearOnly, SparseOnly
 from ..data import NO_DIGIT
-from ..model import VideoTransformer, with_attention
+from ..model import PATCH, VideoTransformer, with_attention
 from ..weights import TEACHER, load_weights, round_to_half, save_weights
 from . import Context, Experiment, Setting
 
