@@ -322,6 +322,14 @@ def place(name: str) -> str:
     return f"Before.\n<!-- report: {name} quick -->\nold\n<!-- end of report -->\nAfter.\n"
 
 
+def test_a_figure_with_bounds_of_its_own_shows_them():
+    bounded = {"stable_rank": 2.0, "stable_rank_min": 1.0, "stable_rank_max": 4.0}
+    lines = [line("motivation", "t = 0.5", seed, 10.0 + seed, **bounded) for seed in (0, 1)]
+    page = fill(place("motivation"), {("motivation", "quick"): lines})
+    assert "| t = 0.5 | 2; 1 to 4 |" in page and "min" not in page.replace("minus", "")
+    assert "behind a semicolon" in page
+
+
 def test_a_table_of_known_lines():
     lines = [
         line("ablation-proj", "Proj: identity", 0, 110.0, held_out_loss=0.3),

@@ -32,6 +32,14 @@ TITLES = {
     "attention_mflops": "attention MFLOPs",
     "sparsity": "sparsity",
     "steps_to_half_the_gap": "steps to half the gap",
+    "above_mean": "share of weights above 1/N",
+    "below_hundredth": "share of weights below 1/(100 N)",
+    "error_without_small": "error without those below 1/(100 N)",
+    "error_only_large": "error with those above 1/N alone",
+    "error_without_smallest_45": "error without the smallest 45 %",
+    "error_only_largest_8": "error with the largest 8.1 % alone",
+    "stable_rank_top_8": "stable rank, largest 8 %",
+    "stable_rank_rest": "stable rank, the rest",
 }
 INK = "#808080"  # to be read on a light page and on a dark one
 STYLE: Any = {
@@ -145,6 +153,20 @@ def _spread(values: Iterable[float]) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def _is_bound(name: str, names: list[str]) -> bool:
+    """Whether a figure is the lowest or highest value of another one."""
+    return name.endswith(("_min", "_max")) and name[:-4] in names
+
+
+def _cell(lines: list[Line], case: str, name: str) -> str:
+    """Mean and range over seeds; or, for a figure with bounds of its own, the mean and these."""
+    values = _values(lines, case, name).values()
+    low, high = (_values(lines, case, name + bound).values() for bound in ("_min", "_max"))
+    if not low:
+        return _spread(values)
+    return f"{statistics.mean(values):.3g}; {min(low):.2g} to {max(high):.3g}"
+
+
 def _rows(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -153,8 +175,9 @@ def _rows(header: list[str], rows: Iterable[list[str]]) -> str:
 def _table(experiment: Experiment, lines: list[Line]) -> str:
     """A row per case and a column per figure, or the other way round where figures are many."""
     found = [name for line in lines for name in line["values"] if not CURVE.fullmatch(name)]
-    names, cases = list(dict.fromkeys(found)), _cases(experiment, lines)
-    cells = [[_spread(_values(lines, case, name).values()) for name in names] for case in cases]
+    names = [name for name in dict.fromkeys(found) if not _is_bound(name, found)]
+    cases = _cases(experiment, lines)
+    cells = [[_cell(lines, case, name) for name in names] for case in cases]
     across, down = [_title(name) for name in names], [case + _missing_seeds(lines, case) for case in cases]
     if len(names) > max(MOST_COLUMNS, len(cases)):
         across, down, cells = down, across, [list(row) for row in zip(*cells, strict=True)]
@@ -204,9 +227,12 @@ def _about(experiment: Experiment, lines: list[Line]) -> str:
         f"{sizes['steps']} steps of {sizes['batch']} clips where a row does not say otherwise, learning rate "
         f"{sizes['learning_rate']:g}, {sizes['clips']} held-out clips. "
     )
+    figures = list(lines[0]["values"])
+    bounded = any(_is_bound(name, figures) for name in figures)
+    bounds = "; behind a semicolon, lowest to highest of all that was averaged" if bounded else ""
     return (
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}): mean, and lowest to highest "
-        f"in brackets. {training if experiment.fine_tunes else ''}{hardware}, {versions}, commit {commits}; "
+        f"in brackets{bounds}. {training if experiment.fine_tunes else ''}{hardware}, {versions}, commit {commits}; "
         f"{_wall(lines):.0f} s for {len(lines)} measurements, {jobs} at a time.\n"
     )
 
