@@ -26,7 +26,7 @@ different banks of shared memory. The spare column is of use: the linear branch 
 and the backward of this is the same two steps from queries to keys, with [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1].
 
     with D = 64, blocks 64 x 64     one thread block for              barriers              threads  registers  shared
-    `_states_kernel`                a state (64 of its features)      2 for 32 tokens           128        128   16640
+    `_states_kernel`                a state (64 of its features)      2 for 32 tokens, 1 more   128        128   16640
     `_forward_kernel`               64 rows of a query block          4 for 32 keys             128        168   35712
     `_backward_linear_query_kernel` 64 rows of a query block          2 for 32 features         128        112   27264
     `_backward_linear_key_kernel`   64 keys of a key block            2 for 32 features, twice  128        128   24960
