@@ -126,7 +126,7 @@ def test_bad_options_are_named_before_any_work(tmp_path, context, counted, optio
 def test_bad_names_are_named():
     with pytest.raises(ValueError, match=r"experiment must be one of motivation, .* got 'none'"):
         find_experiment("none")
-    with pytest.raises(ValueError, match="setting must be one of n1024, n4096, quick, got 'none'"):
+    with pytest.raises(ValueError, match="setting must be one of n1024, n4096, wide, quick, got 'none'"):
         find_setting("none")
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         replace(QUICK, steps=0)
@@ -151,7 +151,7 @@ def test_every_experiment_runs_quickly(tmp_path, context):
     assert all(value == value for line in lines for value in line["values"].values())  # no NaN
 
 
-@pytest.mark.parametrize("setting", ["n1024", "n4096", "quick"])
+@pytest.mark.parametrize("setting", ["n1024", "n4096", "wide", "quick"])
 def test_cases_have_different_names_and_every_setting_has_some(setting):
     for name, experiment in EXPERIMENTS.items():
         cases = experiment.cases(find_setting(setting))
@@ -272,11 +272,13 @@ def test_order_does_not_matter_where_all_is_critical(teacher):
 
 
 def test_the_rate_of_proj_is_its_own(teacher):
-    recipe = Recipe(proj_rate=10.0)
+    recipe = Recipe(rate=3.0, proj_rate=10.0)
     student = build(recipe, teacher, QUICK, 0)
     optimizer, _ = students._optimizer(student, recipe, QUICK, 10, recorded=False)
     others, proj = optimizer.param_groups
     assert proj["lr"] == pytest.approx(10 * others["lr"])
+    plain, _ = students._optimizer(student, Recipe(), QUICK, 10, recorded=False)
+    assert others["lr"] == pytest.approx(3 * plain.param_groups[0]["lr"])
     assert [tuple(weight.shape) for weight in proj["params"]] == [(16, 16), (16,)] * 2
 
 

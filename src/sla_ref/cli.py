@@ -204,7 +204,7 @@ Results = Annotated[
 @experiments.command("run")
 def experiments_run(
     names: Annotated[list[str] | None, typer.Argument(help="Experiments; all if left out.")] = None,
-    setting: Annotated[str, typer.Option(help="n1024, n4096 or quick.")] = "n1024",
+    setting: Annotated[str, typer.Option(help="n1024, n4096, wide or quick.")] = "n1024",
     quick: Annotated[bool, typer.Option("--quick", help="Seconds on a CPU: --setting quick, one seed.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Default: 0,1,2; with --quick 0.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Only this case; repeat it for several.")] = None,

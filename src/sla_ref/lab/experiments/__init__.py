@@ -42,7 +42,7 @@ class Setting:
     learning_rate: float = 1e-3
     """Peak of the one-cycle schedule, the same for all: what `sla-ref finetune` has."""
     teacher_steps: int = 1000
-    """Of a teacher that is trained for the experiments: where the shipped one does not fit, and for other data."""
+    """Of a teacher that is trained for the experiments: for other data, more tokens or another size of model."""
     clips: int = 256
     """Held-out clips for losses and distances."""
     samples: int = 256
@@ -72,6 +72,9 @@ SETTINGS = {
     for setting in (
         Setting("n1024", size=32, frames=16, block=16, tile=(4, 2, 2)),
         Setting("n4096", size=64, frames=16, block=64, tile=(4, 4, 4), batch=16),
+        Setting(
+            "wide", size=32, frames=16, block=16, tile=(4, 2, 2), width=256, depth=6, heads=4, teacher_steps=6000
+        ),
         Setting(
             "quick",
             size=16,

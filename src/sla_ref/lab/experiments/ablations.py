@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import Setting
 from .students import PROJ, Recipe, of_recipes
 
@@ -24,7 +26,10 @@ def _block(setting: Setting) -> dict[str, Recipe]:
 
 
 def _proj(setting: Setting) -> dict[str, Recipe]:
-    return {f"Proj: {proj}": Recipe(proj=proj) for proj in PROJ}
+    long = Recipe(length=4)
+    return {f"Proj: {proj}": Recipe(proj=proj) for proj in PROJ} | {
+        f"Proj: {proj}, {long.steps(setting)} steps": replace(long, proj=proj) for proj in PROJ
+    }
 
 
 def _steps(setting: Setting) -> dict[str, Recipe]:

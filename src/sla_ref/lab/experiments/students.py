@@ -55,8 +55,10 @@ class Recipe:
     trained: str = ""
     """Part of the names of the parameters that are trained; "" is in all of them."""
     objective: str = "flow"
+    rate: float = 1.0
+    """Learning rate, in units of the setting's."""
     proj_rate: float = 1.0
-    """Learning rate of Proj, in units of the setting's."""
+    """Learning rate of Proj, in units of the others'."""
 
     def steps(self, setting: Setting) -> int:
         """Of the fine-tune."""
@@ -269,9 +271,9 @@ def _optimizer(
     student: VideoTransformer, recipe: Recipe, setting: Setting, steps: int, recorded: bool
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     named = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
-    rates = {False: setting.learning_rate, True: setting.learning_rate * recipe.proj_rate}
+    peak = setting.learning_rate * recipe.rate
     groups: list[dict[str, Any]] = []
-    for is_proj, rate in rates.items():
+    for is_proj, rate in ((False, peak), (True, peak * recipe.proj_rate)):
         members = [parameter for name, parameter in named if ("proj_l" in name) == is_proj]
         if members:
             # A recorded step reads its rate from the device; a number would be recorded with it.
