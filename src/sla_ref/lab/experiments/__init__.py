@@ -72,9 +72,7 @@ SETTINGS = {
     for setting in (
         Setting("n1024", size=32, frames=16, block=16, tile=(4, 2, 2)),
         Setting("n4096", size=64, frames=16, block=64, tile=(4, 4, 4), batch=16),
-        Setting(
-            "wide", size=32, frames=16, block=16, tile=(4, 2, 2), width=256, depth=6, heads=4, teacher_steps=6000
-        ),
+        Setting("wide", size=32, frames=16, block=16, tile=(4, 2, 2), width=256, depth=6, heads=4, teacher_steps=6000),
         Setting(
             "quick",
             size=16,

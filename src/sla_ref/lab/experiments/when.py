@@ -20,23 +20,24 @@ ARMS = {
 }
 BASE = "as in main"
 BACKDROP = 0.5
-FEW_CONDITIONS = ("n4096", "wide")  # themselves a condition each: more tokens, a larger model
 
 
 def recipes(setting: Setting) -> dict[str, Recipe]:
-    """Cheap ones first; in the large settings, the length of the fine-tune alone is varied."""
+    """Cheap ones first. The large settings are a condition themselves, more tokens or a larger model: fewer there."""
     short, long = (round(setting.steps * length) for length in (1 / 4, 4))
     made = _arms(BASE) | _arms(f"{short} steps", length=1 / 4)
-    if setting.name not in FEW_CONDITIONS:
-        made |= {f"{name}: {SLA}": recipe for name, recipe in _only_sla().items()}
-        made |= _arms("tokens in tiles", order="tiles")
-        for factor in (2, 4):
-            made |= _arms(f"blocks of {factor * setting.block}", block_factor=factor)
-        made |= _arms("a third of the rate", rate=1 / 3)
-        made |= _arms("three times the rate", rate=3.0)
-        made |= _arms("a backdrop", backdrop=BACKDROP)
-        made |= _arms(f"{long} steps", length=4)
-    return made
+    if setting.name == "wide":
+        return made
+    made |= {f"{name}: {SLA}": recipe for name, recipe in _only_sla().items()}
+    made |= _arms("tokens in tiles", order="tiles")
+    if setting.name == "n4096":
+        return made
+    for factor in (2, 4):
+        made |= _arms(f"blocks of {factor * setting.block}", block_factor=factor)
+    made |= _arms("a third of the rate", rate=1 / 3)
+    made |= _arms("three times the rate", rate=3.0)
+    made |= _arms("a backdrop", backdrop=BACKDROP)
+    return made | _arms(f"{long} steps", length=4)
 
 
 def _arms(condition: str, **changes: object) -> dict[str, Recipe]:
@@ -46,6 +47,7 @@ def _arms(condition: str, **changes: object) -> dict[str, Recipe]:
 def _only_sla() -> dict[str, Recipe]:
     return {
         "Proj from the identity": Recipe(proj="identity"),
+        "Proj from the identity, temperature 4": Recipe(proj="identity", temperature=4.0),
         "Proj at ten times the rate": Recipe(proj_rate=10.0),
         "temperature 4": Recipe(temperature=4.0),
         "temperature 16": Recipe(temperature=16.0),
