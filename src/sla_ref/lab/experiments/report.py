@@ -264,7 +264,7 @@ def _dots(experiment: Experiment, lines: list[Line]) -> Figure:
         rows, arms = _conditions(experiment, lines)
         cases = {(row, arm): f"{row}: {arm}" for row in rows for arm in arms}
     else:
-        rows, arms = _cases(experiment, lines), [""]
+        rows, arms = [case for case in _cases(experiment, lines) if _values(lines, case, experiment.shown)], [""]
         cases = {(row, ""): row for row in rows}
     figure = Figure(figsize=(6.8, 0.9 + 0.34 * len(rows) * max(1, len(arms) / 2)), layout="constrained")
     axes: Axes = figure.subplots()

@@ -29,6 +29,7 @@ BETAS, WEIGHT_DECAY, WARMUP, CLIP_NORM = (0.9, 0.95), 0.01, 0.05, 1.0  # as in l
 EVALUATION_BATCH = 64
 PROJ = ("zero", "identity", "absent")
 ORDERS = ("raster", "tiles")
+REAL = "held-out clips"
 
 
 @dataclass(frozen=True)
@@ -370,14 +371,8 @@ def losses(student: VideoTransformer, teacher: VideoTransformer, setting: Settin
 
 
 def quality(student: VideoTransformer, setting: Setting, context: Context) -> dict[str, float]:
-    """What generated clips are worth to a classifier of digits: all from the same noise, as many of each digit.
-
-    The Fréchet distance is that to as many held-out clips.
-    """
-    from ..classifier import clip_features, frechet_distance, recognised_share
-
+    """What generated clips are worth to a classifier of digits: all from the same noise, as many of each digit."""
     device = context.device
-    classifier = context.classifier(setting)
     generator = torch.Generator().manual_seed(evaluate.HELD_OUT_SEED)
     noise = torch.randn(setting.samples, setting.frames, setting.size, setting.size, generator=generator)
     digits = torch.arange(setting.samples) % 10
@@ -388,12 +383,24 @@ def quality(student: VideoTransformer, setting: Setting, context: Context) -> di
             made.append(
                 flow.sample(student, noise[part].to(device), labels[part].to(device), setting.sample_steps).float()
             )
-    clips = torch.cat(made)
-    real, _ = student.config.clips("held_out", evaluate.HELD_OUT_SEED + 1).batch(setting.samples, device)
-    features = [clip_features(classifier, each) for each in (clips, real)]
+    return _judged(torch.cat(made), labels.to(device), setting, context)
+
+
+def _quality_of_real(seed: int, setting: Setting, context: Context) -> dict[str, float]:
+    """The same of held-out clips: the best that a model can reach, and the accuracy of the classifier."""
+    clips = setting.model.clips("held_out", evaluate.HELD_OUT_SEED + 2 + seed).batch(setting.samples, context.device)
+    return _judged(*clips, setting, context)
+
+
+def _judged(clips: Tensor, labels: Tensor, setting: Setting, context: Context) -> dict[str, float]:
+    """Fréchet distance to as many held-out clips, and the share of clips whose digit the classifier recognises."""
+    from ..classifier import clip_features, frechet_distance, recognised_share
+
+    classifier = context.classifier(setting)
+    real, _ = setting.model.clips("held_out", evaluate.HELD_OUT_SEED + 1).batch(setting.samples, context.device)
     return {
-        "frechet": frechet_distance(*features),
-        "recognised": recognised_share(classifier, clips, labels.to(device)),
+        "frechet": frechet_distance(*(clip_features(classifier, each) for each in (clips, real))),
+        "recognised": recognised_share(classifier, clips, labels),
     }
 
 
@@ -414,7 +421,10 @@ def of_recipes(
     generate: bool = False,
     paired: bool = False,
 ) -> Experiment:
-    """An experiment whose cases are fine-tunes; with `generate`, the clips that a student makes are judged too."""
+    """An experiment whose cases are fine-tunes.
+
+    With `generate`, the clips that a student makes are judged too, and beside them held-out clips, the case `REAL`.
+    """
 
     def prepare(setting: Setting, context: Context) -> None:
         for backdrop in sorted({recipe.backdrop for recipe in recipes(setting).values()}):
@@ -422,7 +432,12 @@ def of_recipes(
         if generate:
             context.classifier(setting)
 
+    def cases(setting: Setting) -> list[str]:
+        return [*recipes(setting), *[REAL] * generate]
+
     def measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
+        if case == REAL:
+            return _quality_of_real(seed, setting, context)
         recipe = recipes(setting)[case]
         teacher = context.teacher(setting, backdrop=recipe.backdrop)
         student = build(recipe, teacher, setting, seed)
@@ -433,7 +448,7 @@ def of_recipes(
     return Experiment(
         name,
         question,
-        lambda setting: list(recipes(setting)),
+        cases,
         measure,
         prepare,
         shown="held_out_loss",

@@ -1,13 +1,14 @@
 """When does the paper's order hold, SLA at 5 % before sparse-only attention at 15 %?
 
-Each condition changes one thing about the comparison. Where sparse-only attention does not know what is changed, its
-figures are those of the condition "as in main", and it is not measured again. N and the size of the model are varied by
+Each condition changes one thing about the comparison. Where another arm does not know what is changed, its figures
+are those of the condition "as in main", and it is not measured again. N and the size of the model are varied by
 the setting.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from . import Setting
 from .students import Recipe, of_recipes
@@ -18,6 +19,7 @@ ARMS = {
     "sparse only, 5 %": Recipe("sparse"),
     "sparse only, 15 %": Recipe("sparse", critical_ratio=0.15),
 }
+TEACHER = {"teacher": Recipe("full", length=0)}
 BASE = "as in main"
 BACKDROP = 0.5
 
@@ -25,7 +27,7 @@ BACKDROP = 0.5
 def recipes(setting: Setting) -> dict[str, Recipe]:
     """Cheap ones first. The large settings are a condition themselves, more tokens or a larger model: fewer there."""
     short, long = (round(setting.steps * length) for length in (1 / 4, 4))
-    made = _arms(BASE) | _arms(f"{short} steps", length=1 / 4)
+    made = _arms(BASE, ARMS | TEACHER) | _arms(f"{short} steps", length=1 / 4)
     if setting.name == "wide":
         return made
     made |= {f"{name}: {SLA}": recipe for name, recipe in _only_sla().items()}
@@ -36,12 +38,12 @@ def recipes(setting: Setting) -> dict[str, Recipe]:
         made |= _arms(f"blocks of {factor * setting.block}", block_factor=factor)
     made |= _arms("a third of the rate", rate=1 / 3)
     made |= _arms("three times the rate", rate=3.0)
-    made |= _arms("a backdrop", backdrop=BACKDROP)
+    made |= _arms("a backdrop", ARMS | TEACHER, backdrop=BACKDROP)
     return made | _arms(f"{long} steps", length=4)
 
 
-def _arms(condition: str, **changes: object) -> dict[str, Recipe]:
-    return {f"{condition}: {arm}": replace(recipe, **changes) for arm, recipe in ARMS.items()}  # type: ignore[arg-type]
+def _arms(condition: str, arms: dict[str, Recipe] = ARMS, **changes: Any) -> dict[str, Recipe]:
+    return {f"{condition}: {arm}": replace(recipe, **changes) for arm, recipe in arms.items()}
 
 
 def _only_sla() -> dict[str, Recipe]:
