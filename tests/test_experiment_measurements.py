@@ -1,4 +1,4 @@
-"""What the experiments `motivation` and `choice` measure, against maps and layers whose answers are known."""
+"""What `motivation`, `features` and `choice` measure, against maps and layers whose answers are known."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import sla_ref
 from sla_ref import analysis
 from sla_ref.lab import evaluate
-from sla_ref.lab.experiments import SETTINGS, Context, choice, motivation
+from sla_ref.lab.experiments import SETTINGS, Context, choice, features, motivation
 from sla_ref.lab.model import VideoTransformer, with_attention
 from sla_ref.lab.weights import STUDENT, TEACHER, load_weights
 
@@ -112,6 +112,45 @@ def test_motivation_gives_mean_and_bounds_of_all_maps(context):
 
 def _inputs(data):
     return data.x, data.time, data.labels
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def test_features_in_use_are_all_of_a_flat_token_and_one_of_a_sharp_one():
+    tokens = torch.zeros(1, 2, 6, 4)
+    tokens[:, 1, :, 0] = 1.0  # the second head's features become one at a high temperature
+    found = features.figures(tokens, tokens, torch.ones(1, 2, 6, 8), 100.0)["features_in_use"]
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1 / 4]]))
+
+
+def test_linear_branch_is_the_average_of_flat_features_and_far_from_it_with_sharp_ones():
+    torch.manual_seed(0)
+    value = torch.randn(1, 1, 4, 8)
+    flat = features.figures(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), value, 4.0)
+    assert flat["from_average"].item() == pytest.approx(0, abs=1e-6)
+    # One feature for each key: linear attention returns the value of the key that the query asks for.
+    sharp = features.figures(torch.eye(4)[None, None], torch.eye(4)[None, None], value, 50.0)
+    expected = (value - value.mean(dim=-2, keepdim=True)).norm() / value.norm()
+    assert sharp["from_average"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_features_are_measured_over_all_layers_heads_and_times(context):
+    cases = features.EXPERIMENT.cases(QUICK)
+    assert cases == ["temperature 1", "temperature 4", "temperature 16"]
+    found = [features.EXPERIMENT.measure(case, 0, QUICK, context) for case in cases]
+    used = [each["features_in_use"] for each in found]
+    assert used == sorted(used, reverse=True) and used[0] > used[1]
+    assert found[0]["from_average_min"] < found[0]["from_average"] < found[0]["from_average_max"]
+    assert found[0] != features.EXPERIMENT.measure(cases[0], 1, QUICK, context)
+    teacher = context.teacher(QUICK)
+    data = motivation.noisy_clips(teacher, 0, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.1, 0.3, 0.5]))
+    alone = torch.stack(
+        [features.figures(*each, 4.0)["from_average"] for each in evaluate.attention_inputs(teacher, *_inputs(data))]
+    )
+    assert alone.numel() == 2 * 8 * 2  # layers, clips, heads
+    figures = [found[1][f"from_average{bound}"] for bound in ("", "_min", "_max")]
+    assert figures == pytest.approx([alone.mean().item(), alone.min().item(), alone.max().item()], rel=1e-5)
 
 
 # --- choice ----------------------------------------------------------------------------------------------------------

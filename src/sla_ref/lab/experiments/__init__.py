@@ -188,6 +188,7 @@ EXPERIMENTS: Mapping[str, Experiment] = _Registry(
         "ablation-steps": "ablations:STEPS",
         "recipes": "recipes:EXPERIMENT",
         "when": "when:EXPERIMENT",
+        "features": "features:EXPERIMENT",
     }
 )
 

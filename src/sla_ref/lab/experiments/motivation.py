@@ -64,6 +64,14 @@ def map_figures(weights: Tensor, value: Tensor) -> dict[str, Tensor]:
     }
 
 
+def mean_and_bounds(figures: dict[str, Tensor]) -> dict[str, float]:
+    """Each figure's mean over clips, layers and heads, and its smallest and largest value."""
+    values: dict[str, float] = {}
+    for name, each in figures.items():
+        values |= {name: each.mean().item(), f"{name}_min": each.min().item(), f"{name}_max": each.max().item()}
+    return values
+
+
 def _cases(setting: Setting) -> list[str]:
     return [f"t = {time}" for time in TIMES]
 
@@ -73,7 +81,6 @@ def _prepare(setting: Setting, context: Context) -> None:
 
 
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
-    """Each figure's mean over clips, layers and heads, and its smallest and largest value."""
     time = TIMES[_cases(setting).index(case)]
     teacher = context.teacher(setting)
     data = noisy_clips(teacher, seed, torch.full((min(CLIPS, setting.clips),), time))
@@ -84,12 +91,7 @@ def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[s
             for name, figure in map_figures(analysis.attention_weights(query, key), value.float()).items():
                 found.setdefault(name, []).append(figure.double().cpu())
         context.tick(clip + 1, None)
-    values = {}
-    for name, figures in found.items():
-        of_maps = torch.stack(figures)
-        values[name] = of_maps.mean().item()
-        values[f"{name}_min"], values[f"{name}_max"] = of_maps.min().item(), of_maps.max().item()
-    return values
+    return mean_and_bounds({name: torch.stack(figures) for name, figures in found.items()})
 
 
 EXPERIMENT = Experiment(

@@ -38,6 +38,8 @@ TITLES = {
     "error_only_large": "error with those above 1/N alone",
     "error_without_smallest_45": "error without the smallest 45 %",
     "error_only_largest_8": "error with the largest 8.1 % alone",
+    "features_in_use": "features in use, of all",
+    "from_average": "distance from the average of V",
     "stable_rank_top_8": "stable rank, largest 8 %",
     "stable_rank_rest": "stable rank, the rest",
 }
