@@ -354,12 +354,17 @@ def test_pairs_are_compared_seed_by_seed():
         "as in main: SLA, 5 %": (1.0, 4.0),
         "as in main: sparse only, 15 %": (0.5, 3.0),
         "temperature 4: SLA, 5 %": (0.25, 1.0),
+        "32 steps: SLA, 5 %": (0.5, 1.0),
+        "32 steps: sparse only, 15 %": (0.25, 0.75),
+        "32 steps, Proj from the identity, temperature 4: SLA, 5 %": (0.125, 0.625),
     }
     lines = [line("when", case, s, 0.0, held_out_loss=v) for case, each in values.items() for s, v in enumerate(each)]
     page = fill(place("when"), {("when", "quick"): lines})
     assert "| held-out loss, paired by seed | SLA, 5 %, minus sparse only, 15 % |" in page
     assert "| as in main | 0.75 (0.5 to 1) |" in page
-    assert "| temperature 4 | -1.125 (-2 to -0.25) |" in page  # beside the sparse arm of the first condition
+    assert "| temperature 4 | -1.125 (-2 to -0.25) |" in page  # beside the sparse arm of the condition above
+    assert "| 32 steps | 0.25 |" in page
+    assert "| 32 steps, Proj from the identity, temperature 4 | -0.125 |" in page  # beside those of as many steps
 
 
 def test_the_page_and_the_lines_must_fit():

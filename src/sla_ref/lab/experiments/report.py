@@ -194,13 +194,17 @@ def _missing_seeds(lines: list[Line], case: str) -> str:
 
 
 def _paired_table(experiment: Experiment, lines: list[Line]) -> str:
-    """What the first arm's figure is above each other arm's, seed by seed. A missing arm is the first condition's."""
+    """What the first arm's figure is above each other arm's, seed by seed.
+
+    A missing arm is that of the nearest condition above that has it.
+    """
     conditions, arms = _conditions(experiment, lines)
 
     def difference(condition: str, arm: str) -> str:
         first = _values(lines, f"{condition}: {arms[0]}", experiment.shown)
-        other = _values(lines, f"{condition}: {arm}", experiment.shown)
-        other = other or _values(lines, f"{conditions[0]}: {arm}", experiment.shown)
+        above = reversed(conditions[: conditions.index(condition) + 1])
+        found = (_values(lines, f"{each}: {arm}", experiment.shown) for each in above)
+        other: dict[int, float] = next(filter(None, found), {})
         return _spread(first[seed] - other[seed] for seed in first if seed in other)
 
     others = arms[1:]

@@ -1,8 +1,8 @@
 """When does the paper's order hold, SLA at 5 % before sparse-only attention at 15 %?
 
 Each condition changes one thing about the comparison. Where another arm does not know what is changed, its figures
-are those of the condition "as in main", and it is not measured again. N and the size of the model are varied by
-the setting.
+are those of the nearest condition above that has it, and it is not measured again. N and the size of the model are
+varied by the setting.
 """
 
 from __future__ import annotations
@@ -21,35 +21,43 @@ ARMS = {
 }
 TEACHER = {"teacher": Recipe("full", length=0)}
 BASE = "as in main"
+IMPROVED = "Proj from the identity, temperature 4"
 BACKDROP = 0.5
 
 
 def recipes(setting: Setting) -> dict[str, Recipe]:
-    """Cheap ones first. The large settings are a condition themselves, more tokens or a larger model: fewer there."""
-    short, long = (round(setting.steps * length) for length in (1 / 4, 4))
-    made = _arms(BASE, ARMS | TEACHER) | _arms(f"{short} steps", length=1 / 4)
+    """The large settings are a condition themselves, more tokens or a larger model: fewer there."""
+    made = _arms(BASE, ARMS | TEACHER)
+    if setting.name != "wide":
+        made |= {f"{name}: {SLA}": recipe for name, recipe in _only_sla().items()}
+    made |= _of_length(setting, 1 / 4)
     if setting.name == "wide":
         return made
-    made |= {f"{name}: {SLA}": recipe for name, recipe in _only_sla().items()}
     made |= _arms("tokens in tiles", order="tiles")
+    for length in (4,) if setting.name == "n4096" else (4, 16):
+        made |= _of_length(setting, length)
+        made |= _of_length(setting, length, {SLA: _only_sla()[IMPROVED]}, f", {IMPROVED}")
     if setting.name == "n4096":
         return made
     for factor in (2, 4):
         made |= _arms(f"blocks of {factor * setting.block}", block_factor=factor)
     made |= _arms("a third of the rate", rate=1 / 3)
     made |= _arms("three times the rate", rate=3.0)
-    made |= _arms("a backdrop", ARMS | TEACHER, backdrop=BACKDROP)
-    return made | _arms(f"{long} steps", length=4)
+    return made | _arms("a backdrop", ARMS | TEACHER, backdrop=BACKDROP)
 
 
 def _arms(condition: str, arms: dict[str, Recipe] = ARMS, **changes: Any) -> dict[str, Recipe]:
     return {f"{condition}: {arm}": replace(recipe, **changes) for arm, recipe in arms.items()}
 
 
+def _of_length(setting: Setting, length: float, arms: dict[str, Recipe] = ARMS, besides: str = "") -> dict[str, Recipe]:
+    return _arms(f"{round(length * setting.steps)} steps{besides}", arms, length=length)
+
+
 def _only_sla() -> dict[str, Recipe]:
     return {
         "Proj from the identity": Recipe(proj="identity"),
-        "Proj from the identity, temperature 4": Recipe(proj="identity", temperature=4.0),
+        IMPROVED: Recipe(proj="identity", temperature=4.0),
         "Proj at ten times the rate": Recipe(proj_rate=10.0),
         "temperature 4": Recipe(temperature=4.0),
         "temperature 16": Recipe(temperature=16.0),
