@@ -34,11 +34,11 @@ def recipes(setting: Setting) -> dict[str, Recipe]:
     if setting.name == "wide":
         return made
     made |= _arms("tokens in tiles", order="tiles")
-    for length in (4,) if setting.name == "n4096" else (4, 16):
-        made |= _of_length(setting, length)
-        made |= _of_length(setting, length, {SLA: _only_sla()[IMPROVED]}, f", {IMPROVED}")
     if setting.name == "n4096":
         return made
+    for length in (4, 8):
+        made |= _of_length(setting, length)
+        made |= _of_length(setting, length, {SLA: _only_sla()[IMPROVED]}, f", {IMPROVED}")
     for factor in (2, 4):
         made |= _arms(f"blocks of {factor * setting.block}", block_factor=factor)
     made |= _arms("a third of the rate", rate=1 / 3)
