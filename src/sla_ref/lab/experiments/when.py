@@ -36,9 +36,10 @@ def recipes(setting: Setting) -> dict[str, Recipe]:
     made |= _arms("tokens in tiles", order="tiles")
     if setting.name == "n4096":
         return made
-    for length in (4, 8):
-        made |= _of_length(setting, length)
-        made |= _of_length(setting, length, {SLA: _only_sla()[IMPROVED]}, f", {IMPROVED}")
+    # The last one asks whether the order of the longest runs is one of the shared learning rate.
+    for length, besides, rate in ((4, "", 1.0), (8, "", 1.0), (8, ", a third of the rate", 1 / 3)):
+        made |= _of_length(setting, length, besides, rate=rate)
+        made |= _of_length(setting, length, f"{besides}, {IMPROVED}", {SLA: _only_sla()[IMPROVED]}, rate=rate)
     for factor in (2, 4):
         made |= _arms(f"blocks of {factor * setting.block}", block_factor=factor)
     made |= _arms("a third of the rate", rate=1 / 3)
@@ -50,8 +51,10 @@ def _arms(condition: str, arms: dict[str, Recipe] = ARMS, **changes: Any) -> dic
     return {f"{condition}: {arm}": replace(recipe, **changes) for arm, recipe in arms.items()}
 
 
-def _of_length(setting: Setting, length: float, arms: dict[str, Recipe] = ARMS, besides: str = "") -> dict[str, Recipe]:
-    return _arms(f"{round(length * setting.steps)} steps{besides}", arms, length=length)
+def _of_length(
+    setting: Setting, length: float, besides: str = "", arms: dict[str, Recipe] = ARMS, **changes: Any
+) -> dict[str, Recipe]:
+    return _arms(f"{round(length * setting.steps)} steps{besides}", arms, length=length, **changes)
 
 
 def _only_sla() -> dict[str, Recipe]:
