@@ -14,7 +14,16 @@ from rich.console import Console
 
 from sla_ref import cli
 from sla_ref.lab.data import MovingDigits
-from sla_ref.lab.experiments import EXPERIMENTS, Context, Experiment, find_experiment, find_setting, runner, students
+from sla_ref.lab.experiments import (
+    EXPERIMENTS,
+    Context,
+    Experiment,
+    find_experiment,
+    find_setting,
+    runner,
+    students,
+    when,
+)
 from sla_ref.lab.experiments.report import fill, read_results, report
 from sla_ref.lab.experiments.runner import read_lines, run
 from sla_ref.lab.experiments.students import Recipe, build, fine_tune, losses, tile_order
@@ -292,6 +301,27 @@ def test_steps_that_warm_a_recording_up_leave_no_trace(teacher):
         assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert all(not value.any() for state in optimizer.state.values() for value in state.values())
+
+
+def test_a_condition_changes_what_its_name_says():
+    recipes = when.recipes(find_setting("n1024"))
+    changes = {
+        "as in main": {},
+        "Proj from the identity, temperature 4": {"proj": "identity", "temperature": 4.0},
+        "Proj at ten times the rate": {"proj_rate": 10.0},
+        "temperature 16": {"temperature": 16.0},
+        "100 steps": {"length": 1 / 4},
+        "1600 steps": {"length": 4},
+        "1600 steps, Proj from the identity, temperature 4": {"length": 4, "proj": "identity", "temperature": 4.0},
+        "3200 steps, a third of the rate": {"length": 8, "rate": 1 / 3},
+        "tokens in tiles": {"order": "tiles"},
+        "blocks of 64": {"block_factor": 4},
+        "a backdrop": {"backdrop": when.BACKDROP},
+    }
+    for condition, changed in changes.items():
+        assert recipes[f"{condition}: {when.SLA}"] == replace(Recipe(), **changed)
+    assert recipes["3200 steps: sparse only, 15 %"] == Recipe("sparse", critical_ratio=0.15, length=8)
+    assert recipes["a backdrop: teacher"] == Recipe("full", length=0, backdrop=when.BACKDROP)
 
 
 @pytest.mark.parametrize("name", ["proj", "order", "objective"])
