@@ -314,6 +314,12 @@ def test_a_condition_changes_what_its_name_says():
         "1600 steps": {"length": 4},
         "1600 steps, Proj from the identity, temperature 4": {"length": 4, "proj": "identity", "temperature": 4.0},
         "3200 steps, a third of the rate": {"length": 8, "rate": 1 / 3},
+        "3200 steps, a third of the rate, Proj from the identity, temperature 4": {
+            "length": 8,
+            "rate": 1 / 3,
+            "proj": "identity",
+            "temperature": 4.0,
+        },
         "tokens in tiles": {"order": "tiles"},
         "blocks of 64": {"block_factor": 4},
         "a backdrop": {"backdrop": when.BACKDROP},
@@ -387,6 +393,7 @@ def test_pairs_are_compared_seed_by_seed():
         "32 steps: SLA, 5 %": (0.5, 1.0),
         "32 steps: sparse only, 15 %": (0.25, 0.75),
         "32 steps, Proj from the identity, temperature 4: SLA, 5 %": (0.125, 0.625),
+        "a backdrop: SLA, 5 %": (0.5, 0.5),
     }
     lines = [line("when", case, s, 0.0, held_out_loss=v) for case, each in values.items() for s, v in enumerate(each)]
     page = fill(place("when"), {("when", "quick"): lines})
@@ -395,6 +402,7 @@ def test_pairs_are_compared_seed_by_seed():
     assert "| temperature 4 | -1.125 (-2 to -0.25) |" in page  # beside the sparse arm of the condition above
     assert "| 32 steps | 0.25 |" in page
     assert "| 32 steps, Proj from the identity, temperature 4 | -0.125 |" in page  # beside those of as many steps
+    assert "| a backdrop | - |" in page  # its own sparse arm is not measured yet: no other one takes its place
 
 
 def test_the_page_and_the_lines_must_fit():

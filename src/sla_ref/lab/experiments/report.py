@@ -131,10 +131,14 @@ def _figure_path(name: str, setting: str) -> str:
 
 def _cases(experiment: Experiment, lines: list[Line]) -> list[str]:
     """The measured cases in the experiment's order."""
-    sizes = dict(lines[0]["sizes"])
-    order = experiment.cases(Setting(**sizes | {"tile": tuple(sizes["tile"])}))
+    order = _planned(experiment, lines)
     measured = dict.fromkeys(line["case"] for line in lines)
     return [case for case in order if case in measured] + [case for case in measured if case not in order]
+
+
+def _planned(experiment: Experiment, lines: list[Line]) -> list[str]:
+    sizes = dict(lines[0]["sizes"])
+    return list(experiment.cases(Setting(**sizes | {"tile": tuple(sizes["tile"])})))
 
 
 def _values(lines: Iterable[Line], case: str, name: str) -> dict[int, float]:
@@ -196,15 +200,16 @@ def _missing_seeds(lines: list[Line], case: str) -> str:
 def _paired_table(experiment: Experiment, lines: list[Line]) -> str:
     """What the first arm's figure is above each other arm's, seed by seed.
 
-    A missing arm is that of the nearest condition above that has it.
+    An arm that a condition does not have is that of the nearest condition above that has it. One that it has and that
+    is not measured yet stays open: another condition's figures would be no pair.
     """
     conditions, arms = _conditions(experiment, lines)
+    planned = _planned(experiment, lines)
 
     def difference(condition: str, arm: str) -> str:
         first = _values(lines, f"{condition}: {arms[0]}", experiment.shown)
-        above = reversed(conditions[: conditions.index(condition) + 1])
-        found = (_values(lines, f"{each}: {arm}", experiment.shown) for each in above)
-        other: dict[int, float] = next(filter(None, found), {})
+        above = (f"{each}: {arm}" for each in reversed(conditions[: conditions.index(condition) + 1]))
+        other = _values(lines, next((case for case in above if case in planned), ""), experiment.shown)
         return _spread(first[seed] - other[seed] for seed in first if seed in other)
 
     others = arms[1:]

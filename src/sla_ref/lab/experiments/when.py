@@ -1,8 +1,8 @@
 """When does the paper's order hold, SLA at 5 % before sparse-only attention at 15 %?
 
-Each condition changes one thing about the comparison. Where another arm does not know what is changed, its figures
-are those of the nearest condition above that has it, and it is not measured again. N and the size of the model are
-varied by the setting.
+Each condition changes one thing about the comparison, or a few that go together. Where another arm does not know
+what is changed, its figures are those of the nearest condition above that has it, and it is not measured again. N and
+the size of the model are varied by the setting.
 """
 
 from __future__ import annotations
