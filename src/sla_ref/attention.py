@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .block_map import (
-    DEFAULT_BLOCK,
-    DEFAULT_CRITICAL_RATIO,
-    DEFAULT_NEGLIGIBLE_RATIO,
-    BlockMap,
-    check_tensors,
-    classify_blocks,
-)
+from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap, classify_blocks
+from .checks import check_tensors
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
-from .protocol import Backend, Saved
+from .protocol import Backend, Gradients, Inputs, Saved
 
 
 class SLAOutput(NamedTuple):
@@ -29,7 +23,7 @@ class SLAOutput(NamedTuple):
     linear: Tensor
     """O^l, (B, H, Nq, D), the input's dtype. [Eq. 5]"""
     lse: Tensor
-    """Log-sum-exp (natural) of each row's critical scores, (B, H, Nq), float32 or float64; not differentiable."""
+    """Log-sum-exp (natural) of each row's critical scores, (B, H, Nq), float32 or float64."""
 
 
 def sparse_linear_attention(
@@ -190,11 +184,51 @@ def _features(phi: FeatureMap, tokens: Tensor, name: str) -> Tensor:
     return features.to(tokens.dtype)
 
 
+# --- a backend's passes, with softmax as its own feature map or as ours -------------------------------------------------
+
+
+def run_forward(backend: Backend, inputs: Inputs) -> Saved:
+    """The backend's forward. In `inputs`, phi_query = phi_key = None means that phi is softmax."""
+    return backend.forward(_with_phi(backend, inputs))
+
+
+def run_backward(
+    backend: Backend, grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
+) -> Gradients:
+    """The backend's backward. Where `inputs` has no phi, query and key get the gradient through softmax too."""
+    if grad_lse is not None:  # a row without critical key has a constant lse, -inf
+        grad_lse = grad_lse.masked_fill(saved.lse == -torch.inf, 0.0)
+    given = _with_phi(backend, inputs)
+    gradients = backend.backward(grad_sparse, grad_linear, grad_lse, given, saved)
+    if inputs.phi_query is not None or backend.softmax_inside:
+        return gradients
+    return gradients._replace(
+        query=_add_through_softmax(gradients.query, gradients.phi_query, given.phi_query),
+        key=_add_through_softmax(gradients.key, gradients.phi_key, given.phi_key),
+        phi_query=None,
+        phi_key=None,
+    )
+
+
+def _with_phi(backend: Backend, inputs: Inputs) -> Inputs:
+    if inputs.phi_query is not None or backend.softmax_inside:
+        return inputs
+    return inputs._replace(phi_query=softmax(inputs.query), phi_key=softmax(inputs.key))
+
+
+def _add_through_softmax(grad: Tensor, grad_phi: Tensor | None, phi: Tensor | None) -> Tensor:
+    """grad + phi (dphi - phi . dphi), rounded once. dphi may lie beyond float16, its product with phi does not."""
+    assert grad_phi is not None and phi is not None
+    slope = phi.to(grad_phi.dtype)
+    through = slope * (grad_phi - (slope * grad_phi).sum(-1, keepdim=True))
+    return (grad + through).to(grad.dtype)
+
+
 # --- the operator ----------------------------------------------------------------------------------------------------
 # The index lists of a BlockMap are made inside, from the labels: to autograd and compilers they do not exist. The
 # backend travels as a string, so that the backward runs on the backend of its forward, whatever is set by then.
-# Without phi_query and phi_key, phi is softmax: a backend may then compute it where it is read, and nothing is kept of
-# it for the backward. The gradient through it is part of query's and key's.
+# Without phi_query and phi_key, phi is softmax, nothing is kept of it for the backward, and the gradient through it is
+# part of query's and key's.
 
 
 @torch.library.custom_op("sla_ref::forward", mutates_args=())
@@ -214,15 +248,14 @@ def _forward(
     block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
     chosen = backends.choose(backend, query, block_map)
     with torch.autocast(query.device.type, enabled=False):
-        if phi_query is not None and phi_key is not None:
-            return chosen.forward(query, key, value, phi_query, phi_key, block_map, scale)
-        return forward_softmax(chosen, query, key, value, block_map, scale)
+        return run_forward(chosen, Inputs(query, key, value, phi_query, phi_key, block_map, scale))
 
 
 @torch.library.custom_op("sla_ref::backward", mutates_args=())
 def _backward(
     grad_sparse: Tensor,
     grad_linear: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -240,46 +273,11 @@ def _backward(
 ) -> list[Tensor]:
     block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
     chosen = backends.choose(backend, query, block_map)
-    saved = Saved(out_sparse, out_linear, lse)
+    inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
     with torch.autocast(query.device.type, enabled=False):
-        if phi_query is not None and phi_key is not None:
-            inputs = (query, key, value, phi_query, phi_key)
-            return list(chosen.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale))
-        return list(backward_softmax(chosen, grad_sparse, grad_linear, query, key, value, saved, block_map, scale))
-
-
-def forward_softmax(
-    backend: Backend, query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
-) -> Saved:
-    """The backend's forward with phi = softmax, by its own `forward_softmax` if it has one."""
-    if hasattr(backend, "forward_softmax"):
-        return backend.forward_softmax(query, key, value, block_map, scale)
-    return backend.forward(query, key, value, softmax(query), softmax(key), block_map, scale)
-
-
-def backward_softmax(
-    backend: Backend,
-    grad_sparse: Tensor,
-    grad_linear: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    saved: Saved,
-    block_map: BlockMap,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value with phi = softmax, by the backend's own `backward_softmax` if it has one."""
-    if hasattr(backend, "backward_softmax"):
-        return backend.backward_softmax(grad_sparse, grad_linear, query, key, value, saved, block_map, scale)
-    phi_query, through_query = torch.func.vjp(softmax, query)  # type: ignore[misc]
-    phi_key, through_key = torch.func.vjp(softmax, key)  # type: ignore[misc]
-    inputs = (query, key, value, phi_query, phi_key)
-    gradients = backend.backward(grad_sparse, grad_linear, *inputs, saved, block_map, scale)
-    return (
-        gradients.query + through_query(gradients.phi_query)[0],
-        gradients.key + through_key(gradients.phi_key)[0],
-        gradients.value,
-    )
+        saved = Saved(out_sparse, out_linear, lse)
+        gradients = run_backward(chosen, grad_sparse, grad_linear, grad_lse, inputs, saved)
+    return [gradient.to(query.dtype) for gradient in gradients if gradient is not None]
 
 
 @_forward.register_fake
@@ -289,19 +287,26 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_backward.register_fake
-def _(grad_sparse: Tensor, grad_linear: Tensor, *rest: Any) -> list[Tensor]:
+def _(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, *rest: Any) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in rest[:5] if tensor is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, labels, num_critical, block_q, block_k, scale, backend = inputs
-    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # lse is seldom used: None then saves the kernels a read
     ctx.save_for_backward(*tensors, *output, labels)
     ctx.options = (num_critical, block_q, block_k, scale, backend)
 
 
-def _differentiate(ctx: Any, grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    gradients = _backward(grad_sparse, grad_linear, *ctx.saved_tensors, *ctx.options)
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    *inputs, out_sparse, out_linear, lse, labels = ctx.saved_tensors
+    grad_sparse, grad_linear = (
+        torch.zeros_like(output) if grad is None else grad
+        for grad, output in zip(grads, (out_sparse, out_linear), strict=False)
+    )
+    gradients = _backward(
+        grad_sparse, grad_linear, grads[2], *inputs, out_sparse, out_linear, lse, labels, *ctx.options
+    )
     return *gradients, *[None] * (11 - len(gradients))
 
 

@@ -7,14 +7,8 @@ from torch import Tensor, nn
 
 from . import backends
 from .attention import attend
-from .block_map import (
-    DEFAULT_BLOCK,
-    DEFAULT_CRITICAL_RATIO,
-    DEFAULT_NEGLIGIBLE_RATIO,
-    BlockMap,
-    check_block_size,
-    check_ratio,
-)
+from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap
+from .checks import check_block_size, check_ratio
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
 
 

@@ -13,8 +13,30 @@ from torch import Tensor
 from .block_map import BlockMap
 
 
+class Inputs(NamedTuple):
+    """What both passes read. Tensors arrive validated (see `sla_ref.sparse_linear_attention`), with any strides.
+
+    All tensors have one dtype and one device.
+    """
+
+    query: Tensor
+    """Q, (B, H, Nq, D)."""
+    key: Tensor
+    """K, (B, H, Nk, D)."""
+    value: Tensor
+    """V, (B, H, Nk, D)."""
+    phi_query: Tensor | None
+    """phi(Q), (B, H, Nq, D); None for a backend with `softmax_inside` when phi is softmax."""
+    phi_key: Tensor | None
+    """phi(K), (B, H, Nk, D); None when phi_query is None."""
+    block_map: BlockMap
+    """The class of every block pair."""
+    scale: float
+    """Factor on the scores Q K^T."""
+
+
 class Saved(NamedTuple):
-    """What a forward returns and the backward needs, beside the five inputs. Memory: O(N D).
+    """What a forward returns, and what the backward needs besides the inputs. Memory: O(N D).
 
     Because this is fixed, the forward of one backend can be followed by the backward of another.
     """
@@ -28,27 +50,34 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the five inputs, each contiguous, in the shape and dtype of its input."""
+    """Gradients of the five input tensors, each contiguous and in the shape of its input."""
 
     query: Tensor
+    """(B, H, Nq, D), the input's dtype. With phi_query = None it includes the gradient through softmax."""
     key: Tensor
+    """(B, H, Nk, D), the input's dtype. With phi_key = None it includes the gradient through softmax."""
     value: Tensor
-    phi_query: Tensor
-    phi_key: Tensor
+    """(B, H, Nk, D), the input's dtype."""
+    phi_query: Tensor | None
+    """(B, H, Nq, D), float32 (float64 for float64 inputs), None where phi_query is None.
+
+    It leaves float16's range where phi is small, although its product with the slope of phi does not.
+    """
+    phi_key: Tensor | None
+    """(B, H, Nk, D), as phi_query's."""
 
 
 class Backend(Protocol):
-    """The functions of a backend. Tensors arrive validated (see `sla_ref.sparse_linear_attention`), with any strides.
-
-    `query`, `phi_query`: (B, H, Nq, D); `key`, `value`, `phi_key`: (B, H, Nk, D); all of one dtype and device.
-
-    A backend may compute the default feature map, softmax, where it reads phi. It then has two functions more, equal to
-    these with phi = softmax(query), softmax(key): `forward_softmax(query, key, value, block_map, scale) -> Saved` and
-    `backward_softmax(grad_sparse, grad_linear, query, key, value, saved, block_map, scale)`, which returns the
-    gradients of query, key and value, those through phi included.
-    """
+    """The attributes of a backend: its name, whether it computes softmax, two questions and the two algorithms."""
 
     name: str
+
+    softmax_inside: bool
+    """Whether the backend computes phi itself when phi is softmax, where it reads query and key.
+
+    It then gets phi_query = phi_key = None in that case. For any other feature map, and for backends that say False,
+    phi is computed outside and the gradient through it too.
+    """
 
     def unavailable(self) -> str | None:
         """Why this backend cannot be used on this machine, with the command that would help; None if it can."""
@@ -58,31 +87,16 @@ class Backend(Protocol):
         """Why this backend cannot take this input; None if it can."""
         ...
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor,
-        phi_key: Tensor,
-        block_map: BlockMap,
-        scale: float,
-    ) -> Saved:
+    def forward(self, inputs: Inputs) -> Saved:
         """Algorithm 1, lines 4 and 7 to 16."""
         ...
 
     def backward(
-        self,
-        grad_sparse: Tensor,
-        grad_linear: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor,
-        phi_key: Tensor,
-        saved: Saved,
-        block_map: BlockMap,
-        scale: float,
+        self, grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
     ) -> Gradients:
-        """Algorithm 2."""
+        """Algorithm 2.
+
+        `grad_sparse` and `grad_linear` are (B, H, Nq, D) in the input's dtype, with any strides. `grad_lse` (B, H, Nq)
+        has lse's dtype and is None where nothing was made of lse. It enters line 11 as dS = P (dP - (D^s - dL)).
+        """
         ...

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..block_map import MARGINAL, BlockMap
-from ..protocol import Gradients, Saved
+from ..protocol import Gradients, Inputs, Saved
 
 name = "torch"
+softmax_inside = False
 
 
 def unavailable() -> str | None:
@@ -37,39 +38,21 @@ def unsupported(query: Tensor, block_map: BlockMap) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phi_query: Tensor,
-    phi_key: Tensor,
-    block_map: BlockMap,
-    scale: float,
-) -> Saved:
+def forward(inputs: Inputs) -> Saved:
     """Algorithm 1; arguments and result as in `sla_ref.protocol.Backend`."""
-    out_sparse, lse = _sparse_forward(query, key, value, block_map, scale)
-    out_linear = _linear_forward(phi_query, phi_key, value, block_map)
-    return Saved(out_sparse, out_linear, lse)
+    out_sparse, lse = _sparse_forward(inputs)
+    return Saved(out_sparse, _linear_forward(inputs), lse)
 
 
 def backward(
-    grad_sparse: Tensor,
-    grad_linear: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phi_query: Tensor,
-    phi_key: Tensor,
-    saved: Saved,
-    block_map: BlockMap,
-    scale: float,
+    grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
 ) -> Gradients:
     """Algorithm 2; arguments and result as in `sla_ref.protocol.Backend`."""
-    dQ, dK, dV_sparse = _sparse_backward(grad_sparse, query, key, value, saved, block_map, scale)
-    dphi_Q, dphi_K, dV_linear = _linear_backward(grad_linear, phi_query, phi_key, value, saved, block_map)
+    dQ, dK, dV_sparse = _sparse_backward(grad_sparse, grad_lse, inputs, saved)
+    dphi_Q, dphi_K, dV_linear = _linear_backward(grad_linear, inputs, saved)
     dV = dV_sparse.add_(dV_linear)  # [Alg. 2 L17] prints "=", which would lose the sparse part
-    gradients = Gradients(dQ, dK, dV, dphi_Q, dphi_K)
-    return Gradients(*(gradient.to(query.dtype) for gradient in gradients))
+    dtype = inputs.query.dtype
+    return Gradients(dQ.to(dtype), dK.to(dtype), dV.to(dtype), dphi_Q, dphi_K)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -168,11 +151,15 @@ def _scores(Q: Tensor, K: Tensor, bias: Tensor | None, index: Tensor, scratch: _
     return S
 
 
-def _sparse_forward(
-    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
-) -> tuple[Tensor, Tensor]:
-    Q, K, V = _cut(query, block_map.block_q), _cut(key, block_map.block_k), _cut(value, block_map.block_k)
-    Q *= scale
+def _cut_inputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V in blocks; Q has the scale already."""
+    block_q, block_k = inputs.block_map.block_q, inputs.block_map.block_k
+    return _cut(inputs.query, block_q).mul_(inputs.scale), _cut(inputs.key, block_k), _cut(inputs.value, block_k)
+
+
+def _sparse_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    query, block_map = inputs.query, inputs.block_map
+    Q, K, V = _cut_inputs(inputs)
     index, bias = _critical(block_map, Q.dtype)
     out, lse = torch.empty_like(Q), Q.new_empty(*Q.shape[:2], 1)
     scratch = _Scratch(Q.dtype, Q.device)
@@ -191,14 +178,16 @@ def _sparse_forward(
 
 
 def _sparse_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, block_map: BlockMap, scale: float
+    grad_sparse: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
-    Q, K, V = _cut(query, block_map.block_q), _cut(key, block_map.block_k), _cut(value, block_map.block_k)
-    Q *= scale
-    dO = _cut(grad, block_map.block_q)
+    block_map = inputs.block_map
+    Q, K, V = _cut_inputs(inputs)
+    dO = _cut(grad_sparse, block_map.block_q)
     lse = _cut(saved.lse[..., None], block_map.block_q)
     lse.masked_fill_(lse == -torch.inf, 0.0)
     Ds = (dO * _cut(saved.out_sparse, block_map.block_q)).sum(-1, keepdim=True)  # [Alg. 2 L2]
+    if grad_lse is not None:
+        Ds -= _cut(grad_lse[..., None], block_map.block_q)  # dS = P (dP - Ds) + P dL
     index, bias = _critical(block_map, Q.dtype)
     dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     scratch = _Scratch(Q.dtype, Q.device)
@@ -215,7 +204,7 @@ def _sparse_backward(
         torch.bmm(dS, K_crit, out=dQ[rows])  # [Alg. 2 L12]
         torch.bmm(dS.mT, Q[rows], out=dKV)  # Q brings the scale that the paper's line lacks [Alg. 2 L12]
         _add_blocks(dK, index[rows], dKV)
-    return _join(dQ.mul_(scale), query), _join(dK, key), _join(dV, value)
+    return _join(dQ.mul_(inputs.scale), inputs.query), _join(dK, inputs.key), _join(dV, inputs.value)
 
 
 def _add_blocks(total: Tensor, index: Tensor, tiles: Tensor) -> None:
@@ -249,15 +238,15 @@ class _Linear(NamedTuple):
     """1 / (phi(Q_i) Z_i), and 0 where there is nothing to divide: (G, Tq, block_q, 1)"""
 
 
-def _linear_states(
-    phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map: BlockMap
-) -> Iterator[tuple[slice, _Linear]]:
+def _linear_states(inputs: Inputs) -> Iterator[tuple[slice, _Linear]]:
     """A few heads at a time, so that their states h never hold more numbers than the tokens of all heads do."""
+    block_map = inputs.block_map
     B, H, Tq, Tk = block_map.labels.shape
-    D = value.shape[-1]
-    phi_Q = _cut(phi_query, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
-    phi_K = _cut(phi_key, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
-    V = _cut(value, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
+    D = inputs.value.shape[-1]
+    assert inputs.phi_query is not None and inputs.phi_key is not None  # softmax_inside is False
+    phi_Q = _cut(inputs.phi_query, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
+    phi_K = _cut(inputs.phi_key, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
+    V = _cut(inputs.value, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
     marginal = (block_map.labels == MARGINAL).to(V.dtype).flatten(0, 1)  # [Alg. 1 L12]
     group = max(1, B * H * block_map.block_k // D)
     for start in range(0, B * H, group):
@@ -280,24 +269,24 @@ def _sum_over(member: Tensor, states: Tensor) -> Tensor:
     return total
 
 
-def _linear_forward(phi_query: Tensor, phi_key: Tensor, value: Tensor, block_map: BlockMap) -> Tensor:
+def _linear_forward(inputs: Inputs) -> Tensor:
+    query, block_map = inputs.query, inputs.block_map
     B, H, Tq, _ = block_map.labels.shape
-    out = phi_query.new_empty(B * H, Tq, block_map.block_q, value.shape[-1], dtype=_compute_dtype(value))
-    for heads, at in _linear_states(phi_query, phi_key, value, block_map):
+    out = query.new_empty(B * H, Tq, block_map.block_q, query.shape[-1], dtype=_compute_dtype(query))
+    for heads, at in _linear_states(inputs):
         torch.mul(at.phi_Q @ at.H, at.inverse, out=out[heads])  # [Alg. 1 L16]
-    return _join(out.flatten(0, 1), phi_query).to(phi_query.dtype)
+    return _join(out.flatten(0, 1), query).to(query.dtype)
 
 
-def _linear_backward(
-    grad: Tensor, phi_query: Tensor, phi_key: Tensor, value: Tensor, saved: Saved, block_map: BlockMap
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_backward(grad_linear: Tensor, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    block_map = inputs.block_map
     B, H, Tq, Tk = block_map.labels.shape
-    all_dO = _cut(grad, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
+    all_dO = _cut(grad_linear, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
     all_O = _cut(saved.out_linear, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
     dphi_Q = torch.empty_like(all_dO)
-    dphi_K = all_dO.new_empty(B * H, Tk, block_map.block_k, value.shape[-1])
+    dphi_K = all_dO.new_empty(B * H, Tk, block_map.block_k, all_dO.shape[-1])
     dV = torch.empty_like(dphi_K)
-    for heads, at in _linear_states(phi_query, phi_key, value, block_map):
+    for heads, at in _linear_states(inputs):
         dO = all_dO[heads]  # (G, Tq, block_q, D)
         Dl = (dO * all_O[heads]).sum(-1, keepdim=True)  # (G, Tq, block_q, 1) [Alg. 2 L2]
         A = at.phi_Q * at.inverse  # (G, Tq, block_q, D)
@@ -308,4 +297,6 @@ def _linear_backward(
         dZ = _sum_over(at.marginal.mT, dZ_i)  # (G, Tk, D, 1) [Alg. 2 L14]
         dphi_K[heads] = at.V @ dH.mT + dZ.mT  # [Alg. 2 L16]
         dV[heads] = at.phi_K @ dH  # [Alg. 2 L17]
-    return _join(dphi_Q.flatten(0, 1), phi_query), _join(dphi_K.flatten(0, 1), phi_key), _join(dV.flatten(0, 1), value)
+    likes = (inputs.query, inputs.key, inputs.value)
+    dphi_Q, dphi_K, dV = (_join(d.flatten(0, 1), like) for d, like in zip((dphi_Q, dphi_K, dV), likes, strict=True))
+    return dphi_Q, dphi_K, dV
