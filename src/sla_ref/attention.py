@@ -184,7 +184,7 @@ def _features(phi: FeatureMap, tokens: Tensor, name: str) -> Tensor:
     return features.to(tokens.dtype)
 
 
-# --- a backend's passes, with softmax as its own feature map or as ours -------------------------------------------------
+# --- one pass of a backend --------------------------------------------------------------------------------------------
 
 
 def run_forward(backend: Backend, inputs: Inputs) -> Saved:
@@ -213,15 +213,14 @@ def run_backward(
 def _with_phi(backend: Backend, inputs: Inputs) -> Inputs:
     if inputs.phi_query is not None or backend.softmax_inside:
         return inputs
-    return inputs._replace(phi_query=softmax(inputs.query), phi_key=softmax(inputs.key))
+    dtype = torch.promote_types(inputs.query.dtype, torch.float32)
+    return inputs._replace(phi_query=softmax(inputs.query.to(dtype)), phi_key=softmax(inputs.key.to(dtype)))
 
 
 def _add_through_softmax(grad: Tensor, grad_phi: Tensor | None, phi: Tensor | None) -> Tensor:
-    """grad + phi (dphi - phi . dphi), rounded once. dphi may lie beyond float16, its product with phi does not."""
+    """grad + phi (dphi - phi . dphi). dphi may lie beyond float16's range, its product with phi does not."""
     assert grad_phi is not None and phi is not None
-    slope = phi.to(grad_phi.dtype)
-    through = slope * (grad_phi - (slope * grad_phi).sum(-1, keepdim=True))
-    return (grad + through).to(grad.dtype)
+    return (grad + phi * (grad_phi - (phi * grad_phi).sum(-1, keepdim=True))).to(grad.dtype)
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------

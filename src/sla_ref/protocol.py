@@ -16,7 +16,9 @@ from .block_map import BlockMap
 class Inputs(NamedTuple):
     """What both passes read. Tensors arrive validated (see `sla_ref.sparse_linear_attention`), with any strides.
 
-    All tensors have one dtype and one device.
+    They are on one device. Query, key and value have one dtype, and so have the features, with one exception: where
+    the operator computes softmax for the backend, the features of float16 and bfloat16 inputs are float32. A row's
+    denominator may rest on features that float16 would round to zero.
     """
 
     query: Tensor

@@ -94,9 +94,18 @@ def sparse_linear_attention(
     # (phi(Q) phi(K)^T) V is phi(Q) (phi(K)^T V): the second order of brackets is what makes it linear in N.
     A = (phi_query @ phi_key.mT).masked_fill(label != 0, 0.0)  # (B, H, Nq, Nk)
     denominator = A.sum(-1, keepdim=True)  # phi(Q_i) Z_i
-    zero = denominator == 0
+    zero = denominator.abs() < smallest_denominator(denominator.dtype)
     linear = (A @ value / denominator.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
     return sparse, linear, lse
+
+
+def smallest_denominator(dtype: torch.dtype) -> float:
+    """Below this, a denominator phi(Q_i) Z_i counts as zero: 2^-96, or 2^-992 for float64.
+
+    It is no epsilon that is added to something. Near the end of float32's range, features are rounded to a few digits,
+    and the gradient's phi(Q_i) / (phi(Q_i) Z_i) leaves the range at the other end.
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).tiny * 2.0**30
 
 
 def combine(sparse: Tensor, linear: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ of its result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import backends, reference
-from .attention import backward_softmax, forward_softmax
-from .block_map import BlockMap, classify_blocks
+from .attention import run_backward, run_forward
+from .block_map import CRITICAL, MARGINAL, NEGLIGIBLE, BlockMap, classify_blocks
 from .feature_maps import resolve_feature_map, softmax
-from .protocol import Backend, Gradients
+from .protocol import Backend, Gradients, Inputs, Saved
 
 OUTPUTS = ("sparse", "linear", "lse")
 GRADIENTS = tuple(f"grad_{name}" for name in Gradients._fields)
@@ -39,27 +39,33 @@ Results = dict[str, Tensor]
 class Problem(NamedTuple):
     """The input of one forward and one backward."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    phi_query: Tensor
-    phi_key: Tensor
+    inputs: Inputs
     grad_sparse: Tensor
     grad_linear: Tensor
-    block_map: BlockMap
-    scale: float
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """query, key, value, phi_query, phi_key."""
-        return self[:5]
+    grad_lse: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype."""
-        return self._map_tensors(lambda tensor: tensor.to(dtype))
+        """The same numbers in another dtype; the gradient of lse is float32 or better, as lse is."""
+        problem = self._map_tensors(lambda tensor: tensor.to(dtype))
+        if self.grad_lse is None:
+            return problem
+        return problem._replace(grad_lse=self.grad_lse.to(torch.promote_types(dtype, torch.float32)))
+
+    def default_phi(self) -> Problem:
+        """The same problem as most users have it: phi = softmax is left to the operator, and nothing is made of lse."""
+        return self._replace(inputs=self.inputs._replace(phi_query=None, phi_key=None), grad_lse=None)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors but the block map's: inputs, then gradients of the outputs."""
+        return [tensor for tensor in (*self.inputs[:5], *self[1:]) if tensor is not None]
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        return Problem._make([*map(change, self[:7]), self.block_map, self.scale])
+        def changed(tensors: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+            return (tensor if tensor is None else change(tensor) for tensor in tensors)
+
+        inputs = Inputs._make([*changed(self.inputs[:5]), self.inputs.block_map, self.inputs.scale])
+        return Problem._make([inputs, *changed(self[1:])])
 
 
 def make_problem(
@@ -99,24 +105,27 @@ def make_problem(
     key_length = query_length if key_length is None else key_length
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(length: int) -> Tensor:
-        return torch.randn(batch, heads, length, head_dim, generator=generator, dtype=torch.float64)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, heads, *shape, generator=generator, dtype=torch.float64)
 
-    query, key, value = normal(query_length), normal(key_length), normal(key_length)
+    query, key, value = (normal(length, head_dim) for length in (query_length, key_length, key_length))
     if equal_keys:
         key = key[:, :, :1].expand_as(key)
     phi = resolve_feature_map(feature_map)
-    exact = (query * spread, key * spread, value, phi(query), phi(key), normal(query_length), normal(query_length))
-    tensors = [tensor.to(dtype).to(device).contiguous() for tensor in exact]
+    exact = [query * spread, key * spread, value, phi(query), phi(key)]
+    exact += [normal(query_length, head_dim), normal(query_length, head_dim), normal(query_length)]
+    *tensors, grad_lse = (tensor.to(dtype).to(device).contiguous() for tensor in exact)
     query, key = tensors[:2]
     block_map = classify_blocks(query, key, critical_ratio, negligible_ratio, block_q=block_q, block_k=block_k)
     if labels != "classified":
-        block_map = replace(block_map, labels=_labels(labels, block_map.labels, generator), _num_critical=None)
-    return Problem._make([*tensors, block_map, head_dim**-0.5])
+        sizes = (block_q, block_k, query_length, key_length)
+        block_map = BlockMap(_labels(labels, block_map.labels, generator), *sizes)
+    inputs = Inputs._make([*tensors[:5], block_map, head_dim**-0.5])
+    return Problem(inputs, tensors[5], tensors[6], grad_lse.to(torch.promote_types(dtype, torch.float32)))
 
 
 def _labels(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    single = {"critical": 1, "marginal": 0, "negligible": -1}
+    single = {"critical": CRITICAL, "marginal": MARGINAL, "negligible": NEGLIGIBLE}
     if kind in single:
         return torch.full_like(like, single[kind])
     if kind != "random":
@@ -124,42 +133,37 @@ def _labels(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
     share = torch.linspace(0, 1, like.shape[2])[:, None]  # of critical blocks: none in the first row, all in the last
     critical = torch.rand(like.shape, generator=generator) < share
     rest = torch.randint(-1, 1, like.shape, generator=generator)
-    return torch.where(critical, 1, rest).to(like)
+    return torch.where(critical, CRITICAL, rest).to(like)
 
 
 # --- the oracle and its budget ---------------------------------------------------------------------------------------
 
 
-def run_function(function: Callable[..., Sequence[Tensor]], problem: Problem) -> Results:
+def run_function(
+    function: Callable[..., Sequence[Tensor]], problem: Problem, phi: Callable[[Tensor], Tensor] = softmax
+) -> Results:
     """Outputs and autograd's gradients of a function that is called as `reference.sparse_linear_attention` is.
 
-    It may leave out lse.
+    It may leave out lse if the problem has no gradient for it. `phi` makes the features where the problem has none.
     """
-    leaves = [tensor.detach().requires_grad_() for tensor in problem.inputs]
-    block_map = problem.block_map
-    outputs = function(*leaves, block_map.labels, block_map.block_q, block_map.block_k, problem.scale)
-    grads = torch.autograd.grad(outputs[:2], leaves, (problem.grad_sparse, problem.grad_linear))
+    leaves = [tensor.detach().requires_grad_() for tensor in problem.inputs[:5] if tensor is not None]
+    query, key, value, *features = leaves
+    features = features or [phi(query), phi(key)]
+    *_, block_map, scale = problem.inputs
+    blocks = (block_map.block_q, block_map.block_k)
+    outputs = function(query, key, value, *features, block_map.labels, *blocks, scale)
+    given = [grad for grad in problem[1:] if grad is not None]
+    grads = torch.autograd.grad(outputs[: len(given)], leaves, given)
     results = dict(zip(OUTPUTS, (output.detach() for output in outputs), strict=False))
-    return results | dict(zip(GRADIENTS, grads, strict=True))
+    return results | dict(zip(GRADIENTS, grads, strict=False))
 
 
 def run_backend(backend: Backend, problem: Problem, backward: Backend | None = None) -> Results:
     """Outputs and gradients of a backend; the gradients by another one, if given."""
-    saved = backend.forward(*problem.inputs, problem.block_map, problem.scale)
-    gradients = (backward or backend).backward(
-        problem.grad_sparse, problem.grad_linear, *problem.inputs, saved, problem.block_map, problem.scale
-    )
-    return dict(zip((*OUTPUTS, *GRADIENTS), (*saved, *gradients), strict=True))
-
-
-def run_softmax(backend: Backend, problem: Problem) -> Results:
-    """Outputs of a backend with phi = softmax inside the operator, and the gradients of query, key and value."""
-    query, key, value = problem[:3]
-    saved = forward_softmax(backend, query, key, value, problem.block_map, problem.scale)
-    gradients = backward_softmax(
-        backend, problem.grad_sparse, problem.grad_linear, query, key, value, saved, problem.block_map, problem.scale
-    )
-    return dict(zip((*OUTPUTS, *GRADIENTS[:3]), (*saved, *gradients), strict=True))
+    saved = Saved(*run_forward(backend, problem.inputs))
+    gradients = run_backward(backward or backend, *problem[1:], problem.inputs, saved)
+    named = zip((*OUTPUTS, *GRADIENTS), (*saved, *gradients), strict=True)
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def oracle(problem: Problem) -> Results:
@@ -180,28 +184,27 @@ def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
 
     float64: 1e-12, scaled by the largest value where that is above 1. Else: twice the error of the equations run in the
     dtype, three times for gradients, and the rounding noise: four times as the largest entry, twice as root mean
-    square. lse is always computed in float32 or better. Where the equations overflow in the dtype, the noise alone
-    counts.
+    square. lse is always computed in float32 or better. Where the equations overflow in the dtype, as the gradient of
+    softmax does in float16, they are run in float32 on features that are rounded to the dtype.
     """
-    dtype = problem.query.dtype
+    dtype = problem.inputs.query.dtype
     if dtype == torch.float64:
         return {name: Bound(*[1e-12 * max(1.0, _largest(values))] * 2) for name, values in exact.items()}
-    return _budget(exact, _plain(problem), _rounding_noise(problem, exact))
 
+    def rounded_softmax(tokens: Tensor) -> Tensor:
+        features = softmax(tokens)
+        return features + (features.to(dtype).to(features) - features).detach()  # the gradient is softmax's own
 
-def _plain(problem: Problem) -> Results:
-    """The equations in the problem's dtype, but lse, which is always computed in float32 or better."""
     plain = run_function(reference.sparse_linear_attention, problem)
-    plain["lse"] = run_function(reference.sparse_linear_attention, problem.to(torch.float32))["lse"]
-    return plain
-
-
-def _budget(exact: Results, plain: Results, noise: Results) -> dict[str, Bound]:
+    wide = run_function(reference.sparse_linear_attention, problem.to(torch.float32), rounded_softmax)
+    plain["lse"] = wide["lse"]
+    noise = _rounding_noise(problem, exact)
     budget = {}
     for name, values in exact.items():
         error = _difference(plain[name], values)
-        factor = (3 if name in GRADIENTS else 2) if error.isfinite().all() else 0
-        error = error.nan_to_num()
+        if not error.isfinite().all():
+            error = _difference(wide[name], values)
+        factor = 3 if name in GRADIENTS else 2
         budget[name] = Bound(
             factor * _largest(error) + 4 * _largest(noise[name]), factor * _rms(error) + 2 * _rms(noise[name])
         )
@@ -213,24 +216,30 @@ def _rounding_noise(problem: Problem, exact: Results) -> Results:
 
     Roundings add up as independent errors do, by their squares, and do not cancel where terms do: with one key, dQ is
     exactly 0, but as the difference of two numbers that both were rounded. Rounding the scores, in float32, moves P by
-    |S| units.
+    |S| units. Where phi is softmax, its gradient goes on into query and key as dx = phi (dphi - phi . dphi).
     """
-    unit, unit_scores = torch.finfo(problem.query.dtype).eps, torch.finfo(torch.float32).eps
+    unit, unit_scores = torch.finfo(problem.inputs.query.dtype).eps, torch.finfo(torch.float32).eps
     wide = problem.to(torch.float64)
-    Q2, K2, V2, phi_Q2, phi_K2, dO2, dOl2 = (tensor.square() for tensor in wide[:7])
-    label = problem.block_map.to_dense()
+    query, key, value, phi_query, phi_key, block_map, scale = wide.inputs
+    if phi_query is None or phi_key is None:
+        phi_query, phi_key = softmax(query), softmax(key)
+    Q2, K2, V2, phi_Q2, phi_K2 = (tensor.square() for tensor in (query, key, value, phi_query, phi_key))
+    dO2, dOl2 = wide.grad_sparse.square(), wide.grad_linear.square()
+    dL2 = 0.0 if wide.grad_lse is None else wide.grad_lse.square()[..., None]
+    label = block_map.to_dense()
 
-    S = (wide.scale * wide.query @ wide.key.mT).masked_fill(label != 1, -math.inf)
-    size_S = (wide.scale * (Q2 @ K2.mT).sqrt()).masked_fill(label != 1, 0.0).amax(-1, keepdim=True)
+    S = (scale * query @ key.mT).masked_fill(label != CRITICAL, -math.inf)
+    size_S = (scale * (Q2 @ K2.mT).sqrt()).masked_fill(label != CRITICAL, 0.0).amax(-1, keepdim=True)
     P = (S - exact["lse"].double()[..., None]).exp().nan_to_num() * (unit + unit_scores * (1 + size_S))
     P2 = P.square()
-    dS2 = P2 * (dO2 @ V2.mT + (dO2 * exact["sparse"].square()).sum(-1, keepdim=True)) * wide.scale**2
+    dS2 = P2 * (dO2 @ V2.mT + (dO2 * exact["sparse"].square()).sum(-1, keepdim=True) + dL2) * scale**2
 
-    inverse = 1 / (wide.phi_query @ wide.phi_key.mT).masked_fill(label != 0, 0.0).sum(-1, keepdim=True)
-    inverse2 = (unit * inverse.masked_fill(inverse.isinf(), 0.0)).square()
-    W2 = ((wide.phi_query @ wide.phi_key.mT).square() * inverse2).masked_fill(label != 0, 0.0)
-    dA2 = (dOl2 @ V2.mT + (dOl2 * exact["linear"].square()).sum(-1, keepdim=True)) * inverse2
-    dA2 = dA2.masked_fill(label != 0, 0.0)
+    A = (phi_query @ phi_key.mT).masked_fill(label != MARGINAL, 0.0)
+    inverse = 1 / A.sum(-1, keepdim=True)
+    inverse = inverse.masked_fill(inverse.isinf(), 0.0)
+    W2 = (unit * A * inverse).square()
+    dA2 = (dOl2 @ V2.mT + (dOl2 * exact["linear"].square()).sum(-1, keepdim=True)) * (unit * inverse).square()
+    dA2 = dA2.masked_fill(label != MARGINAL, 0.0)
     squares = {
         "sparse": P2 @ V2,
         "linear": W2 @ V2,
@@ -238,47 +247,18 @@ def _rounding_noise(problem: Problem, exact: Results) -> Results:
         "grad_query": dS2 @ K2,
         "grad_key": dS2.mT @ Q2,
         "grad_value": P2.mT @ dO2 + W2.mT @ dOl2,
-        "grad_phi_query": dA2 @ phi_K2,
-        "grad_phi_key": dA2.mT @ phi_Q2,
     }
+    of_phi = {"grad_phi_query": dA2 @ phi_K2, "grad_phi_key": dA2.mT @ phi_Q2}
+    if "grad_phi_query" in exact:
+        squares |= of_phi
+    else:
+        Ol = exact["linear"]
+        dA = (wide.grad_linear @ value.mT - (wide.grad_linear * Ol).sum(-1, keepdim=True)) * inverse
+        dA = dA.masked_fill(label != MARGINAL, 0.0)
+        for name, phi2, dphi in (("query", phi_Q2, dA @ phi_key), ("key", phi_K2, dA.mT @ phi_query)):
+            square = of_phi[f"grad_phi_{name}"] + (unit * dphi).square()
+            squares[f"grad_{name}"] += phi2 * (square + (phi2 * square).sum(-1, keepdim=True))
     return {name: values.sqrt() for name, values in squares.items()}
-
-
-# Where phi is softmax and belongs to the operator, its gradient is a part of query's and key's: dx = phi (dphi - phi .
-# dphi). What follows carries results and their noise on through that.
-
-
-def _with_softmax(problem: Problem) -> Problem:
-    return problem._replace(phi_query=softmax(problem.query), phi_key=softmax(problem.key))
-
-
-def _through_softmax(results: Results, problem: Problem) -> Results:
-    through = dict(results)
-    for name, phi in (("query", problem.phi_query), ("key", problem.phi_key)):
-        grad = through.pop(f"grad_phi_{name}")
-        through[f"grad_{name}"] = results[f"grad_{name}"] + phi * (grad - (phi * grad).sum(-1, keepdim=True))
-    return through
-
-
-def _noise_through_softmax(noise: Results, exact: Results, problem: Problem) -> Results:
-    unit = torch.finfo(problem.query.dtype).eps
-    through = dict(noise)
-    for name, phi in (("query", problem.phi_query), ("key", problem.phi_key)):
-        grad = f"grad_phi_{name}"
-        phi2 = phi.double().square()
-        square = through.pop(grad).square() + (unit * exact[grad]).square()
-        square = phi2 * (square + (phi2 * square).sum(-1, keepdim=True))
-        through[f"grad_{name}"] = (noise[f"grad_{name}"].square() + square).sqrt()
-    return through
-
-
-def _softmax_budget(problem: Problem) -> tuple[Results, dict[str, Bound]]:
-    """Oracle and budget of the problem's query, key and value with phi = softmax inside; not for float64."""
-    wide, rounded = _with_softmax(problem.to(torch.float64)), _with_softmax(problem)
-    exact = oracle(wide)
-    noise = _noise_through_softmax(_rounding_noise(rounded, exact), exact, rounded)
-    exact = _through_softmax(exact, wide)
-    return exact, _budget(exact, _through_softmax(_plain(rounded), rounded), noise)
 
 
 def assert_within(results: Results, exact: Results, budget: dict[str, Bound]) -> None:
@@ -358,9 +338,9 @@ class Case:
     quick: bool = False
 
     @property
-    def softmax_inside(self) -> bool:
-        """Whether phi is softmax of the problem's query and key: a backend's form that computes it is tried too."""
-        return not self.arguments.keys() & {"feature_map", "spread"}
+    def default_phi(self) -> bool:
+        """Whether the features are softmax, so that the problem can be tried with phi left to the operator too."""
+        return "feature_map" not in self.arguments
 
     def __str__(self) -> str:
         return self.name
@@ -399,6 +379,12 @@ CASES: tuple[Case, ...] = (
     _case("no negligible", negligible_ratio=0.0, query_length=100, block_q=32, block_k=32, head_dim=32),
     _case("equal keys", equal_keys=True, query_length=100, block_q=32, block_k=32, head_dim=32),
     _case("scores of 1e4", spread=100.0, query_length=100, block_q=32, block_k=32, head_dim=32),
+    *(
+        _case(
+            f"spread {spread}", spread=spread, critical_ratio=0.6, query_length=100, block_q=32, block_k=16, head_dim=32
+        )
+        for spread in (4.0, 20.0, 100.0)
+    ),
     _case("relu, zero denominators", feature_map="relu", query_length=100, block_q=32, block_k=32, head_dim=16),
     _case("elu", feature_map="elu", query_length=100, block_q=32, block_k=32, head_dim=32),
 )
@@ -410,41 +396,42 @@ def check_case(
 ) -> list[Check]:
     """The checks of a backend on one problem; `[]` if it cannot take the problem.
 
-    The tensors are strided views into NaN, and uninitialised memory is NaN too: what is read beside the tokens, or
-    never written, shows in the values. `thorough` runs again to see that bits repeat and are those of contiguous
-    inputs, that inputs are left alone, and that forward and backward go with those of the torch backend. Where a
-    backend computes softmax by itself, that form is tried too, on quick cases and on all if `thorough`.
+    The problem is tried with phi given, and with phi = softmax left to the operator. The tensors are strided views into
+    NaN, and uninitialised memory is NaN too: what is read outside the tokens, or never written, shows in the values.
+    `thorough` runs again to see that bits repeat and are those of contiguous inputs, that inputs are left alone, and
+    that forward and backward go with those of the torch backend.
     """
     problem = make_problem(**case.arguments, dtype=dtype, device=device)
-    if backend.unsupported(problem.query, problem.block_map) is not None:
+    if backend.unsupported(problem.inputs.query, problem.inputs.block_map) is not None:
         return []
+    checks = _check_problem(backend, problem, thorough)
+    if case.default_phi and (thorough or case.quick):
+        found = _check_problem(backend, problem.default_phi(), thorough)
+        checks += [replace(check, name=f"{check.name}, phi = softmax") for check in found]
+    return [replace(check, case=f"{case.name}, {str(dtype).removeprefix('torch.')}") for check in checks]
+
+
+def _check_problem(backend: Backend, problem: Problem, thorough: bool) -> list[Check]:
     exact = oracle(problem)
     budget = error_budget(problem, exact)
     framed = _framed(problem)
     with _PoisonedMemory():
         results = run_backend(backend, framed)
     checks = [*_compare(results, exact, budget), *_check_form(results, problem)]
-    if hasattr(backend, "forward_softmax") and case.softmax_inside and (thorough or case.quick):
-        with _PoisonedMemory():
-            inside = run_softmax(backend, framed)
-        found = [*_compare(inside, *_softmax_budget(problem)), *_check_form(inside, problem)]
-        if thorough:
-            again = run_softmax(backend, problem)
-            found.append(Check("repeats bit for bit, contiguous", _same_bits(inside.values(), again.values())))
-        checks += [replace(check, name=f"{check.name}, softmax inside") for check in found]
-    if thorough:
-        checks.append(Check("inputs are left as they were", _same_bits(framed[:7], problem[:7])))
-        checks.append(Check("repeats bit for bit", _same_bits(results.values(), run_backend(backend, framed).values())))
-        contiguous = run_backend(backend, problem)
-        checks.append(Check("same bits from contiguous inputs", _same_bits(results.values(), contiguous.values())))
-        other = backends.load("torch")
-        mixed = {
-            "forward here, backward by torch": run_backend(backend, problem, other),
-            "forward by torch, backward here": run_backend(other, problem, backend),
-        }
-        for name, run in mixed.items():
-            checks += [replace(check, name=f"{check.name}, {name}") for check in _compare(run, exact, budget)]
-    return [replace(check, case=f"{case.name}, {str(dtype).removeprefix('torch.')}") for check in checks]
+    if not thorough:
+        return checks
+    checks.append(Check("inputs are left as they were", _same_bits(framed.tensors, problem.tensors)))
+    checks.append(Check("repeats bit for bit", _same_bits(results.values(), run_backend(backend, framed).values())))
+    contiguous = run_backend(backend, problem)
+    checks.append(Check("same bits from contiguous inputs", _same_bits(results.values(), contiguous.values())))
+    other = backends.load("torch")
+    mixed = {
+        "forward here, backward by torch": run_backend(backend, problem, other),
+        "forward by torch, backward here": run_backend(other, problem, backend),
+    }
+    for name, run in mixed.items():
+        checks += [replace(check, name=f"{check.name}, {name}") for check in _compare(run, exact, budget)]
+    return checks
 
 
 def check_backend(
@@ -480,7 +467,7 @@ def check_backend(
                 report.checks += checks
             else:
                 problem = make_problem(**case.arguments, dtype=dtype, device=device)
-                reason = backend.unsupported(problem.query, problem.block_map)
+                reason = backend.unsupported(problem.inputs.query, problem.inputs.block_map)
                 report.refused.append(f"{case.name}, {str(dtype).removeprefix('torch.')}: {reason}")
     return report
 
@@ -503,7 +490,7 @@ def check_function(
         if quick and not case.quick:
             continue
         for dtype in dtypes:
-            problem = make_problem(**case.arguments, dtype=dtype, device=device)
+            problem = make_problem(**case.arguments, dtype=dtype, device=device)._replace(grad_lse=None)
             exact = oracle(problem)
             budget = error_budget(problem, exact)
             name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
@@ -525,13 +512,14 @@ def _compare(results: Results, exact: Results, budget: dict[str, Bound]) -> list
 
 
 def _check_form(results: Results, problem: Problem) -> list[Check]:
+    query = problem.inputs.query
+    wide = torch.promote_types(query.dtype, torch.float32)
     checks = []
-    query = problem.query
-    forms = dict.fromkeys(("sparse", "linear"), (query.shape, query.dtype))
-    forms["lse"] = (query.shape[:3], torch.promote_types(query.dtype, torch.float32))
-    forms |= {name: (tensor.shape, tensor.dtype) for name, tensor in zip(GRADIENTS, problem.inputs, strict=True)}
     for name, got in results.items():
-        shape, dtype = forms[name]
+        shape = query.shape[:3] if name == "lse" else query.shape
+        if name in ("grad_key", "grad_value", "grad_phi_key"):
+            shape = problem.inputs.key.shape
+        dtype = wide if name in ("lse", "grad_phi_query", "grad_phi_key") else query.dtype
         fits = got.shape == shape and got.dtype == dtype and got.is_contiguous() and got.device == query.device
         checks.append(Check(f"form of {name}", fits, f"{tuple(got.shape)} {got.dtype} strides {got.stride()}"))
     return checks
@@ -545,9 +533,10 @@ def _framed(problem: Problem) -> Problem:
     """The same problem with every tensor a strided view into a larger one that is NaN elsewhere."""
 
     def frame(tensor: Tensor) -> Tensor:
-        B, H, N, D = tensor.shape
-        buffer = tensor.new_full((B, N + 7, H + 1, D + 8), math.nan)  # tokens before heads, as many models hold them
-        view = buffer[:, 3 : N + 3, :H, :D].transpose(1, 2)
+        B, H, N, *D = tensor.shape
+        # Tokens come before heads, as many models hold them.
+        buffer = tensor.new_full((B, N + 7, H + 1, *(d + 8 for d in D)), math.nan)
+        view = buffer[:, 3 : N + 3, :H, *(slice(d) for d in D)].transpose(1, 2)
         return view.copy_(tensor)
 
     return problem._map_tensors(frame)

@@ -255,7 +255,8 @@ def _linear_states(inputs: Inputs) -> Iterator[tuple[slice, _Linear]]:
         z = phi_K[heads].sum(2)[..., None]  # (G, Tk, D, 1) [Alg. 1 L4]
         H_i, Z_i = _sum_over(marginal[heads], h), _sum_over(marginal[heads], z)  # [Alg. 1 L13]
         denominator = phi_Q[heads] @ Z_i
-        inverse = torch.where(denominator == 0, 0.0, 1 / denominator)
+        zero = denominator.abs() < torch.finfo(denominator.dtype).tiny * 2.0**30  # as in the specification
+        inverse = torch.where(zero, 0.0, 1 / denominator)
         yield heads, _Linear(marginal[heads], phi_Q[heads], phi_K[heads], V[heads], H_i, Z_i, inverse)
 
 
