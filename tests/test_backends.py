@@ -79,12 +79,12 @@ def test_check_backend_reports(backend_name: str, device: str) -> None:
 def test_a_bad_number_goes_where_the_maths_puts_it(backend_name: str, bad: float, device: str) -> None:
     """One bad key spoils `sparse` where its block is critical, `linear` where it is marginal, and nothing else."""
     problem = testing.make_problem(query_length=96, head_dim=16, block_q=16, block_k=16, device=device)
-    labels = problem.block_map.labels
+    labels = problem.inputs.block_map.labels
     classes = [set(labels[0, 0, :, j].tolist()) for j in range(labels.shape[-1])]
     block = classes.index({-1, 0, 1})  # a key block that is of each class to some query block
-    problem.key[0, 0, 16 * block + 3] = bad
-    problem.phi_key[0, 0, 16 * block + 3] = float("nan")
-    saved = backends.load(backend_name).forward(*problem.inputs, problem.block_map, problem.scale)
+    problem.inputs.key[0, 0, 16 * block + 3] = bad
+    problem.inputs.phi_key[0, 0, 16 * block + 3] = float("nan")
+    saved = backends.load(backend_name).forward(problem.inputs)
     for out, label in ((saved.out_sparse, 1), (saved.out_linear, 0)):
         spoilt = out.isnan().any(-1)  # (B, H, Nq)
         expected = torch.zeros_like(spoilt)
@@ -94,8 +94,8 @@ def test_a_bad_number_goes_where_the_maths_puts_it(backend_name: str, bad: float
 
 def test_a_bad_query_spoils_its_own_row(backend_name: str, device: str) -> None:
     problem = testing.make_problem(query_length=96, head_dim=16, block_q=16, block_k=16, device=device)
-    problem.query[0, 1, 40], problem.phi_query[0, 1, 40] = float("nan"), float("nan")
-    saved = backends.load(backend_name).forward(*problem.inputs, problem.block_map, problem.scale)
+    problem.inputs.query[0, 1, 40], problem.inputs.phi_query[0, 1, 40] = float("nan"), float("nan")
+    saved = backends.load(backend_name).forward(problem.inputs)
     for out in (saved.out_sparse, saved.out_linear):
         assert out[0, 1, 40].isnan().all()
         assert out.isnan().any(-1).sum() == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 import types
 
@@ -12,7 +12,7 @@ import torch
 import sla_ref
 from sla_ref import backends, testing
 from sla_ref.block_map import BlockMap
-from sla_ref.protocol import Saved
+from sla_ref.protocol import Inputs
 
 TORCH = backends.load("torch")
 CASE = next(case for case in testing.CASES if case.name == "cross attention, unequal blocks")
@@ -21,152 +21,162 @@ RANDOM = next(case for case in testing.CASES if case.name == "random map")
 
 def faulty(forward=None, backward=None):
     """The torch backend with a fault around its forward or backward."""
-
-    def run_forward(*inputs_map_scale):
-        return (forward or (lambda run, *args: run(*args)))(TORCH.forward, *inputs_map_scale)
-
-    def run_backward(*args):
-        return (backward or (lambda run, *args: run(*args)))(TORCH.backward, *args)
-
     return types.SimpleNamespace(
         name="faulty",
+        softmax_inside=False,
         unavailable=lambda: None,
         unsupported=lambda q, m: None,
-        forward=run_forward,
-        backward=run_backward,
+        forward=functools.partial(forward, TORCH.forward) if forward else TORCH.forward,
+        backward=functools.partial(backward, TORCH.backward) if backward else TORCH.backward,
     )
 
 
-def relabel(block_map: BlockMap, change) -> BlockMap:
-    labels = block_map.labels.clone()
+def relabel(inputs: Inputs, change) -> Inputs:
+    labels, block_map = inputs.block_map.labels.clone(), inputs.block_map
     change(labels)
-    return dataclasses.replace(block_map, labels=labels, _num_critical=None)
+    sizes = (block_map.block_q, block_map.block_k, block_map.query_length, block_map.key_length)
+    return inputs._replace(block_map=BlockMap(labels, *sizes))
 
 
-def drop_a_critical_block(run, q, k, v, pq, pk, block_map, scale):
+def drop_a_critical_block(run, inputs):
     def change(labels):
-        labels[0, 0, 0, block_map.kv_indices[0, 0, 0, 0]] = -1
+        labels[0, 0, 0, inputs.block_map.kv_indices[0, 0, 0, 0]] = -1
 
-    return run(q, k, v, pq, pk, relabel(block_map, change), scale)
-
-
-def count_negligible_as_marginal(run, q, k, v, pq, pk, block_map, scale):
-    return run(q, k, v, pq, pk, relabel(block_map, lambda labels: labels.clamp_(min=0)), scale)
+    return run(relabel(inputs, change))
 
 
-def take_all_keys_for_the_linear_branch(run, q, k, v, pq, pk, block_map, scale):
-    everything = relabel(block_map, lambda labels: labels.zero_())
-    right, wrong = run(q, k, v, pq, pk, block_map, scale), run(q, k, v, pq, pk, everything, scale)
-    return Saved(right.out_sparse, wrong.out_linear, right.lse)
+def count_negligible_as_marginal(run, inputs):
+    return run(relabel(inputs, lambda labels: labels.clamp_(min=0)))
 
 
-def unmasked_tail(run, q, k, v, pq, pk, block_map, scale):
+def take_all_keys_for_the_linear_branch(run, inputs):
+    right, wrong = run(inputs), run(relabel(inputs, lambda labels: labels.zero_()))
+    return right._replace(out_linear=wrong.out_linear)
+
+
+def unmasked_tail(run, inputs):
+    _, k, v, _, pk, block_map, _ = inputs
     pad = -k.shape[2] % block_map.block_k
     k, v, pk = (torch.nn.functional.pad(t, (0, 0, 0, pad)) for t in (k, v, pk))
-    return run(q, k, v, pq, pk, dataclasses.replace(block_map, key_length=k.shape[2]), scale)
+    sizes = (block_map.block_q, block_map.block_k, block_map.query_length, k.shape[2])
+    return run(inputs._replace(key=k, value=v, phi_key=pk, block_map=BlockMap(block_map.labels, *sizes)))
 
 
-def log2_lse(run, *args):
-    saved = run(*args)
+def log2_lse(run, inputs):
+    saved = run(inputs)
     return saved._replace(lse=saved.lse / math.log(2))
 
 
-def skip_the_denominator(run, q, k, v, pq, pk, block_map, scale):
-    saved = run(q, k, v, pq, pk, block_map, scale)
-    ones = run(q, k, torch.ones_like(v), pq, pk, block_map, scale).out_linear
+def skip_the_denominator(run, inputs):
+    saved = run(inputs)
+    ones = run(inputs._replace(value=torch.ones_like(inputs.value))).out_linear
     return saved._replace(out_linear=saved.out_linear * ones * 3)
 
 
-def forget_scale(run, *args):
-    return run(*args[:-1], 1.0)
+def forget_scale(run, inputs):
+    return run(inputs._replace(scale=1.0))
 
 
-def epsilon_in_the_denominator(run, q, k, v, pq, pk, block_map, scale):
-    saved = run(q, k, v, pq, pk, block_map, scale)
-    marginal = (block_map.to_dense() == 0).to(q.dtype)
-    denominator = ((pq @ pk.mT) * marginal).sum(-1, keepdim=True)
+def epsilon_in_the_denominator(run, inputs):
+    saved = run(inputs)
+    marginal = (inputs.block_map.to_dense() == 0).to(inputs.query.dtype)
+    denominator = ((inputs.phi_query @ inputs.phi_key.mT) * marginal).sum(-1, keepdim=True)
     return saved._replace(out_linear=saved.out_linear * denominator / (denominator + 1e-5))
 
 
-def nan_for_rows_without_keys(run, *args):
-    saved = run(*args)
+def nan_for_rows_without_keys(run, inputs):
+    saved = run(inputs)
     empty = saved.lse == -math.inf
     return saved._replace(out_sparse=saved.out_sparse.masked_fill(empty[..., None], math.nan))
 
 
-def leave_rows_unwritten(run, *args):
-    saved = run(*args)
+def leave_rows_unwritten(run, inputs):
+    saved = run(inputs)
     out = torch.empty_like(saved.out_sparse)
     out[:, :, :-1] = saved.out_sparse[:, :, :-1]
     return saved._replace(out_sparse=out)
 
 
-def read_beside_the_tokens(run, q, k, v, *rest):
+def read_beside_the_tokens(run, inputs):
+    v = inputs.value
     if v.stride(-2) > v.shape[-1] * v.shape[1]:  # a view with room around it: sum what lies there
-        beside = v.as_strided(v.shape, v.stride(), v.storage_offset() + v.shape[-1])
-        v = v + 0 * beside
-    return run(q, k, v, *rest)
+        v = v + 0 * v.as_strided(v.shape, v.stride(), v.storage_offset() + v.shape[-1])
+    return run(inputs._replace(value=v))
 
 
-def tf32(run, q, k, *rest):
+def tf32(run, inputs):
     def round_mantissa(t):
-        return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
+        return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
-    return run(round_mantissa(q.contiguous()), round_mantissa(k.contiguous()), *rest)
+    return run(inputs._replace(query=round_mantissa(inputs.query), key=round_mantissa(inputs.key)))
 
 
-def half_precision_sums(run, *args):
-    saved = run(*args)
+def half_precision_sums(run, inputs):
+    saved = run(inputs)
     return saved._replace(lse=saved.lse.bfloat16().float())
 
 
-def wrong_dtype(run, *args):
-    saved = run(*args)
+def wrong_dtype(run, inputs):
+    saved = run(inputs)
     return saved._replace(lse=saved.lse.double())
 
 
-def strided_output(run, *args):
-    saved = run(*args)
+def strided_output(run, inputs):
+    saved = run(inputs)
     return saved._replace(out_sparse=saved.out_sparse.transpose(1, 2).contiguous().transpose(1, 2))
 
 
-def noise(run, *args):
-    saved = run(*args)
+def noise(run, inputs):
+    saved = run(inputs)
     return saved._replace(out_sparse=saved.out_sparse * (1 + 1e-7 * torch.rand_like(saved.out_sparse)))
 
 
-def scribble_on_inputs(run, q, *rest):
-    saved = run(q, *rest)
-    q[0, 0, 0, 0] += 1
+def scribble_on_inputs(run, inputs):
+    saved = run(inputs)
+    inputs.query[0, 0, 0, 0] += 1
     return saved
+
+
+def round_phi(run, inputs):
+    """Features as float16 holds them: the smallest are lost."""
+    phi_query, phi_key = inputs.phi_query.half().float(), inputs.phi_key.half().float()
+    return run(inputs._replace(phi_query=phi_query, phi_key=phi_key))
 
 
 def forget_scale_in_dk(run, *args):
     gradients = run(*args)
-    return gradients._replace(key=gradients.key / args[-1])
+    return gradients._replace(key=gradients.key / args[3].scale)
 
 
-def overwrite_dv(run, grad_sparse, grad_linear, *rest):
-    whole, linear = run(grad_sparse, grad_linear, *rest), run(grad_sparse * 0, grad_linear, *rest)
+def overwrite_dv(run, grad_sparse, *rest):
+    whole, linear = run(grad_sparse, *rest), run(grad_sparse * 0, *rest)
     return whole._replace(value=linear.value)
 
 
-def forget_delta_sparse(run, grad_sparse, grad_linear, q, k, v, pq, pk, saved, *rest):
-    return run(
-        grad_sparse, grad_linear, q, k, v, pq, pk, saved._replace(out_sparse=torch.zeros_like(saved.out_sparse)), *rest
-    )
+def forget_delta_sparse(run, *args):
+    *rest, saved = args
+    return run(*rest, saved._replace(out_sparse=torch.zeros_like(saved.out_sparse)))
 
 
-def forget_delta_linear(run, grad_sparse, grad_linear, q, k, v, pq, pk, saved, *rest):
-    return run(
-        grad_sparse, grad_linear, q, k, v, pq, pk, saved._replace(out_linear=torch.zeros_like(saved.out_linear)), *rest
-    )
+def forget_delta_linear(run, *args):
+    *rest, saved = args
+    return run(*rest, saved._replace(out_linear=torch.zeros_like(saved.out_linear)))
 
 
-def drop_the_last_query_block(run, grad_sparse, grad_linear, *rest):
+def forget_the_gradient_of_lse(run, grad_sparse, grad_linear, grad_lse, *rest):
+    return run(grad_sparse, grad_linear, None, *rest)
+
+
+def drop_the_last_query_block(run, grad_sparse, *rest):
     grad_sparse = grad_sparse.clone()
     grad_sparse[:, :, -1:] = 0
-    return run(grad_sparse, grad_linear, *rest)
+    return run(grad_sparse, *rest)
+
+
+def round_the_gradient_of_phi(run, *args):
+    """To float16's range, which softmax's gradient leaves at large activations."""
+    gradients = run(*args)
+    return gradients._replace(phi_query=gradients.phi_query.half().float(), phi_key=gradients.phi_key.half().float())
 
 
 FORWARD_FAULTS = {
@@ -191,12 +201,13 @@ BACKWARD_FAULTS = {
     overwrite_dv: {"grad_value"},
     forget_delta_sparse: {"grad_query", "grad_key"},
     forget_delta_linear: {"grad_phi_query", "grad_phi_key"},
+    forget_the_gradient_of_lse: {"grad_query", "grad_key"},
     drop_the_last_query_block: {"grad_query", "grad_value"},
 }
 
 
-def failures(backend, case=CASE) -> set[str]:
-    checks = testing.check_case(backend, case, device="cpu", dtype=torch.float32)
+def failures(backend, case=CASE, dtype=torch.float32) -> set[str]:
+    checks = testing.check_case(backend, case, device="cpu", dtype=dtype)
     return {check.name for check in checks if not check.passed}
 
 
@@ -223,13 +234,20 @@ def test_an_unmasked_tail_is_caught():
     assert failures(faulty(forward=unmasked_tail), tail) >= {"sparse", "lse"}
 
 
+def test_half_precision_inside_softmax_is_caught():
+    large = next(case for case in testing.CASES if case.name == "spread 20.0")
+    assert failures(faulty(forward=round_phi), large, torch.float32) >= {"linear, phi = softmax"}
+    found = failures(faulty(backward=round_the_gradient_of_phi), large, torch.float16)
+    assert found >= {"grad_query, phi = softmax", "grad_key, phi = softmax"}
+
+
 def test_swapped_ratios_are_caught():
     """Classification is compared with the specification's own, label by label."""
     problem = testing.make_problem(critical_ratio=0.2, negligible_ratio=0.6, block_k=8)
-    arguments = (problem.query.double(), problem.key.double())
+    arguments = (problem.inputs.query.double(), problem.inputs.key.double())
     swapped = sla_ref.classify_blocks(*arguments, 0.6, 0.2, block_q=64, block_k=8)
     right = sla_ref.reference.classify(*arguments, 0.2, 0.6, 64, 8)
-    assert torch.equal(problem.block_map.labels, right)
+    assert torch.equal(problem.inputs.block_map.labels, right)
     assert not torch.equal(swapped.labels, right)
 
 
@@ -295,8 +313,8 @@ def test_the_budget_is_as_tight_as_the_dtype(dtype):
 
 def test_make_problem_is_the_same_everywhere():
     one, other = testing.make_problem(seed=3), testing.make_problem(seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(one.inputs, other.inputs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
     half = testing.make_problem(seed=3, dtype=torch.float16)
-    torch.testing.assert_close(half.query.float(), one.query, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(half.inputs.query.float(), one.inputs.query, atol=2e-3, rtol=2e-3)
     with pytest.raises(ValueError, match="labels must be 'classified'"):
         testing.make_problem(labels="nothing")

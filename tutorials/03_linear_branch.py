@@ -373,10 +373,11 @@ def linear_branch(phi_query, phi_key, value, labels, block):
 problem = testing.make_problem(
     heads=1, query_length=128, head_dim=16, block_q=16, block_k=16, labels="random", dtype=torch.float64
 )
-random_labels = problem.block_map.labels[0, 0].clone()
+random_labels = problem.inputs.block_map.labels[0, 0].clone()
 random_labels[2] = 1  # a query block without a marginal block
-tensors = (problem.phi_query[0, 0], problem.phi_key[0, 0], problem.value[0, 0])
-_, expected, _ = reference.sparse_linear_attention(*problem.inputs, random_labels[None, None], 16, 16, problem.scale)
+query, key, value, phi_query, phi_key, _, scale = problem.inputs
+tensors = (phi_query[0, 0], phi_key[0, 0], value[0, 0])
+_, expected, _ = reference.sparse_linear_attention(*problem.inputs[:5], random_labels[None, None], 16, 16, scale)
 assert torch.allclose(linear_branch(*tensors, random_labels, 16), expected[0, 0], rtol=0, atol=1e-12)
 
 # %% [markdown]

@@ -38,8 +38,8 @@ problem = testing.make_problem(
     negligible_ratio=0.2,
     dtype=torch.float64,
 )
-query, key, value, phi_query, phi_key = (tensor[0, 0] for tensor in problem.inputs)  # (44, 8) each
-block_map, scale = problem.block_map, problem.scale
+query, key, value, phi_query, phi_key = (tensor[0, 0] for tensor in problem.inputs[:5])  # (44, 8) each
+block_map, scale = problem.inputs.block_map, problem.inputs.scale
 labels = block_map.labels[0, 0]  # (6, 6): 1 critical, 0 marginal, -1 negligible
 block_q, block_k = block_map.block_q, block_map.block_k
 K, V, phi_K = (tokens.split(block_k) for tokens in (key, value, phi_key))  # the key blocks, K[j] and so on
@@ -233,7 +233,7 @@ def algorithm_1(labels, divide=torch.divide):
 
 # %%
 ours = algorithm_1(labels)
-dense = reference.sparse_linear_attention(*problem.inputs, block_map.labels, block_q, block_k, scale)
+dense = reference.sparse_linear_attention(*problem.inputs[:5], block_map.labels, block_q, block_k, scale)
 for name, here, there in zip(("O^s", "O^l", "L"), ours, dense, strict=True):
     difference = (here - there[0, 0]).abs().max().item()
     print(f"{name:3} differs by less than 1e-12: {difference < 1e-12}")
@@ -288,7 +288,7 @@ def divide(numerator, denominator):
 
 ours = algorithm_1(by_hand, divide)
 hand_map = replace(block_map, labels=by_hand[None, None], _num_critical=None)
-dense = reference.sparse_linear_attention(*problem.inputs, hand_map.labels, block_q, block_k, scale)
+dense = reference.sparse_linear_attention(*problem.inputs[:5], hand_map.labels, block_q, block_k, scale)
 for here, there in zip(ours, dense, strict=True):
     torch.testing.assert_close(here, there[0, 0], rtol=0, atol=1e-12)
 assert (ours[0][:8] == 0).all() and (ours[1][8:16] == 0).all()
@@ -315,7 +315,7 @@ show_source(pytorch._linear_states, pytorch._linear_forward)
 
 # %%
 for one_map in (block_map, hand_map):
-    saved = pytorch.forward(*problem.inputs, one_map, scale)
+    saved = pytorch.forward(problem.inputs._replace(block_map=one_map))
     for here, there in zip(algorithm_1(one_map.labels[0, 0], divide), saved, strict=True):
         torch.testing.assert_close(here, there[0, 0], rtol=0, atol=1e-12)
 

@@ -23,7 +23,7 @@ from sla_ref.lab.lesson import show_source
 #
 # The forward made two outputs, $O^s$ and $O^l$. Somewhere behind them stands a loss, a single number. We are handed its
 # gradient by both outputs, $dO^s$ and $dO^l$, and have to return its gradient by the five inputs: $dQ$, $dK$, $dV$,
-# $d\phi(Q)$ and $d\phi(K)$. Throughout, $dX$ has the shape of $X$ and means "gradient of the loss by $X$".
+# $d\phi(Q)$ and $d\phi(K)$. Throughout, $dX$ has the shape of $X$ and means "gradient of the loss with respect to $X$".
 #
 # The problem is one head of 44 tokens with 8 dimensions in blocks of 8, in float64. Autograd through the equations,
 # `exact`, gives the answers that we have to meet.
@@ -38,9 +38,9 @@ problem = testing.make_problem(
     critical_ratio=0.4,
     negligible_ratio=0.2,
     dtype=torch.float64,
-)
-Q, K, V, phi_Q, phi_K, dO_s, dO_l = (tensor[0, 0] for tensor in problem[:7])  # (44, 8) each
-block_map, scale = problem.block_map, problem.scale
+)._replace(grad_lse=None)  # the loss uses both outputs, and not lse
+Q, K, V, phi_Q, phi_K, dO_s, dO_l = (tensor[0, 0] for tensor in problem.tensors)  # (44, 8) each
+block_map, scale = problem.inputs.block_map, problem.inputs.scale
 labels = block_map.labels[0, 0]  # (6, 6): 1 critical, 0 marginal, -1 negligible
 per_pair = block_map.to_dense()[0, 0]  # (44, 44): the same for every pair of tokens
 
@@ -67,7 +67,7 @@ def loss(*inputs):
 
 
 def finite_difference(position, direction, step=1e-5):
-    ahead, behind = list(problem.inputs), list(problem.inputs)
+    ahead, behind = list(problem.inputs[:5]), list(problem.inputs[:5])
     ahead[position] = ahead[position] + step * direction
     behind[position] = behind[position] - step * direction
     return (loss(*ahead) - loss(*behind)) / (2 * step)
@@ -308,7 +308,7 @@ assert_equal(exact["grad_value"] - printed_17["grad_value"], dV_sparse)
 # %%
 printed_labels = torch.where(labels == 1, 1, 0).to(labels)
 assert (labels == -1).sum() == 6 and (printed_labels == -1).sum() == 0
-printed_6 = reference.sparse_linear_attention(*problem.inputs, printed_labels[None, None], 8, 8, scale)
+printed_6 = reference.sparse_linear_attention(*problem.inputs[:5], printed_labels[None, None], 8, 8, scale)
 assert_equal(printed_6[0][0, 0], exact["sparse"])  # the critical blocks are the same
 assert (printed_6[1][0, 0] - exact["linear"]).abs().max() > 0.01
 
@@ -371,10 +371,8 @@ show_source(pytorch.backward, pytorch._sparse_backward, pytorch._linear_backward
 # It agrees with `algorithm_2`, and so does the public function, through which autograd finds that backward:
 
 # %%
-saved = pytorch.forward(*problem.inputs, block_map, scale)
-gradients = pytorch.backward(
-    problem.grad_sparse, problem.grad_linear, *problem.inputs, saved, block_map=block_map, scale=scale
-)
+saved = pytorch.forward(problem.inputs)
+gradients = pytorch.backward(problem.grad_sparse, problem.grad_linear, None, problem.inputs, saved)
 for name, gradient in zip(testing.GRADIENTS, gradients, strict=True):
     assert_equal(gradient[0, 0], right[name])
 
