@@ -375,9 +375,9 @@ problem = testing.make_problem(
 )
 random_labels = problem.inputs.block_map.labels[0, 0].clone()
 random_labels[2] = 1  # a query block without a marginal block
-query, key, value, phi_query, phi_key, _, scale = problem.inputs
-tensors = (phi_query[0, 0], phi_key[0, 0], value[0, 0])
-_, expected, _ = reference.sparse_linear_attention(*problem.inputs[:5], random_labels[None, None], 16, 16, scale)
+inputs = problem.inputs
+tensors = (inputs.phi_query[0, 0], inputs.phi_key[0, 0], inputs.value[0, 0])
+_, expected, _ = reference.sparse_linear_attention(*inputs[:5], random_labels[None, None], 16, 16, inputs.scale)
 assert torch.allclose(linear_branch(*tensors, random_labels, 16), expected[0, 0], rtol=0, atol=1e-12)
 
 # %% [markdown]
