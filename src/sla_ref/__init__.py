@@ -2,7 +2,15 @@
 
 from . import reference
 from .attention import SLAOutput, sparse_linear_attention
-from .backends import get_backend, list_backends, register_backend, reset_backend, set_backend, use_backend
+from .backends import (
+    get_backend,
+    list_backends,
+    register_backend,
+    reset_backend,
+    set_backend,
+    use_backend,
+    which_backend,
+)
 from .block_map import BlockMap, block_scores, classify_blocks
 from .feature_maps import Hedgehog
 from .module import SparseLinearAttention
@@ -24,4 +32,5 @@ __all__ = [
     "set_backend",
     "sparse_linear_attention",
     "use_backend",
+    "which_backend",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .block_map import BlockMap
@@ -102,3 +103,38 @@ class Backend(Protocol):
         has lse's dtype and is None where nothing was made of lse. It enters line 11 as dS = P (dP - (D^s - dL)).
         """
         ...
+
+
+def check_saved(saved: Saved, inputs: Inputs, backend: Backend) -> None:
+    """Raise TypeError unless a forward returned what `Saved` says: type, shapes, dtypes, device, contiguous memory."""
+    out, rows = _like(inputs.query), (tuple(inputs.query.shape[:3]), _sum_dtype(inputs))
+    _check("forward", Saved, saved, [out, out, rows], inputs, backend)
+
+
+def check_gradients(gradients: Gradients, inputs: Inputs, backend: Backend) -> None:
+    """Raise TypeError unless a backward returned what `Gradients` says for the inputs that it got."""
+    phi = [None if each is None else (tuple(each.shape), _sum_dtype(inputs)) for each in inputs[3:5]]
+    _check("backward", Gradients, gradients, [*map(_like, inputs[:3]), *phi], inputs, backend)
+
+
+def _like(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _sum_dtype(inputs: Inputs) -> torch.dtype:
+    return torch.promote_types(inputs.query.dtype, torch.float32)
+
+
+def _check(
+    function: str, kind: type[Saved | Gradients], result: object, expected: list, inputs: Inputs, backend: Backend
+) -> None:
+    where = f"backend {getattr(backend, 'name', backend)!r}: {function} must return"
+    if not isinstance(result, kind):
+        raise TypeError(f"{where} a sla_ref.protocol.{kind.__name__}, got {type(result).__name__}")
+    device = inputs.query.device
+    for field, tensor, wanted in zip(kind._fields, result, expected, strict=True):
+        got = _like(tensor) if isinstance(tensor, Tensor) else tensor
+        if got != wanted:
+            raise TypeError(f"{where} {field} as {wanted}, got {got}")
+        if isinstance(tensor, Tensor) and not (tensor.is_contiguous() and tensor.device == device):
+            raise TypeError(f"{where} {field} contiguous on {device}, got strides {tensor.stride()} on {tensor.device}")

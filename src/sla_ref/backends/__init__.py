@@ -6,13 +6,17 @@ SLA_REF_BACKEND (read once, at import) > "auto". Nothing falls back: a backend t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch.utils.checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,15 +34,24 @@ _BUILT_IN = {
     "triton": "sla_ref.backends.triton_fused",
     "numba": "sla_ref.backends.numba_cuda",
 }
-_registered: dict[str, Backend] = {}
+_registered: dict[str, Backend] = {}  # plug-ins join when they are first loaded, so that a call does not look for them
 
 _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 _from_set_backend: str | None = None
+_told: set[str] = set()  # why "auto" did not take Triton; each reason is worth one warning
+
+
+class _Scopes:
+    """The `with use_backend(...)` that are open in one thread."""
+
+    def __init__(self) -> None:
+        self.names: dict[object, str] = {}  # one key for each `with`, the newest last
+        self.name: str | None = None  # the newest one's; torch.compile can follow an attribute
 
 
 class _ThreadState(threading.local):  # not a ContextVar, which torch.compile(fullgraph=True) cannot read
     def __init__(self) -> None:  # runs once in each thread; a class attribute would escape torch.compile's guards
-        self.name: str | None = None
+        self.scopes = _Scopes()
 
 
 _thread = _ThreadState()
@@ -70,33 +83,56 @@ def reset_backend() -> None:
 
 def get_backend() -> str:
     """The name in force in this thread, possibly "auto": Triton for CUDA tensors that it can take, else torch."""
-    return _thread.name or _from_set_backend or _from_environment
+    return _thread.scopes.name or _from_set_backend or _from_environment
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Use this backend inside the `with`, in this thread. It nests. Same errors as `set_backend`.
 
-    What was computed inside keeps its backend for the backward pass, wherever that runs.
+    What was computed inside keeps its backend for the backward pass, wherever that runs, and for the second forward of
+    `torch.utils.checkpoint`. The tasks of one asyncio loop share a thread: where a `with` would span an `await`, the
+    newest holds for all of them, and the call's or the layer's `backend` is the better choice.
     """
     require_usable(name)
-    outer, _thread.name = _thread.name, name
+    scopes, this = _thread.scopes, object()
+    scopes.names[this] = scopes.name = name
     try:
         yield
     finally:
-        _thread.name = outer
+        del scopes.names[this]  # perhaps not the newest, since tasks end in any order
+        scopes.name = next(reversed(scopes.names.values()), None)
+
+
+def which_backend(query: Tensor, block_map: BlockMap) -> tuple[str, str | None]:
+    """What `get_backend()` comes to with this input: the backend's name, and why "auto" passes Triton over, if it does.
+
+    Args:
+        query: (B, H, Nq, D).
+        block_map: query's; `classify_blocks` makes one.
+
+    Raises:
+        ValueError, RuntimeError: a backend that was named cannot take this input, or cannot be used on this machine.
+    """
+    if (name := get_backend()) == AUTO:
+        return _auto(query, block_map)
+    choose(name, query, block_map)
+    return name, None
 
 
 def choose(name: str, query: Tensor, block_map: BlockMap) -> Backend:
-    """The backend that `name` stands for with this input.
+    """The backend that `name` stands for with this input. Warns, once a reason, where "auto" cannot be Triton on CUDA.
 
     Raises:
         ValueError: unknown name, or the backend cannot take this input; the text says why.
         RuntimeError: the backend cannot be used on this machine; the text says why.
     """
     if name == AUTO:
-        takes_it = query.is_cuda and _reason("triton") is None and load("triton").unsupported(query, block_map) is None
-        return load("triton" if takes_it else "torch")
+        name, reason = _auto(query, block_map)
+        if query.is_cuda and reason is not None and reason not in _told:
+            warnings.warn(f"backend 'auto' takes 'torch' for a CUDA tensor, since {reason}", stacklevel=2)
+            _told.add(reason)
+        return load(name)
     require_usable(name)
     backend = load(name)
     if (reason := backend.unsupported(query, block_map)) is not None:
@@ -104,29 +140,85 @@ def choose(name: str, query: Tensor, block_map: BlockMap) -> Backend:
     return backend
 
 
+def _auto(query: Tensor, block_map: BlockMap) -> tuple[str, str | None]:
+    if not query.is_cuda:
+        return "torch", f"query is on {query.device}, and 'auto' takes 'triton' for CUDA tensors alone"
+    try:
+        choose("triton", query, block_map)
+    except (RuntimeError, ValueError) as error:
+        return "torch", str(error)
+    return "triton", None
+
+
+# --- the second forward of activation checkpointing ------------------------------------------------------------------
+# `torch.utils.checkpoint` runs a function again in the backward pass: outside of the `with` around the first run, and
+# with CUDA in a thread of autograd's. It restores autocast and the random numbers, and offers no way to add to them
+# that holds for use_reentrant=True and False alike. So both of its classes that keep the function are patched here.
+
+
+def _again(name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    if get_backend() == name:
+        return function(*args, **kwargs)
+    with use_backend(name):
+        return function(*args, **kwargs)
+
+
+def _remember_the_backend(keeper: str, method: str) -> None:
+    """Make `keeper.method(self, function, ...)` keep a function that runs with the backend of this moment."""
+    owner = getattr(torch.utils.checkpoint, keeper, None)
+    if owner is None:  # not public, all of it
+        return warnings.warn(
+            f"torch {torch.__version__} has no torch.utils.checkpoint.{keeper}: under activation checkpointing, give "
+            "the layer its backend, since use_backend and set_backend may not hold when the forward runs again",
+            stacklevel=2,
+        )
+    original = getattr(owner, method)
+
+    @functools.wraps(original)
+    def remembering(self: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        return original(self, functools.partial(_again, get_backend(), function), *args, **kwargs)
+
+    setattr(owner, method, remembering)
+
+
+_remember_the_backend("CheckpointFunction", "forward")  # use_reentrant=True
+_remember_the_backend("_CheckpointFrame", "__init__")  # use_reentrant=False
+
+
 # --- what there is ---------------------------------------------------------------------------------------------------
 
 
-def register_backend(name: str, module: Backend) -> None:
+def register_backend(name: str, module: Backend, *, replace: bool = False) -> None:
     """Make a backend of your own known under `name`; see `sla_ref.protocol.Backend` for what it must offer.
 
-    An installed package can do the same with an entry point in the group "sla_ref.backends".
+    An installed package can do the same with an entry point in the group "sla_ref.backends". Entry points are read by
+    `list_backends` and when a name is not known yet; the module is imported once.
+
+    Args:
+        name: any string but "auto" and the names of the built-in backends.
+        module: a module, or any object with its functions.
+        replace: whether to take the name over from another module, such as an older state of this one.
 
     Raises:
         TypeError: name is no string, or module lacks a part of the protocol.
-        ValueError: the name is empty, reserved or taken by another module.
+        ValueError: the name is empty, reserved or, without replace, taken by another module.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     if not name or name == AUTO or name in _BUILT_IN:
         reserved = ", ".join(repr(taken) for taken in (AUTO, *_BUILT_IN))
         raise ValueError(f"name must not be empty and none of {reserved}, got {name!r}")
+    _check_parts(module)
+    if not replace and (name in _plug_ins() or _registered.get(name, module) is not module):
+        taken_by = _registered.get(name, "an installed package")
+        raise ValueError(f"name {name!r} is taken by {taken_by}; replace=True takes it over")
+    _registered[name] = module
+
+
+def _check_parts(module: object) -> None:
     for part in ("unavailable", "unsupported", "forward", "backward"):
         if not callable(getattr(module, part, None)):
             raise TypeError(f"module must have a function {part!r} (see sla_ref.protocol.Backend), got {module!r}")
-    if _registered.get(name, module) is not module:
-        raise ValueError(f"name {name!r} is taken by {_registered[name]!r}")
-    _registered[name] = module
 
 
 def list_backends() -> dict[str, str | None]:
@@ -165,13 +257,22 @@ def load(name: str) -> Backend:
         return _registered[name]
     if name in _BUILT_IN:
         return importlib.import_module(_BUILT_IN[name])
-    return _plug_ins()[name].load()
+    backend = _plug_ins()[name].load()
+    _check_parts(backend)
+    _registered[name] = backend
+    return backend
 
 
 def _reason(name: str) -> str | None:
     try:
         backend = load(name)
-    except Exception as error:  # a package that is too old or too new for another raises more than ImportError
+    except (Exception, SystemExit) as error:  # a module can raise anything: what is wrong with one stays its own
         help_line = f": pip install 'sla-ref[{name}]'" if name in _BUILT_IN else ""
-        return f"it cannot be imported ({error}){help_line}"
-    return backend.unavailable()
+        return f"it cannot be imported ({type(error).__name__}: {error}){help_line}"
+    try:
+        reason = backend.unavailable()
+    except (Exception, SystemExit) as error:
+        return f"its unavailable() raised {type(error).__name__}: {error}"
+    if not (reason is None or isinstance(reason, str)):
+        return f"its unavailable() must return None or a reason, it returned {reason!r}"
+    return reason
