@@ -12,7 +12,7 @@ from . import backends
 from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap, classify_blocks
 from .checks import check_tensors
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
-from .protocol import Backend, Gradients, Inputs, Saved
+from .protocol import Backend, Gradients, Inputs, Saved, check_gradients, check_saved
 
 
 class SLAOutput(NamedTuple):
@@ -189,7 +189,10 @@ def _features(phi: FeatureMap, tokens: Tensor, name: str) -> Tensor:
 
 def run_forward(backend: Backend, inputs: Inputs) -> Saved:
     """The backend's forward. In `inputs`, phi_query = phi_key = None means that phi is softmax."""
-    return backend.forward(_with_phi(backend, inputs))
+    given = _with_phi(backend, inputs)
+    saved = backend.forward(given)
+    check_saved(saved, given, backend)
+    return saved
 
 
 def run_backward(
@@ -200,7 +203,8 @@ def run_backward(
         grad_lse = grad_lse.masked_fill(saved.lse == -torch.inf, 0.0)
     given = _with_phi(backend, inputs)
     gradients = backend.backward(grad_sparse, grad_linear, grad_lse, given, saved)
-    if inputs.phi_query is not None or backend.softmax_inside:
+    check_gradients(gradients, given, backend)
+    if inputs.phi_query is not None or given.phi_query is None:
         return gradients
     return gradients._replace(
         query=_add_through_softmax(gradients.query, gradients.phi_query, given.phi_query),
@@ -211,7 +215,7 @@ def run_backward(
 
 
 def _with_phi(backend: Backend, inputs: Inputs) -> Inputs:
-    if inputs.phi_query is not None or backend.softmax_inside:
+    if inputs.phi_query is not None or getattr(backend, "softmax_inside", False):
         return inputs
     dtype = torch.promote_types(inputs.query.dtype, torch.float32)
     return inputs._replace(phi_query=softmax(inputs.query.to(dtype)), phi_key=softmax(inputs.key.to(dtype)))

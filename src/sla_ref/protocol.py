@@ -76,7 +76,7 @@ class Backend(Protocol):
     name: str
 
     softmax_inside: bool
-    """Whether the backend computes phi itself when phi is softmax, where it reads query and key.
+    """Whether the backend computes phi itself when phi is softmax, where it reads query and key; False if missing.
 
     It then gets phi_query = phi_key = None in that case. For any other feature map, and for backends that say False,
     phi is computed outside and the gradient through it too.

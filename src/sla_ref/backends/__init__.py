@@ -72,6 +72,7 @@ def set_backend(name: str) -> None:
     """
     global _from_set_backend
     require_usable(name)
+    _teach_checkpointing()
     _from_set_backend = name
 
 
@@ -95,6 +96,8 @@ def use_backend(name: str) -> Iterator[None]:
     newest holds for all of them, and the call's or the layer's `backend` is the better choice.
     """
     require_usable(name)
+    if not torch.compiler.is_compiling():
+        _teach_checkpointing()
     scopes, this = _thread.scopes, object()
     scopes.names[this] = scopes.name = name
     try:
@@ -153,7 +156,8 @@ def _auto(query: Tensor, block_map: BlockMap) -> tuple[str, str | None]:
 # --- the second forward of activation checkpointing ------------------------------------------------------------------
 # `torch.utils.checkpoint` runs a function again in the backward pass: outside of the `with` around the first run, and
 # with CUDA in a thread of autograd's. It restores autocast and the random numbers, and offers no way to add to them
-# that holds for use_reentrant=True and False alike. So both of its classes that keep the function are patched here.
+# that holds for use_reentrant=True and False alike. So the first `use_backend` or `set_backend` patches the two classes
+# that keep the function.
 
 
 def _again(name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -166,11 +170,11 @@ def _again(name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
 def _remember_the_backend(keeper: str, method: str) -> None:
     """Make `keeper.method(self, function, ...)` keep a function that runs with the backend of this moment."""
     owner = getattr(torch.utils.checkpoint, keeper, None)
-    if owner is None:  # not public, all of it
+    if owner is None:  # neither class is public
         return warnings.warn(
             f"torch {torch.__version__} has no torch.utils.checkpoint.{keeper}: under activation checkpointing, give "
             "the layer its backend, since use_backend and set_backend may not hold when the forward runs again",
-            stacklevel=2,
+            stacklevel=4,
         )
     original = getattr(owner, method)
 
@@ -181,8 +185,10 @@ def _remember_the_backend(keeper: str, method: str) -> None:
     setattr(owner, method, remembering)
 
 
-_remember_the_backend("CheckpointFunction", "forward")  # use_reentrant=True
-_remember_the_backend("_CheckpointFrame", "__init__")  # use_reentrant=False
+@functools.cache
+def _teach_checkpointing() -> None:
+    _remember_the_backend("CheckpointFunction", "forward")  # use_reentrant=True
+    _remember_the_backend("_CheckpointFrame", "__init__")  # use_reentrant=False
 
 
 # --- what there is ---------------------------------------------------------------------------------------------------
