@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lab.files import whole
+from ..files import whole
 from ..module import SparseLinearAttention
 from . import thu_ml
 
