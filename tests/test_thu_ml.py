@@ -166,6 +166,16 @@ def test_dtypes(dtype, use_bf16):
     assert close(out, expected)
 
 
+@pytest.mark.parametrize("variant", ["main", "SLA-1"])
+def test_sums_that_leave_float16s_range(variant):
+    """Like those of a whole video: 92 keys with features of 50 add up to millions in the denominator."""
+    made, (q, k, v) = layer(feature_map="elu", use_bf16=False, variant=variant), inputs(dtype=torch.float16)
+    q, k = (50 + q).requires_grad_(), 50 + k
+    out = made(q, k, v)
+    assert close(out, theirs(q, k, v, 0.3, "elu", variant, made.proj_l.weight, made.proj_l.bias))
+    assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
 def test_autocast_around_it_changes_nothing():
     made = layer(use_bf16=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..attention import SLAOutput
 from ..block_map import check_tensors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,6 +81,9 @@ def ulysses_attention(
     query, key, value = rows.permute(1, 2, 3, 0, 4)  # (B, H / P, N, D) each
 
     out = attention(query, key, value)
+    if not isinstance(out, Tensor):
+        hint = "; take one of its branches" if isinstance(out, SLAOutput) else ""
+        raise TypeError(f"attention must return a tensor, got {type(out).__name__}{hint}")
     if out.shape != query.shape:
         raise ValueError(f"attention must return a tensor of shape {tuple(query.shape)}, got {tuple(out.shape)}")
     rows = _AllToAll.apply(out.permute(2, 0, 1, 3), lengths, mine, group)  # (P n, B, H / P, D)
@@ -115,10 +119,8 @@ def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = No
 
 
 def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
-    """The number of ranks in the group; ValueError unless it divides the number of heads."""
-    ranks = dist.get_world_size(group)
-    if ranks < 1:
-        raise ValueError("group must hold this process, got one of other ranks")
+    """The number of ranks in the group; ValueError unless it divides the number of heads. TypeError for no group."""
+    ranks = _ranks(group)
     if heads % ranks:
         raise ValueError(
             f"heads must be divisible by the ranks of the group, which share them out, got {heads} on {ranks} ranks"
@@ -146,18 +148,32 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(gradient, *ctx.back), None, None, None
 
 
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    known = isinstance(group, dist.ProcessGroup) or group in (None, dist.GroupMember.NON_GROUP_MEMBER)
+    if not known:
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if not dist.is_initialized():
+        raise ValueError("group must be one of this process, which has to call init_process_group first")
+    if (ranks := dist.get_world_size(group)) < 1:
+        raise ValueError("group must hold this process, got one of other ranks")
+    return ranks
+
+
 def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None, *, split: bool = True) -> list[int]:
     """The size of `dim` on each rank. Whatever else would not fit is an error that all ranks raise.
 
     A collective of unequal sizes never ends, so that the ranks compare dtypes and shapes beforehand.
     """
-    if tensor.dtype not in _DTYPES or tensor.dim() > _MAX_DIMS:
-        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+    ranks = _ranks(group)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or tensor.dim() > _MAX_DIMS:
+        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must be a float tensor of at most {_MAX_DIMS} dimensions, got {got}")
+    if dim not in range(-tensor.dim(), tensor.dim()):
+        raise ValueError(f"dim must be one of the {tensor.dim()} dimensions of {name}, got {dim!r}")
     place = 2 + range(tensor.dim())[dim]
     mine = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *[0] * (_MAX_DIMS - tensor.dim())]
     sent = torch.tensor(mine, device=tensor.device)
-    arrived = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    arrived = [torch.empty_like(sent) for _ in range(ranks)]
     dist.all_gather(arrived, sent, group=group)
     everybody = [each.tolist() for each in arrived]
 
