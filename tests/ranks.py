@@ -155,8 +155,9 @@ def split(folder: Path) -> None:
         for parameter in sla_parameters(model):
             parameter.zero_()
     load_sla(model, folder / "same.safetensors")
-    load_sla_state_dict(model, split_sla_state_dict(model.state_dict())[0])  # sharded ones too
     found["loaded"] = {name: each.full_tensor() for name, each in model.state_dict().items()}
+    load_sla_state_dict(model, split_sla_state_dict(model.state_dict())[0])  # from weights that are sharded, too
+    found["loaded again"] = {name: each.full_tensor() for name, each in model.state_dict().items()}
     part = torch.arange(rank * 3.0, 5.0 if rank else 3.0).requires_grad_()
     (gather_tokens(part, 0) * (rank + 1) * torch.arange(5.0)).sum().backward()
     found["gather"] = {"gradient": part.grad}

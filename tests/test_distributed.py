@@ -117,6 +117,7 @@ def test_files_of_weights_that_fsdp_has_sharded(folder, split):
         close(checkpoints.read_checkpoint(folder / f"{name}.safetensors"), added)
     for each in split[0]:
         close(each["loaded"], expected)
+        close(each["loaded again"], expected)
 
 
 def test_gathering_sends_back_the_sum_of_all_ranks_gradients(split):

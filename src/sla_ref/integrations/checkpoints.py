@@ -166,16 +166,15 @@ def load_sla_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None
     if any(adapter.merged for adapter in _adapters(model)):
         raise ValueError("model must have the adapters in its SLA layers unmerged: unmerging would spoil the weights")
     given = _named_as_in(model, _simple_tuner(state_dict))
-    known = {name: found for name, found in given.items() if name in tensors}
     copies: dict[Tensor, Tensor] = {}
     faults = []
     for tensor in dict.fromkeys(tensors.values()):
         names = [name for name, each in tensors.items() if each is tensor]  # more than one for weights that are tied
-        found = {source: value for name in names for source, value in known.get(name, {}).items()}
+        found = {source: value for name in names for source, value in given.get(name, {}).items()}
         faults += [fault for source, value in found.items() for fault in _misfits(tensor, source, value)]
         faults += [] if found else [f"missing: {names[0]}"]
         for name in names:
-            if len(several := known.get(name, {})) > 1:
+            if len(several := given.get(name, {})) > 1:
                 faults.append(f"given {len(several)} times: {name}, as {', '.join(sorted(several))}")
         if not faults:
             copies[tensor], *others = (_full(value) for value in found.values())
