@@ -348,7 +348,7 @@ def test_an_index_stands_for_its_shards(tmp_path):
         save_file(weights(blocks=(block,)), tmp_path / part)
         names |= dict.fromkeys(weights(blocks=(block,)), part)
     index, model = tmp_path / "model.safetensors.index.json", Model()
-    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}), encoding="utf-8")
     checkpoints.load_sla(model, index)
     assert_loaded(model)
     (tmp_path / part).unlink()
@@ -360,7 +360,7 @@ def test_an_index_stands_for_its_shards(tmp_path):
         with pytest.raises(error, match=message):
             checkpoints.load_sla(model, path)
     for text in ("{", "[]", "{}", '{"weight_map": ["model"]}', '{"weight_map": {"name": 1}}'):
-        index.write_text(text)
+        index.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="path must be an index of shards"):
             checkpoints.load_sla(model, index)
 

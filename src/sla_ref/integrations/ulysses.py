@@ -152,8 +152,6 @@ def _ranks(group: dist.ProcessGroup | None) -> int:
     known = isinstance(group, dist.ProcessGroup) or group in (None, dist.GroupMember.NON_GROUP_MEMBER)
     if not known:
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
-    if not dist.is_initialized():
-        raise ValueError("group must be one of this process, which has to call init_process_group first")
     if (ranks := dist.get_world_size(group)) < 1:
         raise ValueError("group must hold this process, got one of other ranks")
     return ranks
