@@ -29,13 +29,8 @@ except ImportError as missing:
         "sla_ref.integrations.diffusers needs diffusers 0.36 or newer: pip install 'sla-ref[diffusers]'"
     ) from missing
 
-from ..block_map import (
-    DEFAULT_BLOCK,
-    DEFAULT_CRITICAL_RATIO,
-    DEFAULT_NEGLIGIBLE_RATIO,
-    check_block_size,
-    check_ratio,
-)
+from ..block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO
+from ..checks import check_block_size, check_ratio
 from ..feature_maps import FeatureMap
 from ..module import SparseLinearAttention
 from . import thu_ml
@@ -197,6 +192,7 @@ def _self_attentions(transformer: WanTransformer3DModel) -> list[WanAttention]:
 
 
 def _backbone_first(transformer: WanTransformer3DModel, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """`transformer.parameters()` with those of SLA behind all others."""
     processors = (attention.processor for attention in _self_attentions(transformer))
     added = {id(own) for each in processors if isinstance(each, nn.Module) for own in each.parameters()}
     return iter(sorted(type(transformer).parameters(transformer, recurse), key=lambda own: id(own) in added))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..attention import sparse_linear_attention
-from ..block_map import DEFAULT_NEGLIGIBLE_RATIO, check_block_size, check_ratio, check_tensors, classify_blocks
+from ..block_map import DEFAULT_NEGLIGIBLE_RATIO, classify_blocks
+from ..checks import check_block_size, check_ratio, check_tensors
 from ..feature_maps import FeatureMap, resolve_feature_map
 
 VARIANTS = ("main", "SLA-1", "paper")

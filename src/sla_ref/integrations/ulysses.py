@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import SLAOutput
-from ..block_map import check_tensors
+from ..checks import check_tensors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIMS = 8
@@ -63,9 +63,10 @@ def ulysses_attention(
         (B, H, n, D), for the same tokens.
 
     Raises:
-        TypeError, ValueError: a tensor has the wrong type, shape, dtype or device; H is not divisible by P; the ranks
-            disagree on shape or dtype, or their tokens are not split as `split_tokens` does. In the last case all ranks
-            raise the same error: shapes are exchanged first, in a small all-gather that waits for the device.
+        TypeError, ValueError: a tensor has the wrong type, shape, dtype or device, attention returns another one or
+            none, group is no group of this process, or H is not divisible by P; the ranks disagree on shape or dtype,
+            or their tokens are not split as `split_tokens` does. In the last case all ranks raise the same error:
+            shapes are exchanged first, in a small all-gather that waits for the device.
     """
     check_tensors(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
@@ -119,7 +120,7 @@ def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = No
 
 
 def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
-    """The number of ranks in the group; ValueError unless it divides the number of heads. TypeError for no group."""
+    """The number of ranks in the group; ValueError unless it divides the number of heads. Errors as `_ranks`."""
     ranks = _ranks(group)
     if heads % ranks:
         raise ValueError(
@@ -149,8 +150,8 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
-    known = isinstance(group, dist.ProcessGroup) or group in (None, dist.GroupMember.NON_GROUP_MEMBER)
-    if not known:
+    """The number of ranks in the group; TypeError unless it is one, ValueError unless this process is in it."""
+    if not (isinstance(group, dist.ProcessGroup) or group in (None, dist.GroupMember.NON_GROUP_MEMBER)):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if (ranks := dist.get_world_size(group)) < 1:
         raise ValueError("group must hold this process, got one of other ranks")
