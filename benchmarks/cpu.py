@@ -25,7 +25,7 @@ from rich.table import Table
 
 import sla_ref
 from sla_ref.backends import pytorch
-from sla_ref.lab.files import whole
+from sla_ref.files import whole
 from sla_ref.lab.machine import machine
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)

@@ -24,9 +24,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sla_ref.files import whole
 from sla_ref.lab import evaluate
 from sla_ref.lab.console import progress_bar
-from sla_ref.lab.files import whole
 from sla_ref.lab.machine import machine
 from sla_ref.lab.model import VideoTransformer, with_attention
 from sla_ref.lab.train import PRECISIONS, TrainConfig, train

@@ -21,8 +21,8 @@ from cpu import fastest
 from rich.console import Console
 from rich.table import Table
 
+from sla_ref.files import whole
 from sla_ref.lab import states
-from sla_ref.lab.files import whole
 from sla_ref.lab.machine import machine
 
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.85, 0.95, 0.98, 1.0)

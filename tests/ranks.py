@@ -20,6 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sla_ref
 from sla_ref import cli
+from sla_ref.integrations.checkpoints import (
+    load_sla,
+    load_sla_state_dict,
+    save_sla,
+    sla_parameters,
+    split_sla_state_dict,
+)
 from sla_ref.integrations.ulysses import gather_tokens, split_tokens, ulysses_attention
 from sla_ref.lab import distributed
 from sla_ref.lab import train as loop
@@ -121,7 +128,7 @@ def message(function, *arguments, **options) -> str:
     """Of the error that a call must raise."""
     try:
         function(*arguments, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -142,10 +149,21 @@ def split(folder: Path) -> None:
     fully_shard(model)
     found["fsdp"] = outcome(model, tokens())
     rank = dist.get_rank()
+    for name in ("same", f"own-{rank}"):
+        save_sla(model, folder / f"{name}.safetensors")
+    with torch.no_grad():
+        for parameter in sla_parameters(model):
+            parameter.zero_()
+    load_sla(model, folder / "same.safetensors")
+    found["loaded"] = {name: each.full_tensor() for name, each in model.state_dict().items()}
+    load_sla_state_dict(model, split_sla_state_dict(model.state_dict())[0])  # from weights that are sharded, too
+    found["loaded again"] = {name: each.full_tensor() for name, each in model.state_dict().items()}
     part = torch.arange(rank * 3.0, 5.0 if rank else 3.0).requires_grad_()
     (gather_tokens(part, 0) * (rank + 1) * torch.arange(5.0)).sum().backward()
     found["gather"] = {"gradient": part.grad}
     if "diffusers" in sys.argv:
+        from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
         from sla_ref.integrations import diffusers as wan
 
         group = dist.group.WORLD
@@ -164,8 +182,16 @@ def split(folder: Path) -> None:
         wan.remove_sla(model.transformer)
         wan.install_sla(model.transformer, critical_ratio=1.0, block_q=8, block_k=8)
         found["wan, taken out"] = outcome(model, *latents())
+        replaced = Wan(group).transformer
+        replaced.blocks[1].attn1.set_processor(WanAttnProcessor())
+        said = message(replaced, *latents()[::2], latents()[1])
+        replaced.set_attn_processor(WanAttnProcessor())
+        wan.remove_sla(replaced)
+        model.transformer = replaced
+        found["wan, replaced and taken out"] = outcome(model, *latents())
         found["errors of wan"] = {
             "heads": message(Wan, group, heads=3),
+            "replaced": said,
             "layers": message(Wan, group, layers=[1]),
             "size": message(Wan(group), *latents(10 + 2 * rank)),
         }
@@ -181,6 +207,11 @@ def split(folder: Path) -> None:
         "keys": message(ulysses_attention, Attention().layer, one, torch.randn(1, 4, 6, 8), one),
         "int": message(split_tokens, torch.arange(4), 0),
         "shape": message(ulysses_attention, lambda query, key, value: query[..., :2], one, one, one),
+        "output": message(ulysses_attention, sla_ref.sparse_linear_attention, one, one, one),
+        "group": message(split_tokens, one, 2, "all"),
+        "outside": message(split_tokens, one, 2, dist.GroupMember.NON_GROUP_MEMBER),
+        "dim": message(gather_tokens, one, 4),
+        "type": message(split_tokens, [1.0, 2.0], 0),
     }
     found["waits"] = waits()
     torch.save(found, folder / f"split-{rank}.pt")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
+import traceback
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ FAST_VIDEO = "blocks.{}.attn1.attn_impl.proj_l"
 class Model(nn.Module):
     """Blocks 0 and 2 have SLA, block 1 is dense; `mlp` stands for what the checkpoint of a whole model has besides."""
 
-    def __init__(self, feature_map: str = "softmax") -> None:
+    def __init__(self, feature_map: str | nn.Module = "softmax") -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Module() for _ in range(DEPTH))
         for block in self.blocks:
@@ -94,12 +96,73 @@ def test_simple_tuners_one_projection_goes_to_every_layer():
     refused(model, file, r"state_dict\['state'\] must hold one set of weights, got \['4:bf16', '8:fp32'\]")
 
 
-def test_a_wrapped_model():
+class PeftModel(nn.Module):
+    """As PEFT wraps a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = nn.ModuleDict({"model": model})
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model["model"]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, PeftModel])
+def test_a_wrapped_model(wrap, tmp_path):
     model = Model()
-    wrapped = torch.compile(model, backend="eager")
+    wrapped = wrap(model)
     assert list(checkpoints.sla_layers(wrapped)) == list(checkpoints.sla_layers(model))
     checkpoints.load_sla_state_dict(wrapped, weights(TURBO))
     assert_loaded(model)
+    checkpoints.save_sla(wrapped, tmp_path / "sla.safetensors")
+    assert checkpoints.read_checkpoint(tmp_path / "sla.safetensors").keys() == weights().keys()
+
+
+class Adapter(nn.Module):
+    """As a LoRA layer of PEFT stands around a Linear."""
+
+    disable_adapters = False
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(D, 2)})
+        self.merged = False
+
+
+class TrainedWhole(nn.Module):
+    """As PEFT's `modules_to_save` stands around a Linear."""
+
+    active_adapters = ("default",)
+    disable_adapters = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
+
+
+@pytest.mark.parametrize("wrapper", [Adapter, TrainedWhole])
+def test_what_peft_has_wrapped(wrapper, tmp_path):
+    model, fresh = Model(), Model()
+    layer = model.blocks[0].attention
+    layer.proj_l = wrapper(layer.proj_l)
+    checkpoints.load_sla_state_dict(model, weights())
+    assert len(checkpoints.sla_parameters(model)) == 4, "those that SLA added, without the adapter's"
+    if wrapper is TrainedWhole:
+        assert not layer.proj_l.original_module.weight.any(), "is not at work"
+    else:
+        with pytest.raises(ValueError, match="model must have the adapters in its SLA layers merged"):
+            checkpoints.save_sla(model, tmp_path / "sla.safetensors")
+        layer.proj_l.merged = True
+        refused(model, weights(), "model must have the adapters in its SLA layers unmerged")
+    checkpoints.save_sla(model, tmp_path / "sla.safetensors")
+    checkpoints.load_sla(fresh, tmp_path / "sla.safetensors")
+    assert_loaded(fresh)
+    layer.proj_l.disable_adapters, layer.proj_l.merged = True, False
+    checkpoints.save_sla(model, tmp_path / "disabled.safetensors")
+    saved = checkpoints.read_checkpoint(tmp_path / "disabled.safetensors")[f"{OURS.format(0)}.weight"]
+    assert saved.any() == (wrapper is Adapter), "what computes now"
 
 
 def test_a_layer_alone_and_the_authors_layer():
@@ -117,6 +180,47 @@ def test_a_feature_map_with_weights_that_layers_share_is_one_entry_for_the_optim
     assert len(group) == len(set(group)) == 2 * 2 + 2
 
 
+class Learnable(nn.Module):
+    """A feature map with weights, and with a buffer that is drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(D, D)
+        self.register_buffer("directions", torch.randn(D))
+
+
+def shared_map() -> nn.Module:
+    return Model(feature_map=Learnable())
+
+
+def tied_projections() -> nn.Module:
+    model = Model()
+    model.blocks[2].attention.proj_l = model.blocks[0].attention.proj_l
+    return model
+
+
+def shared_layer() -> nn.Module:
+    model = Model()
+    model.blocks[2].attention = model.blocks[0].attention
+    return model
+
+
+@pytest.mark.parametrize("build", [shared_map, tied_projections, shared_layer])
+def test_layers_that_share_weights(build, tmp_path):
+    model, path = build(), tmp_path / "sla.safetensors"
+    for parameter in checkpoints.sla_parameters(model):
+        nn.init.normal_(parameter)
+    checkpoints.save_sla(model, path)
+    other = build()
+    checkpoints.load_sla(other, path)
+    expected = checkpoints.split_sla_state_dict(model.state_dict())[0]
+    assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items() if name in expected)
+    checkpoints.load_sla_state_dict(other, expected)  # as whole models are saved, under all names
+    if build is not shared_map:
+        refused(model, weights(), "different for weights that are tied in the model: blocks.0.attention.proj_l")
+        checkpoints.load_sla_state_dict(model, weights(blocks=(2,)))  # one name is enough
+
+
 def test_weights_are_cast_to_the_models_dtype():
     model = Model().to(torch.bfloat16)
     checkpoints.load_sla_state_dict(model, weights(TURBO))
@@ -129,7 +233,8 @@ def test_split_takes_a_whole_models_checkpoint_apart():
     assert added.keys() | rest.keys() == whole.keys()
     assert set(rest) == {"net.blocks.0.self_attn.q.weight", "net.proj_out.weight"}
     model = Model()
-    refused(model, whole, r"left over: blocks.0.self_attn.q.weight; left over: net.proj_out.weight")
+    message = r"left over: blocks.0.self_attn.q.weight and 1 more of other layers; split_sla_state_dict takes SLA's"
+    refused(model, whole, message)
     checkpoints.load_sla_state_dict(model, added)
     assert_loaded(model)
 
@@ -167,8 +272,14 @@ def test_shapes_dtypes_and_values():
     state = weights(TURBO)
     name = f"{TURBO.format(2)}.weight"
     refused(Model(), state | {name: torch.zeros(8, 8)}, rf"shape \(8, 8\) instead of \(4, 4\): {name}")
-    refused(Model(), state | {name: torch.zeros(D, D, dtype=torch.int8)}, "torch.int8 instead of a float dtype")
-    refused(Model(), state | {name: [1.0]}, f"state_dict must hold tensors, got list for {name}", TypeError)
+    zeros = torch.zeros(D, D)
+    refused(Model(), state | {name: zeros.to(torch.int8)}, "torch.int8 instead of a float dtype")
+    refused(Model(), state | {name: zeros.to(torch.complex64)}, "torch.complex64 instead of a float dtype")
+    refused(Model(), state | {name: zeros.to_sparse()}, f"torch.sparse_coo instead of a tensor with values: {name}")
+    refused(Model(), state | {name: zeros.to("meta")}, f"on the meta device instead of a tensor with values: {name}")
+    refused(Model(), state | {name: [1.0]}, f"state_dict must map names to tensors, got list for '{name}'", TypeError)
+    refused(Model(), {"state_dict": state}, "got dict for 'state_dict'; pass the part that holds", TypeError)
+    refused(Model(), {0: torch.zeros(1)}, "state_dict must map names to tensors, got Tensor for 0", TypeError)
     refused(Model(), [], "state_dict must be a mapping of names to tensors, got list", TypeError)
 
 
@@ -183,16 +294,75 @@ def test_models_that_cannot_take_weights():
         checkpoints.load_sla_state_dict(model, weights())
 
 
+def int8(layer: nn.Module) -> None:
+    layer.proj_l.weight = nn.Parameter(torch.ones(D, D, dtype=torch.int8), requires_grad=False)
+
+
+def quantised(layer: nn.Module) -> None:
+    """As dynamic quantisation does: the weight is a method."""
+    layer.proj_l = nn.Module()
+    layer.proj_l.weight = lambda: torch.zeros(D, D)
+
+
+def sharded(layer: nn.Module) -> None:
+    """As FSDP1 and DeepSpeed do: this rank's part of a flat tensor."""
+    layer.proj_l.weight = nn.Parameter(torch.ones(D * D // 2))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (int8, r"model must hold plain float weights, got torch.int8 .* for blocks.2.attention.proj_l.weight"),
+        (quantised, r"must hold blocks.2.attention.proj_l whole and as it was made, .*\(4, 4\).*, got {}; FSDP1"),
+        (sharded, r"must hold blocks.2.attention.proj_l whole and as it was made, .*, got {.*\(8,\)"),
+        (lambda layer: nn.utils.parametrizations.weight_norm(layer.proj_l), "got {.*parametrizations.weight.original0"),
+    ],
+)
+def test_weights_that_a_fresh_model_could_not_load_are_not_written(tmp_path, change, message):
+    model = Model()
+    change(model.blocks[2].attention)
+    refused(model, weights(), message)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.save_sla(model, tmp_path / "sla.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
-def test_files(tmp_path, suffix):
-    path, model = tmp_path / f"weights.{suffix}", Model()
-    (save_file if suffix == "safetensors" else torch.save)(weights(TURBO), path)
+@pytest.mark.parametrize("write", [save_file, torch.save])
+@pytest.mark.parametrize("suffix", [".safetensors", ".SAFETENSORS", ".pth", ".bin", ""])
+def test_files_of_both_kinds_under_any_name(tmp_path, suffix, write):
+    path, model = tmp_path / f"weights{suffix}", Model()
+    write(weights(TURBO), path)
     checkpoints.load_sla(model, path)
     assert_loaded(model)
     assert checkpoints.read_checkpoint(str(path)).keys() == weights(TURBO).keys()
+
+
+def test_an_index_stands_for_its_shards(tmp_path):
+    names = {}
+    for number, block in ((1, 0), (2, 2)):
+        part = f"model-0000{number}-of-00002.safetensors"
+        save_file(weights(blocks=(block,)), tmp_path / part)
+        names |= dict.fromkeys(weights(blocks=(block,)), part)
+    index, model = tmp_path / "model.safetensors.index.json", Model()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}), encoding="utf-8")
+    checkpoints.load_sla(model, index)
+    assert_loaded(model)
+    (tmp_path / part).unlink()
+    for path, error, message in (
+        (tmp_path, ValueError, r"got the folder .*; name the file in it, or the index of its shards"),
+        (tmp_path / "model-00001-of-00002.safetensors", ValueError, "is one shard of it; name its index"),
+        (index, FileNotFoundError, r"names .*model-00002-of-00002.safetensors"),
+    ):
+        with pytest.raises(error, match=message):
+            checkpoints.load_sla(model, path)
+    for text in ("{", "[]", "{}", '{"weight_map": ["model"]}', '{"weight_map": {"name": 1}}'):
+        index.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="path must be an index of shards"):
+            checkpoints.load_sla(model, index)
 
 
 def test_save_and_load(tmp_path):
@@ -206,14 +376,20 @@ def test_save_and_load(tmp_path):
 
 
 def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):
-    def breaks(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def breaks(path, data):
+        path.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", breaks)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save_sla(Model(), tmp_path / "sla.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", breaks)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoints.save_sla(Model(), tmp_path / "sla.safetensors")
     assert os.listdir(tmp_path) == []
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
+        checkpoints.save_sla(Model(), tmp_path / "no" / "sla.safetensors")
+    (tmp_path / "mine").touch()
+    checkpoints.save_sla(Model(), tmp_path / "sla")
+    assert (tmp_path / "sla").stat().st_mode == (tmp_path / "mine").stat().st_mode, "as the umask says"
     (tmp_path / "there").write_text("mine")
     with pytest.raises(FileExistsError, match="path must name a new file"):
         checkpoints.save_sla(Model(), tmp_path / "there")
@@ -223,11 +399,11 @@ def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_load_wants_the_mathematics_of_the_file(tmp_path):
     path = tmp_path / "sla.safetensors"
     checkpoints.save_sla(Model("elu"), path)
-    with pytest.raises(ValueError, match=r"feature_map 'elu', with which .* was trained, got 'softmax'"):
+    with pytest.raises(ValueError, match=r"must have feature_map 'elu' in its SLA layers, as .* says, got 'softmax'"):
         checkpoints.load_sla(Model(), path)
     layer = thu_ml.SparseLinearAttention(D, 0.1)
     checkpoints.save_sla(layer, tmp_path / "main.safetensors")
-    with pytest.raises(ValueError, match=r"model must have variant 'main', with which .* was trained, got 'paper'"):
+    with pytest.raises(ValueError, match=r"must have variant 'main' in its SLA layers, as .* says, got 'paper'"):
         checkpoints.load_sla(sla_ref.SparseLinearAttention(D), tmp_path / "main.safetensors")
 
 
@@ -245,8 +421,9 @@ class Bomb:
 def test_no_code_in_a_pickle_runs(tmp_path, write):
     path = tmp_path / "bomb.pt"
     write({**weights(TURBO), "bomb": Bomb(tmp_path / "exploded")}, path)
-    with pytest.raises(ValueError, match="path must hold weights and plain values only"):
+    with pytest.raises(ValueError, match="path must hold weights and plain values only") as raised:
         checkpoints.load_sla(Model(), path)
+    assert "weights_only" not in "".join(traceback.format_exception(raised.value)), "torch's advice is to run the code"
     assert not (tmp_path / "exploded").exists()
 
 
@@ -261,3 +438,6 @@ def test_bad_files(tmp_path):
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match="could not be read"):
         checkpoints.read_checkpoint(tmp_path / "text.pt")
+    (tmp_path / "empty.safetensors").touch()
+    with pytest.raises(ValueError, match=r"path must be a whole safetensors file, .* is damaged"):
+        checkpoints.read_checkpoint(tmp_path / "empty.safetensors")

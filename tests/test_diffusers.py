@@ -17,6 +17,7 @@ import sla_ref
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.training_utils import EMAModel
 
 from sla_ref.integrations import diffusers as wan
 from sla_ref.integrations import thu_ml
@@ -185,13 +186,18 @@ def test_options_arrive():
 def test_remove_restores_the_original():
     model = transformer()
     before, names, expected = model.attn_processors, list(model.state_dict()), run(model)
+    attributes = set(vars(model))
     wan.install_sla(model, **SPARSE)
     assert not torch.equal(run(trained(model)), expected)
     wan.remove_sla(model)
     assert model.attn_processors == before
     assert list(model.state_dict()) == names
     assert torch.equal(run(model), expected)
+    assert set(vars(model)) == attributes
     wan.install_sla(model, **SPARSE)
+    model.set_attn_processor(before["blocks.0.attn1.processor"])  # as a user may do
+    wan.remove_sla(model)
+    assert set(vars(model)) == attributes
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -228,6 +234,11 @@ def test_gradient_checkpointing(installed):
     assert len(calls) == 2, "the block ran again for the backward"
 
 
+def near(out: torch.Tensor, expected: torch.Tensor) -> bool:
+    """As a whole: rounding may turn a near-tie of two blocks, and with it a few elements. Without Proj, 17 % differ."""
+    return (out.float() - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # Wan's own norms under autocast
 def test_bfloat16_autocast(device):
     """Blocks of 16, which every backend takes."""
@@ -239,7 +250,7 @@ def test_bfloat16_autocast(device):
         out = run(installed)
         assert all(gradient.isfinite().all() for gradient in gradients(installed).values())
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0.1)
+    assert near(out, expected)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -260,9 +271,9 @@ def test_model_in_bfloat16(installed):
     proj = installed.blocks[0].attn1.processor.proj_l
     installed.to(torch.bfloat16)
     assert proj.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(run(installed, torch.bfloat16).float(), expected, atol=0.1, rtol=0.1)
+    assert near(run(installed, torch.bfloat16), expected)
     proj.float()  # and float32 beside bfloat16
-    torch.testing.assert_close(run(installed, torch.bfloat16).float(), expected, atol=0.1, rtol=0.1)
+    assert near(run(installed, torch.bfloat16), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at what goes into a block
@@ -340,6 +351,87 @@ def test_the_way_through_from_pretrained(installed, tmp_path):
     assert torch.equal(run(other), expected)
 
 
+def test_each_of_two_transformers_takes_its_own_file(tmp_path):
+    """Those of Wan 2.2 are alike in all but the weights."""
+    first, second, unnamed = transformer(), transformer(), transformer()
+    wan.install_sla(first, role="transformer")
+    wan.install_sla(second, role="transformer_2")
+    wan.install_sla(unnamed)
+    wan.save_sla(second, tmp_path / "low.safetensors")
+    (tmp_path / "transformer_2").mkdir()
+    wan.save_sla(unnamed, tmp_path / "transformer_2" / "sla.safetensors")
+    wan.save_sla(unnamed, tmp_path / "transformer_2.safetensors")
+    wan.save_sla(unnamed, tmp_path / "any.safetensors")
+    for name in ("low.safetensors", "transformer_2/sla.safetensors", "transformer_2.safetensors"):
+        wan.load_sla(second, tmp_path / name)
+        for model in (first, unnamed):
+            with pytest.raises(ValueError, match=r"model must have role 'transformer_2' .*, got 'transformer'"):
+                wan.load_sla(model, tmp_path / name)
+    for model in (first, unnamed):
+        wan.load_sla(model, tmp_path / "any.safetensors")
+    with pytest.raises(ValueError, match=r"model must have role 'transformer' .*, got 'transformer_2'"):
+        wan.load_sla(second, tmp_path / "any.safetensors")
+
+
+def test_save_pretrained_with_sla_in(installed, tmp_path):
+    """In one file and in shards: the way from there to a model with SLA is in the error, and leads there."""
+    fresh, expected = transformer(), run(installed)
+    wan.install_sla(fresh, **SPARSE)
+    for size, name in (("1GB", "safetensors"), ("20KB", "safetensors.index.json")):
+        installed.save_pretrained(tmp_path, max_shard_size=size)
+        path = tmp_path / f"diffusion_pytorch_model.{name}"
+        with pytest.raises(ValueError, match="more of other layers; split_sla_state_dict takes SLA's weights out"):
+            wan.load_sla(fresh, path)
+        wan.load_sla_state_dict(fresh, wan.split_sla_state_dict(wan.read_checkpoint(path))[0])
+        torch.testing.assert_close(run(fresh), expected)
+
+
+def test_the_average_of_the_backbone(installed, tmp_path):
+    """EMAModel.save_pretrained copies by place into a transformer without SLA."""
+    average = EMAModel(installed.parameters(), model_cls=WanTransformer3DModel, model_config=installed.config)
+    average.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, installed.state_dict()[name]), name
+    parameters = list(installed.parameters())
+    assert len(parameters) == len(set(parameters)) == len(list(installed.named_parameters()))
+    assert parameters[-4:] == wan.sla_parameters(installed)
+    assert list(copy.deepcopy(installed).parameters())[-1] is not parameters[-1], "a copy has its own"
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_group_offloading(installed, tmp_path, where):
+    wan.save_sla(installed, tmp_path / "before.safetensors")
+    expected, options = run(installed), {"offload_to_disk_path": str(tmp_path / "groups")} if where == "disk" else {}
+    cpu = torch.device("cpu")
+    installed.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level", **options)
+    torch.testing.assert_close(run(installed), expected)
+    saved = tmp_path / "after.safetensors"
+    if where == "disk":  # what the parameters hold between two forwards is no weight
+        with pytest.raises(ValueError, match="model must hold its weights, got one that enable_group_offload keeps on"):
+            wan.save_sla(installed, saved)
+        with pytest.raises(ValueError, match="model must hold its weights"):
+            wan.load_sla(installed, tmp_path / "before.safetensors")
+    else:
+        wan.save_sla(installed, saved)
+        before = wan.read_checkpoint(tmp_path / "before.safetensors")
+        assert all(torch.equal(value, before[name]) for name, value in wan.read_checkpoint(saved).items())
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_layerwise_casting_leaves_proj_its_dtype(order):
+    model = transformer()
+    if order == "after":
+        wan.install_sla(model, **SPARSE)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    if order == "before":
+        wan.install_sla(model, **SPARSE)
+    trained(model)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    assert {parameter.dtype for parameter in wan.sla_parameters(model)} == {torch.float32}
+    assert run(model).isfinite().all()
+
+
 def test_deepcopy_and_torch_save(installed):
     expected = run(installed)
     file = io.BytesIO()
@@ -362,7 +454,11 @@ class Pipeline:
     ("changes", "error", "message"),
     [
         ({"transformer": torch.nn.Linear(1, 1)}, TypeError, "must be diffusers' WanTransformer3DModel, got Linear$"),
-        ({"transformer": Pipeline()}, TypeError, "got Pipeline; a pipeline has it as .transformer"),
+        ({"transformer": Pipeline()}, TypeError, "got Pipeline; take its .transformer, before anything wraps it"),
+        ({"transformer": torch.nn.DataParallel(torch.nn.Linear(1, 1))}, TypeError, "DataParallel; take its .module,"),
+        ({"transformer": torch.compile(torch.nn.Linear(1, 1))}, TypeError, "got OptimizedModule; take its ._orig_mod,"),
+        ({"role": "low"}, ValueError, "role must be one of 'transformer', 'transformer_2' or None, got 'low'"),
+        ({"group": "ranks"}, TypeError, "group must be a torch.distributed.ProcessGroup or None, got str"),
         ({"critical_ratio": 0}, ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0"),
         ({"negligible_ratio": 2}, ValueError, "negligible_ratio must be"),
         ({"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from sla_ref import cli
+from sla_ref.integrations import checkpoints
 from sla_ref.lab.weights import load_weights
 from tests import ranks
 
@@ -108,6 +109,17 @@ def test_ddp_and_fsdp_give_every_parameter_the_gradient_of_one_process(split, wr
         assert len(found) == len(expected) - 1
 
 
+def test_files_of_weights_that_fsdp_has_sharded(folder, split):
+    """Written whole, under a name of each rank's own or one for both, and loaded into the shards again."""
+    expected = ranks.Attention().state_dict()
+    added = checkpoints.split_sla_state_dict(expected)[0]
+    for name in ("same", "own-0", "own-1"):
+        close(checkpoints.read_checkpoint(folder / f"{name}.safetensors"), added)
+    for each in split[0]:
+        close(each["loaded"], expected)
+        close(each["loaded again"], expected)
+
+
 def test_gathering_sends_back_the_sum_of_all_ranks_gradients(split):
     parts = [each["gather"]["gradient"] for each in split[0]]
     assert torch.equal(torch.cat(parts), 3 * torch.arange(5.0))  # ranks 0 and 1 weigh with 1 and 2
@@ -122,6 +134,7 @@ def test_gathering_sends_back_the_sum_of_all_ranks_gradients(split):
         ("wan, main", {"negligible_ratio": None, "variant": "main"}, {}),
         ("wan, fsdp and checkpointing", {}, {}),
         ("wan, taken out", None, {}),
+        ("wan, replaced and taken out", None, {}),
     ],
 )
 def test_wan_on_two_ranks_is_wan_on_one(split, name, options, inputs):
@@ -131,7 +144,8 @@ def test_wan_on_two_ranks_is_wan_on_one(split, name, options, inputs):
         from sla_ref.integrations import diffusers as wan
 
         wan.remove_sla(one.transformer)
-        wan.install_sla(one.transformer, critical_ratio=1.0, block_q=8, block_k=8)
+        if name == "wan, taken out":  # and put in again
+            wan.install_sla(one.transformer, critical_ratio=1.0, block_q=8, block_k=8)
     expected = ranks.outcome(one, *ranks.latents(**inputs))
     tolerance = {"atol": 0.05, "rtol": 0.05} if name == "wan, main" else {"atol": 1e-4, "rtol": 1e-4}
     for each in split[0]:
@@ -152,6 +166,11 @@ def test_wan_on_two_ranks_is_wan_on_one(split, name, options, inputs):
         ("keys", "key must have query's number of tokens 5, got 6"),
         ("int", "tokens must be a float tensor of at most 8 dimensions, got torch.int64 (4,)"),
         ("shape", "attention must return a tensor of shape (1, 2, 10, 8), got (1, 2, 10, 2)"),
+        ("output", "TypeError: attention must return a tensor, got SLAOutput; take one of its branches"),
+        ("group", "TypeError: group must be a torch.distributed.ProcessGroup or None, got str"),
+        ("outside", "ValueError: group must hold this process, got one of other ranks"),
+        ("dim", "ValueError: dim must be one of the 4 dimensions of tokens, got 4"),
+        ("type", "ValueError: tokens must be a float tensor of at most 8 dimensions, got list"),
     ],
 )
 def test_all_ranks_raise_the_same_error(split, name, message):
@@ -165,6 +184,7 @@ def test_all_ranks_raise_the_same_error(split, name, message):
     ("name", "message"),
     [
         ("heads", "heads must be divisible by the ranks of the group, which share them out, got 3 on 2 ranks"),
+        ("replaced", "RuntimeError: blocks.1.attn1 must keep SLA, since install_sla has split the tokens: WanAttnPro"),
         ("layers", "layers must be None with a group: a dense layer would attend to its rank's tokens alone; got 1 of"),
         ("size", "tokens must have one shape and dtype on all ranks; got (1, 45, 1, 16)"),
     ],

@@ -166,6 +166,39 @@ def test_dtypes(dtype, use_bf16):
     assert close(out, expected)
 
 
+class Int8Linear(torch.nn.Module):
+    """As 8-bit layers are: the weight is no float, the input is."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.step = linear.weight.detach().abs().max() / 127
+        self.weight = torch.nn.Parameter(
+            (linear.weight.detach() / self.step).round().to(torch.int8), requires_grad=False
+        )
+        self.bias = linear.bias
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert tokens.is_floating_point()
+        return torch.nn.functional.linear(tokens, self.weight.to(tokens.dtype) * self.step, self.bias)
+
+
+def test_a_quantised_projection_is_called_as_it_is():
+    made = layer()
+    expected = theirs(*inputs(), 0.3, "softmax", "main", made.proj_l.weight, made.proj_l.bias)
+    made.proj_l = Int8Linear(made.proj_l)
+    assert close(made(*inputs()), expected)
+
+
+@pytest.mark.parametrize("variant", ["main", "SLA-1"])
+def test_sums_that_leave_float16s_range(variant):
+    """Like those of a whole video: 92 keys with features of 50 add up to millions in the denominator."""
+    made, (q, k, v) = layer(feature_map="elu", use_bf16=False, variant=variant), inputs(dtype=torch.float16)
+    q, k = (50 + q).requires_grad_(), 50 + k
+    out = made(q, k, v)
+    assert close(out, theirs(q, k, v, 0.3, "elu", variant, made.proj_l.weight, made.proj_l.bias))
+    assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
 def test_autocast_around_it_changes_nothing():
     made = layer(use_bf16=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -31,8 +31,8 @@ import jupytext
 import matplotlib
 import matplotlib.pyplot as plt
 
+from sla_ref.files import whole
 from sla_ref.lab import lesson
-from sla_ref.lab.files import whole
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tutorials"

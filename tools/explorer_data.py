@@ -18,9 +18,9 @@ from torch import Tensor
 
 import sla_ref
 from sla_ref import analysis
+from sla_ref.files import whole
 from sla_ref.lab import evaluate, flow, weights
 from sla_ref.lab.data import MovingDigits
-from sla_ref.lab.files import whole
 from sla_ref.lab.model import PATCH, ModelConfig
 
 OUT = Path(__file__).parents[1] / "docs" / "explorer" / "data.js"

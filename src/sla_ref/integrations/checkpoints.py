@@ -9,38 +9,44 @@ Known names of Proj, each with `.weight` and `.bias`, i a block's number:
 | FastVideo | `blocks.{i}.attn1.attn_impl.proj_l` |
 | SimpleTuner's `sla_attention.pt` | `proj_l`, one for all layers |
 
-`net.`, `model.` and `module.` may stand in front, and the names that torch's wrappers insert anywhere. All is checked
-before anything is copied: on an error the model is as it was.
+`net.`, `model.` and `module.` may stand in front, and the names that torch's wrappers insert anywhere. A model may be
+wrapped by torch or by PEFT. Everything is checked before anything is copied: on an error the model is as it was.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..lab.files import whole
+from ..files import whole
 from ..module import SparseLinearAttention
 from . import thu_ml
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")  # torch's, by what they hold
+_INSERTED = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
 _FRONT = re.compile(r"^(?:(?:net|model|module)\.)+(?=blocks\.)")
 _FOREIGN = re.compile(
     r"^blocks\.(\d+)\.(?:self_attn\.attn_op\.local_attn|attn1\.attn_impl)\.(proj_l\.(?:weight|bias))$"
 )
-_ADDED = re.compile(r"(?:^|\.)(?:proj_l\.(?:weight|bias)|phi_(?:query|key)\.weight)$")
+_ADDED = re.compile(r"(?:^|\.)(?:proj_l\.(?:weight|bias)$|(?:phi_query|phi_key|feature_map(?:_[qk])?)\.)")
 _SHARED = ("proj_l.weight", "proj_l.bias")
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+ROLES = ("transformer", "transformer_2")
+"""The names of a pipeline's transformers. Wan 2.2 has two, for much and for little noise."""
 
 Layer = SparseLinearAttention | thu_ml.SparseLinearAttention
 
 
 def sla_layers(model: nn.Module) -> dict[str, Layer]:
-    """The SLA layers inside a model by name, in the model's order.
+    """The SLA layers inside a model by name, in the model's order. Names are those without wrappers.
 
     Raises:
         TypeError: model is no torch.nn.Module.
@@ -48,67 +54,85 @@ def sla_layers(model: nn.Module) -> dict[str, Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {_plain(name): module for name, module in model.named_modules() if isinstance(module, Layer)}
+    layers = {name: module for name, module in _modules(model) if isinstance(module, Layer)}
     if not layers:
         raise ValueError(f"model must have SLA layers, got a {type(model).__name__} without any")
     return layers
 
 
 def sla_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that SLA added, as one group for an optimizer. Errors as `sla_layers`."""
-    return list(dict.fromkeys(_parameters(model).values()))  # a feature map with weights may be shared by layers
+    """The parameters that SLA added, as one group for an optimizer. Errors as `sla_layers`.
+
+    Adapters of PEFT around them are not among them.
+    """
+    tensors = _tensors(model).values()
+    return list(dict.fromkeys(each for each in tensors if isinstance(each, nn.Parameter)))  # layers may share some
 
 
+@torch.no_grad()
 def save_sla(model: nn.Module, path: str | Path) -> None:
-    """Writes the weights that SLA added, and the mathematics they belong to, to a new safetensors file.
+    """Writes the weights that SLA added, and what they belong to, to a new safetensors file.
+
+    With weights sharded by FSDP2, all ranks must call it. Each writes the file that it names, with whole weights.
 
     Args:
         model: a model with SLA layers.
         path: of the file, which must not exist; it is written whole or not at all.
 
     Raises:
-        TypeError, ValueError: as `sla_layers`; ValueError if weights are on the meta device.
+        TypeError, ValueError: as `sla_layers`; ValueError if the weights are not at hand (on the meta device, on disk,
+            sharded by anything but FSDP2), quantised, or changed by an adapter that is not merged.
         FileExistsError: the file exists.
+        OSError: it cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    parameters = _parameters(model)
-    path = Path(path)
+    tensors, path = _checked(model), Path(path)
+    if any(not (adapter.merged or adapter.disable_adapters) for adapter in _adapters(model)):
+        raise ValueError(
+            "model must have the adapters in its SLA layers merged, so that a model without them can load the weights; "
+            "PEFT's merge_adapter() and diffusers' fuse_lora() merge them"
+        )
     if path.exists():
         raise FileExistsError(f"path must name a new file, {path} exists")
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    settings = _settings(model)
+    if settings.get("role") == "":  # then a file that is called after the second one is the second one's
+        settings["role"] = ROLES[1] if ROLES[1] in (path.stem, path.parent.name) else ROLES[0]
+    # Names of one tensor would share memory, which safetensors refuses.
+    data = save({name: _full(each).cpu().contiguous().clone() for name, each in tensors.items()}, settings)
     with whole(path) as temporary:
-        save_file(tensors, temporary, _mathematics(model))
+        temporary.write_bytes(data)
 
 
 def load_sla(model: nn.Module, path: str | Path) -> None:
     """Copies the weights of a file into the SLA layers of a model.
 
-    The layers must have the feature map and the variant that the weights were trained with, where the file says so.
-    Ratios and block sizes may differ: they are choices of each run.
+    The layers must have the feature map, the variant and the role that the weights were trained with, where the file
+    says so. Ratios and block sizes may differ: they are choices of each run.
 
     Args:
         model: a model with SLA layers.
         path: what `save_sla` wrote, or another file that `read_checkpoint` and `load_sla_state_dict` take.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map or variant.
+        FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map, variant or role.
     """
-    path = Path(path)
-    state_dict, metadata = _read(path)
-    for setting, here in _mathematics(model).items():
-        there = metadata.get(setting, here)
-        if there != here:
-            raise ValueError(f"model must have {setting} {there!r}, with which {path} was trained, got {here!r}")
+    state_dict, metadata = _read(Path(path))
+    for setting, here in _settings(model).items():
+        here = here or ROLES[0]
+        if (there := metadata.get(setting, here)) != here:
+            raise ValueError(f"model must have {setting} {there!r} in its SLA layers, as {path} says, got {here!r}")
     load_sla_state_dict(model, state_dict)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is in a `.safetensors` file, or in a torch file: weights only, no code in a pickle runs.
+    """What is in a safetensors file, in a torch file, or in all files that an index of shards names.
+
+    Of a torch file, weights and plain values only: no code in a pickle runs.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds more than weights and plain values.
+        ValueError: it is a folder or one shard of several, is damaged, or holds more than weights and plain values.
     """
     return _read(Path(path))[0]
 
@@ -126,58 +150,158 @@ def split_sla_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tenso
 def load_sla_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Copies weights under any of the names above into the SLA layers of a model, every one of them.
 
+    With weights sharded by FSDP2, all ranks must call it, each with the same state_dict.
+
     Args:
         model: a model with SLA layers.
         state_dict: their weights and nothing else. One of a whole model goes through `split_sla_state_dict` first. Of
             what SimpleTuner wrote, its "settings" are not read: they are arguments of the layers.
 
     Raises:
-        TypeError: model is no module, or a value is no tensor.
-        ValueError: a weight is missing, left over, given twice, quantised or of another shape (all are listed); or the
-            model's weights are on the meta device.
+        TypeError: model is no module, or state_dict does not map names to tensors.
+        ValueError: a weight is missing, left over, given twice, without values, quantised or of another shape (all are
+            listed); or the model's weights cannot be written, as in `save_sla`.
     """
-    parameters = _parameters(model)
+    tensors = _checked(model)
+    if any(adapter.merged for adapter in _adapters(model)):
+        raise ValueError("model must have the adapters in its SLA layers unmerged: unmerging would spoil the weights")
     given = _named_as_in(model, _simple_tuner(state_dict))
-    faults = [f"missing: {name}" for name in parameters if name not in given]
-    for name, found in given.items():
-        if name not in parameters:
-            faults.append(f"left over: {name}")
-            continue
-        if len(found) > 1:
-            faults.append(f"given {len(found)} times: {name}, as {', '.join(sorted(found))}")
-        shape = tuple(parameters[name].shape)
-        for source, value in found.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"state_dict must hold tensors, got {type(value).__name__} for {source}")
-            if tuple(value.shape) != shape:
-                faults.append(f"shape {tuple(value.shape)} instead of {shape}: {source}")
-            if not value.is_floating_point():
-                faults.append(f"{value.dtype} instead of a float dtype: {source}")
+    copies: dict[Tensor, Tensor] = {}
+    faults = []
+    for tensor in dict.fromkeys(tensors.values()):
+        names = [name for name, each in tensors.items() if each is tensor]  # more than one for weights that are tied
+        found = {source: value for name in names for source, value in given.get(name, {}).items()}
+        faults += [fault for source, value in found.items() for fault in _misfits(tensor, source, value)]
+        faults += [] if found else [f"missing: {names[0]}"]
+        for name in names:
+            if len(several := given.get(name, {})) > 1:
+                faults.append(f"given {len(several)} times: {name}, as {', '.join(sorted(several))}")
+        if not faults:
+            copies[tensor], *others = (_full(value) for value in found.values())
+            if any(not torch.equal(copies[tensor], other) for other in others):
+                faults.append(f"different for weights that are tied in the model: {', '.join(found)}")
+    left = [name for name in given if name not in tensors]
+    faults += [f"left over: {name}" for name in left if _ADDED.search(name)]
+    if other := [name for name in left if not _ADDED.search(name)]:
+        faults.append(
+            f"left over: {other[0]} and {len(other) - 1} more of other layers; split_sla_state_dict takes SLA's "
+            "weights out of a whole model's"
+        )
     if faults:
         raise ValueError("state_dict must hold exactly the weights of the model's SLA layers; " + "; ".join(faults))
-    for name, parameter in parameters.items():
-        (value,) = given[name].values()
-        parameter.copy_(value)
+    for tensor, value in copies.items():
+        tensor.copy_(_sharded_as(tensor, value))
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- what a model holds ----------------------------------------------------------------------------------------------
 
 
-def _plain(name: str) -> str:
-    """Without what torch's wrappers insert."""
-    return _WRAPPERS.sub("", name)
+def _inside(module: Any) -> nn.Module:
+    """What computes inside wrappers of torch and PEFT; a module without any as it is."""
+    held = module._modules
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _inside(module.module)
+    if hasattr(type(module), "get_base_model"):  # PEFT around a model
+        return _inside(module.get_base_model())
+    if "modules_to_save" in held and "original_module" in held:  # PEFT around a module that is trained whole
+        active = () if module.disable_adapters else module.active_adapters
+        return _inside(held["modules_to_save"][active[0]] if active else held["original_module"])
+    for name in (*_WRAPPERS, "base_layer"):  # the last is PEFT's, beside an adapter
+        if name in held:
+            return _inside(held[name])
+    return module
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    parameters = {
-        f"{layer}.{_plain(name)}".lstrip("."): parameter
-        for layer, module in sla_layers(model).items()
-        for name, parameter in module.named_parameters()
+def _modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A module and all modules in it by name, without wrappers; one that has several names comes under each."""
+    module = _inside(module)
+    yield name, module
+    for child, inner in module._modules.items():
+        if inner is not None:
+            yield from _modules(inner, f"{name}.{child}".lstrip("."))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of the SLA layers; one that has several names comes under each."""
+    return {
+        f"{name}.{own}".lstrip("."): tensor
+        for layer, inside in sla_layers(model).items()
+        for name, module in _modules(inside, layer)
+        for own, tensor in (module._parameters | module._buffers).items()
+        if tensor is not None and own not in module._non_persistent_buffers_set
     }
-    absent = [name for name, parameter in parameters.items() if parameter.is_meta]
-    if absent:
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """PEFT's adapters beside weights of the SLA layers."""
+    inside = (module for layer in sla_layers(model).values() for module in layer.modules())
+    return [module for module in inside if "base_layer" in module._modules and hasattr(module, "merged")]
+
+
+def _checked(model: nn.Module) -> dict[str, Tensor]:
+    """`_tensors`; ValueError unless they are at hand, whole, and the plain floats that a fresh model has."""
+    tensors = _tensors(model)
+    if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model must hold its weights, got the meta device for {', '.join(absent)}")
-    return parameters
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        offloading = registry.get_hook("group_offloading") if registry is not None else None
+        if offloading is not None and offloading.group.offload_to_disk_path is not None:
+            raise ValueError("model must hold its weights, got one that enable_group_offload keeps on disk")
+    for name, layer in sla_layers(model).items():
+        proj = f"{name}.proj_l.".lstrip(".")
+        got = {each.removeprefix(proj): tuple(t.shape) for each, t in tensors.items() if each.startswith(proj)}
+        if got != (wanted := {"weight": (layer.head_dim, layer.head_dim), "bias": (layer.head_dim,)}):
+            raise ValueError(
+                f"model must hold {proj[:-1]} whole and as it was made, {wanted}, got {got}; FSDP1 and DeepSpeed shard "
+                "weights, quantisation and parametrisation change them"
+            )
+    for name, tensor in tensors.items():
+        plain = type(tensor.data) is Tensor or hasattr(tensor, "full_tensor")
+        if not plain or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
+            raise ValueError(f"model must hold plain float weights, got {tensor.dtype} {type(tensor.data)} for {name}")
+    return tensors
+
+
+def _settings(model: nn.Module) -> dict[str, str]:
+    """What the weights belong to, as text; the role is empty where `install_sla` was given none."""
+    found: dict[str, set[str]] = {}
+    for layer in sla_layers(model).values():
+        feature_map = layer.feature_map if isinstance(layer.feature_map, str) else "a callable"
+        found.setdefault("feature_map", set()).add(feature_map)
+        found.setdefault("variant", set()).add(str(getattr(layer, "variant", "paper")))
+        if hasattr(layer, "role"):
+            found.setdefault("role", set()).add(str(layer.role or ""))
+    return {setting: ", ".join(sorted(values)) for setting, values in found.items()}
+
+
+# --- what a state_dict holds -----------------------------------------------------------------------------------------
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 has sharded; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded_as(tensor: Any, value: Tensor) -> Tensor:
+    """This rank's part of a value, for a tensor that FSDP2 has sharded; the value for any other."""
+    if not hasattr(tensor, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.detach(), tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def _misfits(tensor: Tensor, source: str, value: Any) -> Iterator[str]:
+    """Why a value cannot be copied into a tensor of the model."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state_dict must map names to tensors, got {type(value).__name__} for {source!r}")
+    if value.is_meta or value.layout != torch.strided:
+        yield f"{'on the meta device' if value.is_meta else value.layout} instead of a tensor with values: {source}"
+    if value.shape != tensor.shape:
+        yield f"shape {tuple(value.shape)} instead of {tuple(tensor.shape)}: {source}"
+    if value.is_floating_point() != tensor.is_floating_point():
+        yield f"{value.dtype} instead of {'a float dtype' if tensor.is_floating_point() else tensor.dtype}: {source}"
 
 
 def _named_as_in(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -186,7 +310,12 @@ def _named_as_in(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, d
     of_block = {int(found[1]): layer for layer in layers if (found := _BLOCK.search(f"{layer}."))}
     given: dict[str, dict[str, Any]] = {}
     for source, value in state_dict.items():
-        plain = _plain(source)
+        if not isinstance(source, str) or isinstance(value, Mapping):
+            raise TypeError(
+                f"state_dict must map names to tensors, got {type(value).__name__} for {source!r}; pass the part that "
+                "holds the weights alone"
+            )
+        plain = _INSERTED.sub("", source)
         if plain in _SHARED:
             targets = [f"{layer}.{plain}".lstrip(".") for layer in layers]
         elif (foreign := _FOREIGN.match(_FRONT.sub("", plain))) and int(foreign[1]) in of_block:
@@ -213,27 +342,43 @@ def _simple_tuner(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _mathematics(model: nn.Module) -> dict[str, str]:
-    """What the model's SLA layers compute, as text: feature map and variant of the linear branch."""
-    maps, variants = set(), set()
-    for layer in sla_layers(model).values():
-        maps.add(layer.feature_map if isinstance(layer.feature_map, str) else "a callable")
-        variants.add(layer.variant if isinstance(layer, thu_ml.SparseLinearAttention) else "paper")
-    return {"feature_map": ", ".join(sorted(maps)), "variant": ", ".join(sorted(variants))}
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is in a file, and a safetensors file's metadata. An index of shards stands for all that it names."""
+    if path.is_dir():
+        raise ValueError(f"path must be a file, got the folder {path}; name the file in it, or the index of its shards")
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file with weights, there is none at {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path must be a whole safetensors file, {path} is damaged: {error}") from error
+    if _SHARD.search(path.stem):
+        raise ValueError(f"path must be a whole checkpoint, {path} is one shard of it; name its index, *.index.json")
+    if not path.name.endswith(".index.json"):
+        return _read_one(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), {}
-    except Exception as error:  # torch and pickle raise a dozen kinds for a bad file
-        raise ValueError(f"path must hold weights and plain values only; {path} could not be read: {error}") from error
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = [path.parent / name for name in sorted(set(names.values()))]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"path must be an index of shards, {path} has no weight_map of names to files") from error
+    if absent := [str(shard) for shard in shards if not shard.is_file()]:
+        raise FileNotFoundError(f"path must be the index of shards beside it, {path} names {', '.join(absent)}")
+    return {name: value for shard in shards for name, value in _read_one(shard)[0].items()}, {}
+
+
+def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    with path.open("rb") as file:
+        head = file.read(9)
+        # Eight bytes of length, then JSON. Torch files are zip archives. Either may have any name.
+        if head[8:] != b"{" and (path.suffix.lower() != ".safetensors" or head.startswith(b"PK")):
+            file.seek(0)
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True), {}
+            except Exception:  # torch and pickle raise a dozen kinds for a bad file, and advise to run the code in it
+                raise ValueError(
+                    f"path must hold weights and plain values only; {path} could not be read: it is damaged, holds "
+                    "code, or is neither a safetensors nor a torch file"
+                ) from None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole safetensors file, {path} is damaged: {error}") from error

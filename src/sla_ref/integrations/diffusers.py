@@ -13,13 +13,13 @@ that is an `nn.Module` has one: its weights are part of the model, as `blocks.{i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 try:
     from diffusers import WanTransformer3DModel
@@ -29,17 +29,13 @@ except ImportError as missing:
         "sla_ref.integrations.diffusers needs diffusers 0.36 or newer: pip install 'sla-ref[diffusers]'"
     ) from missing
 
-from ..block_map import (
-    DEFAULT_BLOCK,
-    DEFAULT_CRITICAL_RATIO,
-    DEFAULT_NEGLIGIBLE_RATIO,
-    check_block_size,
-    check_ratio,
-)
+from ..block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO
+from ..checks import check_block_size, check_ratio
 from ..feature_maps import FeatureMap
 from ..module import SparseLinearAttention
 from . import thu_ml
 from .checkpoints import (
+    ROLES,
     load_sla,
     load_sla_state_dict,
     read_checkpoint,
@@ -73,11 +69,13 @@ def install_sla(
     variant: str = "paper",
     backend: str | None = None,
     group: dist.ProcessGroup | None = None,
+    role: str | None = None,
 ) -> None:
     """Puts an SLA layer of its own into each block's self-attention; cross-attention stays as it is.
 
     Proj is created float32 and zero on the block's device, to be trained; `transformer.to()` applies to it afterwards.
     Call this before `torch.compile` or a wrapper for several devices, and before an optimizer is made.
+    `transformer.parameters()` then lists the backbone's parameters first, as without SLA, and SLA's behind them.
 
     With a group of P ranks, each rank's blocks work on its part of the tokens, N / P of them with their own rotary
     embeddings, and its attention on its part of the heads: see `sla_ref.integrations.ulysses`. Input and output stay
@@ -92,6 +90,9 @@ def install_sla(
         variant: "paper", or "main" or "SLA-1" for weights trained with the authors' code, TurboDiffusion's for example:
             see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
         group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split.
+        role: the transformer's name in its pipeline, "transformer" or "transformer_2". The files of `save_sla` carry
+            it, and `load_sla` wants the same. None means "transformer", except that a file with the name transformer_2,
+            or in a folder of that name, is saved as that one's.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value, SLA is installed already, the transformer's
@@ -104,7 +105,9 @@ def install_sla(
     check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
     check_block_size("block_q", block_q)
     check_block_size("block_k", block_k)
-    if any(isinstance(attention.processor, _WanSelfAttention) for attention in attentions):
+    if role not in (None, *ROLES):
+        raise ValueError(f"role must be one of {', '.join(map(repr, ROLES))} or None, got {role!r}")
+    if _HOOKS in vars(transformer):
         raise ValueError("transformer must be without SLA, which is installed already; remove_sla takes it out")
     if getattr(transformer, "_parallel_config", None) is not None:
         raise ValueError(
@@ -145,12 +148,15 @@ def install_sla(
             processor = WanReleasedSLAProcessor(
                 head_dim, critical_ratio, feature_map, block_q, block_k, variant=variant, backend=backend
             )
-        processor.replaced, processor.group = attention.processor, group
+        processor.replaced, processor.group, processor.role = attention.processor, group, role
         new.append((attention, processor.to(device)))
-    hooks = [] if group is None else _split(transformer, group)
     for attention, processor in new:
-        processor.hooks = hooks
         attention.set_processor(processor)
+    vars(transformer)[_HOOKS] = [] if group is None else _split(transformer, group)
+    # EMAModel.save_pretrained copies parameters by their place into a transformer without SLA.
+    vars(transformer)["parameters"] = partial(_backbone_first, transformer)
+    # Proj keeps its dtype under enable_layerwise_casting.
+    vars(transformer)[_SKIP] = [*(getattr(transformer, _SKIP, None) or ()), r"attn1\.processor"]
 
 
 def remove_sla(transformer: WanTransformer3DModel) -> None:
@@ -160,20 +166,36 @@ def remove_sla(transformer: WanTransformer3DModel) -> None:
         TypeError: transformer is no `WanTransformer3DModel`.
         ValueError: it has no SLA.
     """
-    attentions = [each for each in _self_attentions(transformer) if isinstance(each.processor, _WanSelfAttention)]
-    if not attentions:
+    attentions = _self_attentions(transformer)
+    if _HOOKS not in vars(transformer):
         raise ValueError("transformer must have SLA installed, got one without")
-    for hook in attentions[0].processor.hooks:
+    for hook in vars(transformer).pop(_HOOKS):
         hook.remove()
+    del transformer.parameters, transformer._skip_layerwise_casting_patterns  # those of the class show again
     for attention in attentions:
-        attention.set_processor(attention.processor.replaced)
+        if isinstance(attention.processor, _WanSelfAttention):
+            attention.set_processor(attention.processor.replaced)
+
+
+_HOOKS = "_sla_hooks"  # on the transformer: where to find what splits its tokens, and the sign that it has SLA
+_SKIP = "_skip_layerwise_casting_patterns"  # diffusers'
 
 
 def _self_attentions(transformer: WanTransformer3DModel) -> list[WanAttention]:
     if not isinstance(transformer, WanTransformer3DModel):
-        hint = "; a pipeline has it as .transformer" if hasattr(transformer, "transformer") else ""
+        places = ("transformer", "module", "_orig_mod", "get_base_model")  # of pipelines and wrappers
+        hint = next(
+            (f"; take its .{each}, before anything wraps it" for each in places if hasattr(transformer, each)), ""
+        )
         raise TypeError(f"transformer must be diffusers' WanTransformer3DModel, got {type(transformer).__name__}{hint}")
     return [block.attn1 for block in transformer.blocks]
+
+
+def _backbone_first(transformer: WanTransformer3DModel, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """`transformer.parameters()` with those of SLA behind all others."""
+    processors = (attention.processor for attention in _self_attentions(transformer))
+    added = {id(own) for each in processors if isinstance(each, nn.Module) for own in each.parameters()}
+    return iter(sorted(type(transformer).parameters(transformer, recurse), key=lambda own: id(own) in added))
 
 
 def _chosen(layers: Iterable[int] | None, depth: int) -> list[int]:
@@ -190,7 +212,7 @@ def _chosen(layers: Iterable[int] | None, depth: int) -> list[int]:
     return chosen
 
 
-def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list[RemovableHandle]:
+def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list[Any]:
     """Cuts the tokens up where they enter the blocks, with all that belongs to a token, and joins them at the end."""
 
     def angles(module: nn.Module, inputs: Any, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -203,6 +225,12 @@ def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list
         return time, projected, *texts
 
     def tokens(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        for number, attention in enumerate(_self_attentions(transformer)):
+            if not isinstance(attention.processor, _WanSelfAttention):
+                raise RuntimeError(
+                    f"blocks.{number}.attn1 must keep SLA, since install_sla has split the tokens: "
+                    f"{type(attention.processor).__name__} would attend to this rank's alone; remove_sla ends the split"
+                )
         return split_tokens(inputs[0], 1, group), *inputs[1:]  # (B, N, C)
 
     def output(module: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
@@ -229,8 +257,8 @@ class _WanSelfAttention(nn.Module):
     """What Wan does around its self-attention; the attention itself is that of the class beside this one."""
 
     replaced: WanAttnProcessor
-    hooks: list[RemovableHandle]  # those of the whole transformer
     group: dist.ProcessGroup | None
+    role: str | None
     # diffusers sets this on processors that have it, where tokens are split over devices.
     _parallel_config: Any = None
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..attention import sparse_linear_attention
-from ..block_map import DEFAULT_NEGLIGIBLE_RATIO, check_block_size, check_ratio, check_tensors, classify_blocks
+from ..block_map import DEFAULT_NEGLIGIBLE_RATIO, classify_blocks
+from ..checks import check_block_size, check_ratio, check_tensors
 from ..feature_maps import FeatureMap, resolve_feature_map
 
 VARIANTS = ("main", "SLA-1", "paper")
@@ -123,10 +124,13 @@ class SparseLinearAttention(nn.Module):
         return out
 
     def _linear_over_all_keys(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtype = q.dtype
+        if dtype == torch.float16:  # sums over all keys leave its range
+            q, k, v = q.float(), k.float(), v.float()
         phi_q, phi_k = self.feature_map_q(q).to(q.dtype), self.feature_map_k(k).to(k.dtype)
         state = phi_k.mT @ v  # (B, H, D, D)
         denominator = (phi_q * phi_k.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)  # (B, H, L, 1)
-        return (phi_q @ state) / (denominator + _EPSILON)
+        return ((phi_q @ state) / (denominator + _EPSILON)).to(dtype)
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""

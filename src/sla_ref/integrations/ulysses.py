@@ -36,7 +36,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..block_map import check_tensors
+from ..attention import SLAOutput
+from ..checks import check_tensors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIMS = 8
@@ -62,9 +63,10 @@ def ulysses_attention(
         (B, H, n, D), for the same tokens.
 
     Raises:
-        TypeError, ValueError: a tensor has the wrong type, shape, dtype or device; H is not divisible by P; the ranks
-            disagree on shape or dtype, or their tokens are not split as `split_tokens` does. In the last case all ranks
-            raise the same error: shapes are exchanged first, in a small all-gather that waits for the device.
+        TypeError, ValueError: a tensor has the wrong type, shape, dtype or device, attention returns another one or
+            none, group is no group of this process, or H is not divisible by P; the ranks disagree on shape or dtype,
+            or their tokens are not split as `split_tokens` does. In the last case all ranks raise the same error:
+            shapes are exchanged first, in a small all-gather that waits for the device.
     """
     check_tensors(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
@@ -80,6 +82,9 @@ def ulysses_attention(
     query, key, value = rows.permute(1, 2, 3, 0, 4)  # (B, H / P, N, D) each
 
     out = attention(query, key, value)
+    if not isinstance(out, Tensor):
+        hint = "; take one of its branches" if isinstance(out, SLAOutput) else ""
+        raise TypeError(f"attention must return a tensor, got {type(out).__name__}{hint}")
     if out.shape != query.shape:
         raise ValueError(f"attention must return a tensor of shape {tuple(query.shape)}, got {tuple(out.shape)}")
     rows = _AllToAll.apply(out.permute(2, 0, 1, 3), lengths, mine, group)  # (P n, B, H / P, D)
@@ -115,10 +120,8 @@ def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = No
 
 
 def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
-    """The number of ranks in the group; ValueError unless it divides the number of heads."""
-    ranks = dist.get_world_size(group)
-    if ranks < 1:
-        raise ValueError("group must hold this process, got one of other ranks")
+    """The number of ranks in the group; ValueError unless it divides the number of heads. Errors as `_ranks`."""
+    ranks = _ranks(group)
     if heads % ranks:
         raise ValueError(
             f"heads must be divisible by the ranks of the group, which share them out, got {heads} on {ranks} ranks"
@@ -146,18 +149,30 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(gradient, *ctx.back), None, None, None
 
 
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    """The number of ranks in the group; TypeError unless it is one, ValueError unless this process is in it."""
+    if not (isinstance(group, dist.ProcessGroup) or group in (None, dist.GroupMember.NON_GROUP_MEMBER)):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if (ranks := dist.get_world_size(group)) < 1:
+        raise ValueError("group must hold this process, got one of other ranks")
+    return ranks
+
+
 def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None, *, split: bool = True) -> list[int]:
     """The size of `dim` on each rank. Whatever else would not fit is an error that all ranks raise.
 
     A collective of unequal sizes never ends, so that the ranks compare dtypes and shapes beforehand.
     """
-    if tensor.dtype not in _DTYPES or tensor.dim() > _MAX_DIMS:
-        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+    ranks = _ranks(group)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or tensor.dim() > _MAX_DIMS:
+        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must be a float tensor of at most {_MAX_DIMS} dimensions, got {got}")
+    if dim not in range(-tensor.dim(), tensor.dim()):
+        raise ValueError(f"dim must be one of the {tensor.dim()} dimensions of {name}, got {dim!r}")
     place = 2 + range(tensor.dim())[dim]
     mine = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *[0] * (_MAX_DIMS - tensor.dim())]
     sent = torch.tensor(mine, device=tensor.device)
-    arrived = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    arrived = [torch.empty_like(sent) for _ in range(ranks)]
     dist.all_gather(arrived, sent, group=group)
     everybody = [each.tolist() for each in arrived]
 

@@ -16,5 +16,5 @@ Needs the extra `lab` (`pip install 'sla-ref[lab]'`). One file, one job:
 - `jobs`      what `sla-ref train-teacher` and `sla-ref finetune` run
 - `demo`      what `sla-ref demo` runs
 - `experiments`  the paper's comparisons and ablations, small: what `sla-ref experiments` runs
-- `files`, `console`, `machine`: whole files, progress bars, hardware and versions
+- `console`, `machine`: progress bars, hardware and versions
 """

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import whole
 from .data import NO_DIGIT, MovingDigits
-from .files import whole
 from .weights import DamagedWeights
 
 DIGITS = 10

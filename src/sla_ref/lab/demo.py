@@ -23,10 +23,10 @@ from torch import Tensor
 import sla_ref
 
 from .. import analysis
+from ..files import new_folder, whole
 from . import evaluate, figures, flow
 from .console import progress_bar
 from .data import NO_DIGIT
-from .files import new_folder, whole
 from .machine import machine
 from .model import VideoTransformer, with_attention
 from .train import TrainConfig, train

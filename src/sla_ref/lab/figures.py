@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..analysis import CLASS_COLOURS, CLASS_NAMES
-from .files import whole
+from ..files import whole
 
 INK = "#222222"
 SHOWN = 8  # frames of a clip in a strip

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..files import new_folder, whole
 from . import distributed, flow
-from .files import new_folder, whole
 from .model import VideoTransformer
 
 PRECISIONS = ("float32", "bfloat16")

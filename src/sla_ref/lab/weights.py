@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import whole
+from ..files import whole
 from .model import ModelConfig, VideoTransformer
 
 SHIPPED = Path(__file__).parent / "weights"

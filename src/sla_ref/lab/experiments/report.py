@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..files import whole
+from ...files import whole
 from . import EXPERIMENTS, Experiment, Setting
 from .runner import read_lines
 

@@ -25,8 +25,8 @@ from rich.console import Console
 
 import sla_ref
 
+from ...files import whole
 from ..console import progress_bar
-from ..files import whole
 from ..machine import machine
 from . import Context, Setting, find_experiment
 
