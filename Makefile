@@ -4,12 +4,14 @@
 #   PIP_ARGS  more arguments for pip, an index of CPU builds of torch for example (README, "Install")
 #   ARGS      more arguments for the program behind a target:  make test ARGS="--backend=triton"
 #   JOBS      test processes (0: one, in pytest itself)
+#   THREADS   threads of each test process
 #   OUT       the new folder that the demo writes
 
 PYTHON   ?= python3
 PIP_ARGS ?=
 ARGS     ?=
 JOBS     ?= auto
+THREADS  ?= 1
 OUT      ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 VENV := .venv
@@ -18,11 +20,11 @@ RUN  := $(VENV)/bin/python -m
 INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(RUN) pip install $(PIP_ARGS) --editable
 
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench docs hooks clean
+.PHONY: help demo test test-variants lint format bench docs hooks clean
 
 help:
 	@echo "make demo    fine-tune a small video model with SLA and show what came out"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; make test-variants: as on other machines, three times"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put imports and layout in order"
 	@echo "make bench   time the torch backend on this CPU"
@@ -35,7 +37,14 @@ demo: $(VENV)/.has-demo
 
 # One thread for each test process: the processes share the cores already.
 test: $(VENV)/.has-dev
-	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadgroup --durations=10 $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadgroup --durations=10 $(ARGS)
+
+# As other machines run them: a CPU without AVX or with AVX2 alone, two threads, no UTF-8 locale and no home folder that
+# can be written, and in other orders.
+test-variants: $(VENV)/.has-dev
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBILITY $(MAKE) test ARGS="--shuffle=1 $(ARGS)"
+	ATEN_CPU_CAPABILITY=avx2 $(MAKE) test THREADS=2 ARGS="--shuffle=2 $(ARGS)"
+	LC_ALL=C HOME=/dev/null XDG_CACHE_HOME= $(MAKE) test ARGS="--shuffle=3 $(ARGS)"
 
 lint: $(VENV)/.has-dev
 	$(RUN) ruff check

@@ -202,7 +202,7 @@ def main() -> None:
     result["parity"] = {} if options.tiny else attempt(lambda: parity(not options.all_cases))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["about"]))
     print(table(result))
 

@@ -144,7 +144,7 @@ def main(
             "sparse_branch_forward": [{"length": n, "critical_blocks": 12, "ms": ms} for n, ms in sparse.items()],
         }
         with whole(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         train(model, config, out, log_every=max(1, config.steps // POINTS), save_every=config.steps, tick=tick)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = {"step": [line["step"] for line in lines], "loss": [line["loss"] for line in lines]}
     about = {"arm": arm, "steps": config.steps, "seed": config.seed}
     return about | measure(model, data, target) | {"training": curve}
@@ -134,7 +134,7 @@ def main(
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def sanitizer() -> dict[str, object]:
             [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
         )
         for tool in ("memcheck", "racecheck")
     }
@@ -300,14 +300,14 @@ def about(
             versions[package] = "not installed"
     if commit is None:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         commit = run.stdout.strip() or "unknown"
     found = {"device": "CPU", "versions": versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
     if device.type == "cuda":
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         found["device"] = torch.cuda.get_device_name(device)
@@ -389,7 +389,7 @@ def main() -> None:
             result["sanitizer"] = sanitized.result()
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["about"]))
     print(table(result))
 

@@ -92,7 +92,7 @@ def main(
             "rows": rows,
         }
         with whole(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def main() -> None:
     result["arms"] = arms
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["about"]))
     print(table(arms))
 

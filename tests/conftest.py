@@ -1,15 +1,31 @@
 """`pytest` tries every backend that this machine can run; `pytest --backend=triton` the tests of one alone.
 
 Without a GPU, Triton runs in its interpreter and Numba in its simulator: same kernels, no hardware. The header of the
-run says which it is.
+run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another).
+
+What a test sees does not depend on where it runs: not on the variables that decide how programs print, not on the
+tests before it.
 """
 
 from __future__ import annotations
 
 import os
+import random
 
+import hypothesis
 import pytest
 import torch
+
+# Programs print plain text, 80 columns wide; some read these variables when they are imported.
+OF_THE_TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "GITHUB_ACTIONS")
+OF_THE_TERMINAL += ("TTY_COMPATIBLE", "TTY_INTERACTIVE")
+for name in (*OF_THE_TERMINAL, "SLA_REF_BACKEND", "TORCHELASTIC_RUN_ID"):
+    os.environ.pop(name, None)
+
+# Who asks for the kernels of a CPU without AVX-512 means those of oneDNN too. Given only ATen's, attention in bfloat16
+# asks oneDNN what the CPU can do, takes that way, and fails.
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -18,7 +34,15 @@ if DEVICE == "cpu":
 
 from sla_ref import backends  # noqa: E402
 
-torch.set_num_threads(1)  # test processes side by side share the cores; spinning threads would fight for them
+# One thread, unless asked: test processes side by side share the cores, and spinning threads would fight for them.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+# The same examples everywhere, whatever failed in this folder before, and however long a busy machine takes.
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=slow
+)
+hypothesis.settings.load_profile("fixed")
 
 BACKENDS = tuple(backends.list_backends())
 WITHOUT_GPU = {"triton": "in its interpreter, on the CPU", "numba": "in its simulator, on the CPU"}
@@ -27,6 +51,9 @@ WITHOUT_GPU = {"triton": "in its interpreter, on the CPU", "numba": "in its simu
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend", choices=(*BACKENDS, "all"), help="run the tests of this backend alone (all: of every backend)"
+    )
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in another order"
     )
 
 
@@ -53,6 +80,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--shuffle")) is not None:
+        random.Random(seed).shuffle(items)
+        first = {item.path: place for place, item in reversed(list(enumerate(items)))}
+        items.sort(key=lambda item: first[item.path])  # what the tests of a file share is made once
     asked = config.getoption("--backend")
     if asked is None:
         return
@@ -60,6 +91,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if (names[item] if asked == "all" else asked in names[item])]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers, whichever tests ran before it; so do the fixtures that it sets up."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

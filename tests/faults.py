@@ -11,7 +11,7 @@ def with_fault(backend: ModuleType, folder: Path, old: str, new: str) -> ModuleT
     source = inspect.getsource(backend)
     assert source.count(old) == 1, f"{source.count(old)} places to change: {old}"
     path = folder / "faulty.py"
-    path.write_text(source.replace(old, new).replace("from ..", "from sla_ref."))
+    path.write_text(source.replace(old, new).replace("from ..", "from sla_ref."), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("faulty", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -102,7 +102,7 @@ def test_a_bad_query_spoils_its_own_row(backend_name: str, device: str) -> None:
 
 
 @pytest.mark.backend("torch")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     query_length=st.integers(1, 90),
     key_length=st.integers(1, 90),

@@ -30,7 +30,7 @@ def test_it_writes_every_run(script, tmp_path):
     sizes = ("--batch", "1", "--clips", "1", "--seeds", "2", "--steps", "1", "--steps", "2")
     done = invoke(script, "--arm", "sparse", "--arm", "sla, Proj only", *sizes, "--json", str(out))
     assert done.exit_code == 0, done.output
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     assert [(run["steps"], run["seed"], run["arm"]) for run in result["runs"]] == [
         (steps, seed, arm) for steps in (1, 2) for seed in (0, 1) for arm in ("sparse", "sla, Proj only")
     ]
@@ -57,10 +57,10 @@ def test_an_arm_trains_what_it_says(script):
 
 def test_it_refuses_before_any_work(script, tmp_path):
     there = tmp_path / "there.json"
-    there.write_text("mine")
+    there.write_text("mine", encoding="utf-8")
     quick = ("--arm", "sparse", "--batch", "1", "--clips", "1", "--seeds", "1", "--steps", "1")  # should it not refuse
     done = invoke(script, *quick, "--json", str(there))
     assert done.exit_code == 2 and "must name a new file" in " ".join(done.output.split())
-    assert there.read_text() == "mine"
+    assert there.read_text(encoding="utf-8") == "mine"
     done = invoke(script, *quick, "--arm", "nope")
     assert done.exit_code == 2 and "--arm must be one of full, sparse" in " ".join(done.output.split())

@@ -22,7 +22,7 @@ def tokens(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
     return torch.randn(2, 2, length, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(nq=sizes, nk=sizes, block_q=blocks, block_k=blocks, critical=ratios.filter(bool), negligible=ratios)
 def test_classes_are_those_of_the_specification(nq, nk, block_q, block_k, critical, negligible):
     query, key = tokens(nq), tokens(nk, 1)
@@ -42,7 +42,7 @@ def test_ratio_is_truncated_as_float_arithmetic_gives_it():
     assert block_map.max_critical == 28  # 0.29 * 100 is 28.999...
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), tq=st.integers(1, 6), tk=st.integers(1, 6))
 def test_index_lists_hold_the_critical_pairs(data, tq, tk):
     values = data.draw(st.lists(st.sampled_from([1, 0, -1]), min_size=tq * tk, max_size=tq * tk))

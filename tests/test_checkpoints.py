@@ -377,7 +377,7 @@ def test_save_and_load(tmp_path):
 
 def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):
     def breaks(path, data):
-        path.write_text("half")
+        path.write_text("half", encoding="utf-8")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
@@ -390,10 +390,10 @@ def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "mine").touch()
     checkpoints.save_sla(Model(), tmp_path / "sla")
     assert (tmp_path / "sla").stat().st_mode == (tmp_path / "mine").stat().st_mode, "as the umask says"
-    (tmp_path / "there").write_text("mine")
+    (tmp_path / "there").write_text("mine", encoding="utf-8")
     with pytest.raises(FileExistsError, match="path must name a new file"):
         checkpoints.save_sla(Model(), tmp_path / "there")
-    assert (tmp_path / "there").read_text() == "mine"
+    assert (tmp_path / "there").read_text(encoding="utf-8") == "mine"
 
 
 def test_load_wants_the_mathematics_of_the_file(tmp_path):
@@ -435,7 +435,7 @@ def test_bad_files(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"path must be a whole safetensors file, .* is damaged"):
         checkpoints.read_checkpoint(path)
-    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "text.pt").write_text("no weights", encoding="utf-8")
     with pytest.raises(ValueError, match="could not be read"):
         checkpoints.read_checkpoint(tmp_path / "text.pt")
     (tmp_path / "empty.safetensors").touch()

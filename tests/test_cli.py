@@ -50,14 +50,14 @@ def test_help_is_quick_because_it_loads_no_lab():
         "except SystemExit: pass\n"
         "print(sorted({'sklearn', 'matplotlib', 'PIL', 'sla_ref.lab', 'triton'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
     assert "train-teacher" in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_without_typer_the_line_that_installs_it_is_printed():
     script = "import sys; sys.modules['typer'] = None; import sla_ref.cli"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=False)
     assert result.returncode == 1
     assert "needs typer" in result.stderr
     assert "pip install 'sla-ref[lab]'" in result.stderr
@@ -148,7 +148,7 @@ def test_demo_writes_its_pictures_and_its_report(capsys, tmp_path, trained):
         with Image.open(out / name) as picture:
             assert getattr(picture, "n_frames", 1) == frames
             assert len(set(picture.convert("L").tobytes())) > 2
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in report["results"]}
     assert list(rows) == [
         "full attention",
@@ -197,7 +197,7 @@ def test_python_m_is_the_same_program():
     result = subprocess.run(
         [sys.executable, "-m", "sla_ref", "backends"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
         env=os.environ | {"COLUMNS": "200"},
     )

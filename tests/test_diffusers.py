@@ -318,7 +318,7 @@ def test_the_benchmark_rehearses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr("sys.argv", ["wan.py", "--tiny", "--turns", "1", "--json", str(out)])
     runpy.run_path(str(folder / "wan.py"), run_name="__main__")
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     assert result["about"].keys() == {"device", "versions", "commit", "date"}
     for name in ("SDPA, torch's choice", "SLA 32x16"):
         assert all(isinstance(value, float) and value > 0 for value in result["arms"][name].values()), name
@@ -348,7 +348,9 @@ def test_the_way_through_from_pretrained(installed, tmp_path):
     other = WanTransformer3DModel.from_pretrained(tmp_path)
     wan.install_sla(other, **SPARSE)
     wan.load_sla(other, tmp_path / "sla.safetensors")
-    assert torch.equal(run(other), expected)
+    torch.testing.assert_close(
+        run(other), expected
+    )  # its weights may lie elsewhere in memory: other kernels, other bits
 
 
 def test_each_of_two_transformers_takes_its_own_file(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -81,18 +80,18 @@ def test_a_measured_case_is_not_run_again_and_a_torn_line_is(tmp_path, context, 
     start(tmp_path, context, cases=["a"])
     assert start(tmp_path, context, cases=["a"]) == 0 and len(counted) == 2
     path = tmp_path / "counted.quick.seed1.jsonl"
-    whole = path.read_text()
-    path.write_text(whole[:-20])
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole[:-20], encoding="utf-8")
     assert read_lines(path) == []
     assert start(tmp_path, context, cases=["a"]) == 1
     assert counted[2:] == [("a", 1)] and len(read_lines(path)) == 1
-    path.write_text(whole + whole[:30])  # a torn line after a good one
+    path.write_text(whole + whole[:30], encoding="utf-8")  # a torn line after a good one
     assert start(tmp_path, context, cases=["a"]) == 0
-    assert path.read_text() == whole
+    assert path.read_text(encoding="utf-8") == whole
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path, context, counted):
-    (tmp_path / "counted.quick.seed0.jsonl").write_text("{no\n{}\n")
+    (tmp_path / "counted.quick.seed0.jsonl").write_text("{no\n{}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"seed0\.jsonl, line 1, is no JSON"):
         start(tmp_path, context)
     assert counted == []
@@ -151,11 +150,9 @@ def test_processes_side_by_side_measure_the_same(tmp_path, teacher, context):
         assert one == two
 
 
-def test_every_experiment_runs_quickly(tmp_path, context):
-    started = time.perf_counter()
-    added = run(list(EXPERIMENTS), QUICK, [0], tmp_path, context, SILENT)
-    assert added == sum(len(experiment.cases(QUICK)) for experiment in EXPERIMENTS.values())
-    assert time.perf_counter() - started < 120
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs(tmp_path, context, name):
+    assert run([name], QUICK, [0], tmp_path, context, SILENT) == len(EXPERIMENTS[name].cases(QUICK))
     lines = [line for lines in read_results(tmp_path).values() for line in lines]
     assert all(value == value for line in lines for value in line["values"].values())  # no NaN
 
@@ -183,10 +180,14 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert code("run", *chosen, "--seeds", "3;4") == 1
     assert "seeds must be numbers with commas between them, got '3;4'" in capsys.readouterr().err
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "experiments.md").write_text("<!-- report: ablation-steps quick -->\n<!-- end of report -->\n")
+    (tmp_path / "docs" / "experiments.md").write_text(
+        "<!-- report: ablation-steps quick -->\n<!-- end of report -->\n", encoding="utf-8"
+    )
     assert code("report", "--results", "runs/experiments-quick") == 0
-    assert "| 0 steps |" in (tmp_path / "docs" / "experiments.md").read_text()
-    assert (tmp_path / "docs" / "experiments" / "ablation-steps.quick.svg").read_text().startswith("<?xml")
+    assert "| 0 steps |" in (tmp_path / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert (
+        (tmp_path / "docs" / "experiments" / "ablation-steps.quick.svg").read_text(encoding="utf-8").startswith("<?xml")
+    )
 
 
 # --- students --------------------------------------------------------------------------------------------------------
@@ -423,17 +424,17 @@ def test_figures_show_every_seed(tmp_path):
         runner.append_line(tmp_path / f"{each['experiment']}.quick.seed{each['seed']}.jsonl", each)
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "experiments.md").write_text(place("recipes") + place("ablation-proj"))
+    (docs / "experiments.md").write_text(place("recipes") + place("ablation-proj"), encoding="utf-8")
     written = report(tmp_path, docs)
     assert [path.name for path in written] == ["experiments.md", "ablation-proj.quick.svg", "recipes.quick.svg"]
-    assert "loss at" not in (docs / "experiments.md").read_text()  # curves are for the figure
+    assert "loss at" not in (docs / "experiments.md").read_text(encoding="utf-8")  # curves are for the figure
     bytes_ = [path.read_bytes() for path in written]
     report(tmp_path, docs)
     assert [path.read_bytes() for path in written] == bytes_
 
 
 def test_the_committed_page_is_what_the_committed_lines_give():
-    page = (ROOT / "docs" / "experiments.md").read_text()
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert fill(page, read_results(ROOT / runner.RESULTS)) == page
     for name, setting in read_results(ROOT / runner.RESULTS):
         if find_experiment(name).shown:
@@ -445,7 +446,7 @@ def test_a_line_comes_back_as_it_was_written(tmp_path):
     runner.append_line(path, {"case": "5 %, ü"})
     runner.append_line(path, {"case": "two"})
     assert read_lines(path) == [{"case": "5 %, ü"}, {"case": "two"}]
-    assert json.loads(path.read_text().splitlines()[1]) == {"case": "two"}
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[1]) == {"case": "two"}
 
 
 def test_many_figures_are_rows():

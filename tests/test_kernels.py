@@ -22,12 +22,12 @@ NAMES = {"lists", "weights"} | PRODUCTS
 INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
 
 
-def in_its_own_process(code: str, *arguments: str):
-    """What `code` prints, as JSON; `sys.argv[1:]` are the arguments."""
+def in_its_own_process(code: str, *arguments: str, **variables: str):
+    """What `code` prints, as JSON; `sys.argv[1:]` are the arguments, `variables` are added to the environment."""
     simulators = ("TRITON_INTERPRET", "NUMBA_ENABLE_CUDASIM")
-    environment = {name: value for name, value in os.environ.items() if name not in simulators}
+    environment = {name: value for name, value in os.environ.items() if name not in simulators} | variables
     command = [sys.executable, "-c", "import json, sys, torch\nfrom sla_ref import kernels\n" + code, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -83,6 +83,17 @@ print(json.dumps(hashes))
 """
     one, other, third = in_its_own_process(code)
     assert one == other == third
+
+
+@of_triton
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path) -> None:
+    """As where the home folder belongs to somebody else."""
+    code = """
+sizes = dict(head_dim=16, block_q=16, block_k=16)
+print(json.dumps([name for name, binary in kernels.compile_kernels("sm_80", dtype=torch.float16, **sizes)]))
+"""
+    (tmp_path / "file").touch()
+    assert "forward" in in_its_own_process(code, TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
 
 
 @of_triton

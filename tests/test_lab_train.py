@@ -23,7 +23,7 @@ def weights(made: VideoTransformer) -> dict[str, torch.Tensor]:
 
 
 def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def interrupt_at(when: int):
@@ -103,7 +103,7 @@ def test_bfloat16_autocast_runs_on_a_cpu_and_leaves_float32_weights(tmp_path):
 
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "note.txt").write_text("mine")
+    (tmp_path / "note.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"out must be a new or an empty folder, but .* not empty"):
         train(model(), CONFIG, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]

@@ -105,7 +105,7 @@ def test_the_shipped_weights_are_whole_small_and_as_good_as_their_card_says():
         data = evaluate.held_out(model, 16)
         errors = (evaluate.predict(model, data) - data.velocity).square().mean(dim=(1, 2, 3))
         assert abs(errors.mean() - card["held_out_loss"]) < 4 * errors.std() / 16**0.5
-    text = (weights.SHIPPED / "CARD.md").read_text()
+    text = (weights.SHIPPED / "CARD.md").read_text(encoding="utf-8")
     for card in (teacher_card, student_card):
         assert f"{card['held_out_loss']:.4f}" in text
         assert f"{card['training']['steps']:,}" in text

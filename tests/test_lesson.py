@@ -58,7 +58,7 @@ def test_measured_reads_the_clone_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert lesson.measured("cpu")["rows"]
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "results" / "cpu.json").write_text("{}")
+    (tmp_path / "benchmarks" / "results" / "cpu.json").write_text("{}", encoding="utf-8")
     assert lesson.measured("cpu") == {}  # where it is run comes first
     with pytest.raises(FileNotFoundError, match=r"found no absent\.json"):
         lesson.measured("absent")

@@ -294,7 +294,9 @@ def test_without_gpu_and_simulator_it_says_how_to_get_either() -> None:
         pytest.skip("there is a GPU")
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
     code = "import sla_ref; print(sla_ref.list_backends()['numba'])"
-    seen = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    seen = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8", check=True
+    )
     assert "NUMBA_ENABLE_CUDASIM=1" in seen.stdout
     assert "pip install 'sla-ref[numba]'" in seen.stdout
 

@@ -25,7 +25,7 @@ def table() -> dict[str, list[str]]:
 def source_of(place: str) -> str:
     file, name = place.split("::")
     (path,) = SOURCE.rglob(file)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
@@ -45,22 +45,26 @@ def test_every_place_that_the_page_names_has_the_tag(tag: str):
 
 def test_every_tag_in_the_code_is_on_the_page():
     for file in FILES:
-        unknown = {f"[{tag}]" for tag in TAG.findall(file.read_text())} - {f"[{tag}]" for tag in table()}
+        unknown = {f"[{tag}]" for tag in TAG.findall(file.read_text(encoding="utf-8"))} - {
+            f"[{tag}]" for tag in table()
+        }
         assert not unknown, f"{file.name} has tags that docs/paper.md does not explain: {unknown}"
 
 
 def test_every_backend_has_every_line_of_the_algorithms():
     steps = {tag for tag in table() if tag.startswith("Alg")} - {"Alg. 1 L5", "Alg. 1 L6"}  # classified before
     for file in BACKENDS:
-        assert steps <= set(TAG.findall(file.read_text())), file.name
+        assert steps <= set(TAG.findall(file.read_text(encoding="utf-8"))), file.name
 
 
 def test_reference_has_every_equation():
-    assert {tag for tag in table() if tag.startswith("Eq")} <= set(TAG.findall((SOURCE / "reference.py").read_text()))
+    assert {tag for tag in table() if tag.startswith("Eq")} <= set(
+        TAG.findall((SOURCE / "reference.py").read_text(encoding="utf-8"))
+    )
 
 
 def test_the_tests_that_the_page_names_exist():
-    page = (ROOT / "docs" / "paper.md").read_text()
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+\.py)`", page))
     assert len(named) >= 6
     assert [name for name in named if not (ROOT / "tests" / name).exists()] == []

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "performance.md").read_text()
-GPU = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text())
-WAN = json.loads((ROOT / "benchmarks" / "results" / "wan.json").read_text())["arms"]
-BACKENDS = json.loads((ROOT / "benchmarks" / "results" / "backends.json").read_text())
-CPU = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+GPU = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text(encoding="utf-8"))
+WAN = json.loads((ROOT / "benchmarks" / "results" / "wan.json").read_text(encoding="utf-8"))["arms"]
+BACKENDS = json.loads((ROOT / "benchmarks" / "results" / "backends.json").read_text(encoding="utf-8"))
+CPU = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
 
 
 def gpu_row(name: str, row: dict) -> str:
@@ -76,7 +76,7 @@ def test_the_page_has_the_row(row: str):
 
 
 def test_the_page_on_wan_has_its_figures():
-    page = (ROOT / "docs" / "wan.md").read_text()
+    page = (ROOT / "docs" / "wan.md").read_text(encoding="utf-8")
     dense, sla = WAN["SDPA, cuDNN"], WAN["SLA 128x64"]
     assert f"forward takes {sla['forward']:.0f} ms instead of {dense['forward']:.0f}" in page
     assert f"step {sla['training_step'] / 1000:.2f} s instead of {dense['training_step'] / 1000:.2f}" in page

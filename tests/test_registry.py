@@ -138,11 +138,11 @@ def test_register_checks_the_protocol():
 def install(folder, monkeypatch, **sources):
     """Write an installed package for each name, with a module of this source and its entry point."""
     for name, source in sources.items():
-        (folder / f"sla_{name}.py").write_text(source)
+        (folder / f"sla_{name}.py").write_text(source, encoding="utf-8")
         about = folder / f"sla_{name}-1.0.dist-info"
         about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sla-{name}\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(f"[sla_ref.backends]\n{name} = sla_{name}\n")
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sla-{name}\nVersion: 1.0\n", encoding="utf-8")
+        (about / "entry_points.txt").write_text(f"[sla_ref.backends]\n{name} = sla_{name}\n", encoding="utf-8")
         monkeypatch.delitem(sys.modules, f"sla_{name}", raising=False)
     monkeypatch.syspath_prepend(folder)
 
@@ -425,7 +425,7 @@ def test_a_backend_named_inside_a_checkpointed_function_stays(calls):
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, encoding="utf-8"
     )
 
 

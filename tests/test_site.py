@@ -167,7 +167,9 @@ def test_every_page_opens_without_complaint(browser, address, names, size, dark)
 
 def test_a_broken_page_is_noticed(browser, tmp_path):
     page = tmp_path / "broken.html"
-    page.write_text("<body><script src='nowhere.js'></script><script>throw new Error('planted')</script></body>")
+    page.write_text(
+        "<body><script src='nowhere.js'></script><script>throw new Error('planted')</script></body>", encoding="utf-8"
+    )
     browser.open(page.as_uri(), width=800, height=600, dark=False)
     said = " ".join(browser.problems)
     assert "planted" in said and "ERR_FILE_NOT_FOUND" in said

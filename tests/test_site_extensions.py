@@ -112,7 +112,7 @@ def test_a_backend_gets_its_tab_when_its_file_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_tags, "SOURCES", tmp_path)
     step = paper_tags.Step("Eq. 9", "$x$", [])
     assert "Numba" not in paper_tags.side_by_side(step)
-    (tmp_path / "backends" / "numba_cuda.py").write_text(SOURCE)
+    (tmp_path / "backends" / "numba_cuda.py").write_text(SOURCE, encoding="utf-8")
     page = paper_tags.side_by_side(step)
     assert '=== "Numba"' in page
     assert '```python title="backends/numba_cuda.py" linenums="14" hl_lines="3"' in page

@@ -172,6 +172,8 @@ def test_runs_as_a_plain_script(script: Path, tmp_path):
     environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
     for switch in ("TRITON_INTERPRET", "NUMBA_ENABLE_CUDASIM"):  # a tutorial that needs one sets it itself
         environment.pop(switch, None)
-    done = subprocess.run([sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert list(tmp_path.iterdir()) == [], "a tutorial leaves no files behind"

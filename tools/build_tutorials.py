@@ -255,10 +255,12 @@ def build(script: Path, folder: Path) -> None:
 
 def build_in_process(script: Path, folder: Path) -> tuple[int, str]:
     """`build` in a Python of its own: exit status and what it said."""
-    fixed = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    fixed = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
     fixed["CUDA_VISIBLE_DEVICES"] = ""  # the pages are made on a CPU, wherever they are made
     command = [sys.executable, __file__, "--here", "--out", str(folder), str(script)]
-    done = subprocess.run(command, env=os.environ | fixed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, env=os.environ | fixed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
     return done.returncode, done.stdout
 
 

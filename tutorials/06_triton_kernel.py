@@ -660,9 +660,9 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
 """
 with tempfile.TemporaryDirectory() as folder:
     script = Path(folder, "compile_it.py")
-    script.write_text(program)
+    script.write_text(program, encoding="utf-8")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, encoding="utf-8")
 assert done.returncode == 0, done.stderr
 wanted = ("%ctaid.x;", "%tid.x;", "setp.", "ld.global", "add.f32", "st.global", ".reqntid")
 ptx = [" ".join(line.split()) for line in done.stdout.splitlines() if any(word in line for word in wanted)]

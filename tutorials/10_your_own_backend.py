@@ -270,11 +270,11 @@ assert "CPU" in unsupported(query.to("meta"), None)
 # %%
 with tempfile.TemporaryDirectory() as folder:
     plug_in = "from sla_ref.backends.pytorch import backward, forward, unavailable, unsupported\nname = 'borrowed'\n"
-    Path(folder, "sla_borrowed.py").write_text(plug_in)
+    Path(folder, "sla_borrowed.py").write_text(plug_in, encoding="utf-8")
     about = Path(folder, "sla_borrowed-1.0.dist-info")
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sla-borrowed\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[sla_ref.backends]\nborrowed = sla_borrowed\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sla-borrowed\nVersion: 1.0\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text("[sla_ref.backends]\nborrowed = sla_borrowed\n", encoding="utf-8")
 
     assert "borrowed" not in sla_ref.list_backends()
     sys.path.insert(0, folder)

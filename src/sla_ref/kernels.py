@@ -8,11 +8,13 @@ very binaries; Numba leaves the last step, from PTX to a binary, to the driver, 
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,12 +90,12 @@ def _inspect(cubin: bytes) -> dict[str, Any]:
         file.write(cubin)
         file.flush()
         command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
         numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
         sass = ""
         if numbers["STACK"]:  # a spill lives on the stack; disassembling takes as long as a third of compiling
             command = [_tool("nvdisasm"), "-c", file.name]
-            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            sass = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
@@ -108,9 +110,9 @@ def _assemble(ptx: str, target: str) -> bytes:
         raise RuntimeError("no ptxas is here; triton brings one: pip install 'sla-ref[triton]'")
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx)
+        source.write_text(ptx, encoding="utf-8")
         command = [programs[0], f"-arch={target}", str(source), "-o", str(binary)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, encoding="utf-8")
         if run.returncode:
             raise RuntimeError(f"ptxas cannot assemble a kernel for {target}: {run.stderr.strip()[:500]}")
         return binary.read_bytes()
@@ -140,6 +142,18 @@ class _TargetOnly:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def _cache_folder() -> AbstractContextManager[str]:
+    """Where triton keeps what it has compiled. If it cannot write there, a folder for this time alone."""
+    import triton
+
+    folder = triton.knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        return nullcontext(folder) if os.access(folder, os.W_OK) else tempfile.TemporaryDirectory()
+    except OSError:
+        return tempfile.TemporaryDirectory()
 
 
 def _problem(
@@ -194,6 +208,8 @@ def compile_kernels(
         compiled[name + (" softmax" if options.get("SOFTMAX") else ""), binary.hash] = binary
 
     with (
+        _cache_folder() as folder,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
         mock.patch.object(triton.runtime.driver, "_active", _TargetOnly(architecture)),
         mock.patch.object(triton_fused, "_launch", compile_only),
     ):

@@ -108,7 +108,7 @@ def load_or_train_classifier(
     path = cache / f"classifier-{size}{'-quick' if quick else ''}.safetensors"
     card_path = path.with_suffix(".json")
     if card_path.is_file():  # it is written last
-        card = json.loads(card_path.read_text())
+        card = json.loads(card_path.read_text(encoding="utf-8"))
         if card["recipe"] != asdict(recipe):
             raise ValueError(f"{card_path} is of the recipe {card['recipe']}, not {asdict(recipe)}; remove it")
         if not path.is_file() or _checksum(path) != card["sha256"]:
@@ -132,7 +132,7 @@ def load_or_train_classifier(
             "sha256": _checksum(temporary),
         }
     with whole(card_path) as temporary:
-        temporary.write_text(json.dumps(card, indent=1) + "\n")
+        temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return classifier
 
 

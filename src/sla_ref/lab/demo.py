@@ -119,7 +119,7 @@ def run(
         "weights": {"teacher": teacher_card, "shipped": shipped_card},
     }
     with whole(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(
         f"\n{report['seconds']:.0f} s. In {out}: {', '.join(sorted(path.name for path in out.iterdir()))}",
         soft_wrap=True,

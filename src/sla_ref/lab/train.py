@@ -116,7 +116,7 @@ def train(
                     "seconds": round(now - started, 3),
                 }
                 if first:
-                    with metrics.open("a") as file:
+                    with metrics.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
                 loss_sum.zero_()
                 since, started = run.step, now
@@ -223,7 +223,7 @@ class _Run:
 
 def _keep_lines(path: Path, step: int) -> None:
     """Drops the metrics of steps that a resumed run will take again."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     with whole(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

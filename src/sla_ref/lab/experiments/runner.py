@@ -194,7 +194,7 @@ def _missing(units: list[Unit], setting: Setting, out: Path) -> list[Unit]:
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.strip()
     except FileNotFoundError:
         found = ""
     return found or "unknown"
