@@ -123,9 +123,7 @@ def test_bad_input_of_classify_blocks():
 # --- one operator ----------------------------------------------------------------------------------------------------
 
 
-forward, backward, labels = (
-    getattr(torch.ops.sla_ref, name).default for name in ("forward", "backward", "labels")
-)
+forward, backward, labels = (getattr(torch.ops.sla_ref, name).default for name in ("forward", "backward", "labels"))
 
 
 def operator_arguments(*, inside: bool = False, dtype: torch.dtype = torch.float32) -> tuple:
@@ -269,7 +267,9 @@ def test_vmap_and_gradients_of_samples():
     for name in sla_ref.SLAOutput._fields:
         torch.testing.assert_close(getattr(got, name), torch.stack([getattr(out, name) for out in each]))
 
-    leaves = [(q.requires_grad_(), key.clone().requires_grad_(), v) for q, v in zip(queries.clone(), values, strict=True)]
+    leaves = [
+        (q.requires_grad_(), key.clone().requires_grad_(), v) for q, v in zip(queries.clone(), values, strict=True)
+    ]
     wanted = [torch.autograd.grad(loss(*leaf), leaf[:2]) for leaf in leaves]
     torch.testing.assert_close(grad(loss)(queries[0], key, values[0]), wanted[0][0])
     dq, dk = vmap(grad(loss, argnums=(0, 1)), in_dims=(0, None, 0))(queries, key, values)

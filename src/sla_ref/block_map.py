@@ -355,10 +355,14 @@ def version(tensor: Any) -> int | None:
     return tensor._version
 
 
-# To torch.utils._pytree, and so to torch.export and torch.func, a map is a container of one tensor.
+# To torch.export and torch.func, a map is a container of one tensor.
 pytree.register_pytree_node(
     BlockMap,
     lambda block_map: ([block_map.labels], _parts(block_map)[1:]),
     lambda labels, rest: trusted_map(*labels, *rest),
+    flatten_with_keys_fn=lambda block_map: (
+        [(pytree.GetAttrKey("labels"), block_map.labels)],
+        _parts(block_map)[1:],
+    ),
     serialized_type_name="sla_ref.BlockMap",
 )
