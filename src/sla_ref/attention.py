@@ -61,17 +61,20 @@ def sparse_linear_attention(
         block_map: the classes of all block pairs; made by `classify_blocks` from the next four arguments if None.
         critical_ratio, negligible_ratio: shares of critical and negligible key blocks; 0.05 and 0.10 if None.
         block_q, block_k: tokens per block; 64 if None.
-        feature_map: phi: "softmax", "elu" (elu + 1), "relu", or a callable that keeps the shape.
+        feature_map: phi: "softmax", "elu" (elu + 1), "relu", or a callable that returns a new float tensor of its
+            argument's shape and device.
         scale: factor on the scores, finite and > 0; 1 / sqrt(D) if None.
         backend: name of a backend; see `sla_ref.set_backend` for what applies if None.
 
     Returns:
-        The outputs of both branches and the log-sum-exp. Gradients flow to query, key and value, through phi too.
+        The outputs of both branches and the log-sum-exp. Gradients flow from all three to query, key and value,
+        through phi too.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or size, a ratio or block size
             stands beside a block_map, or the backend cannot take the input.
-        RuntimeError: the backend cannot be used on this machine; or the gradient of a gradient is asked for.
+        RuntimeError: the backend cannot be used on this machine; or a forward-mode derivative or the gradient of a
+            gradient is asked for.
     """
     phi = resolve_feature_map(feature_map)
     prepared = prepare(query, key, value, scale, backend)
@@ -222,8 +225,10 @@ def _add_through_softmax(grad: Tensor, grad_phi: Tensor | None, phi: Tensor | No
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
-# The index lists of a BlockMap are made inside, from the labels: to autograd and compilers they do not exist. The
-# backend travels as a string, so that the backward runs on the backend of its forward, whatever is set by then.
+# Compilers take the two custom ops as they are. The two autograd functions around them hold the gradient, since
+# torch.func cannot transform one that is registered with a custom op. Of a BlockMap only the labels and what was read
+# of them travel; its index lists are made inside. The backend travels as a string, so that the backward runs on the
+# backend of its forward, whatever is set by then.
 # Without phi_query and phi_key, phi is softmax, nothing is kept of it for the backward, and the gradient through it is
 # part of query's and key's.
 
