@@ -8,6 +8,7 @@ import pytest
 import torch
 from needs import need_program
 from torch.export import Dim, export
+from torch.utils import _pytree as pytree
 
 import sla_ref
 
@@ -176,4 +177,6 @@ def test_export_takes_a_map():
     layer, inputs = layer_for(16), tuple(torch.randn(3, 1, 2, 30, 16))
     block_map = sla_ref.classify_blocks(*inputs[:2], 0.3, 0.3, block_q=8, block_k=8)
     program = export(layer, inputs, {"block_map": block_map}).module()
+    spec = pytree.tree_structure(block_map)
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec, "as torch.export.save keeps it"
     torch.testing.assert_close(program(*inputs, block_map=block_map), layer(*inputs, block_map=block_map))

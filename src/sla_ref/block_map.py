@@ -365,4 +365,6 @@ pytree.register_pytree_node(
         _parts(block_map)[1:],
     ),
     serialized_type_name="sla_ref.BlockMap",
+    to_dumpable_context=list,  # JSON has no tuples
+    from_dumpable_context=tuple,
 )
