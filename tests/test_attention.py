@@ -258,10 +258,15 @@ def loss(query, key, value):
     return out.sparse.square().sum() + out.linear.sum() + out.lse.sum()
 
 
+def samples(seed: int) -> torch.Tensor:
+    """Three samples of a batch of two, so that the two axes cannot be confused."""
+    return torch.stack([torch.cat([tokens(seed=seed + 2 * i), tokens(seed=seed + 2 * i + 1)]) for i in range(3)])
+
+
 def test_vmap_and_gradients_of_samples():
     """Each sample as if it were alone; a key that all samples share gets the gradients of all of them."""
-    queries, values = torch.stack([tokens(seed=0), tokens(seed=1)]), torch.stack([tokens(seed=2), tokens(seed=3)])
-    key = tokens(seed=4)
+    queries, values = samples(0), samples(10)
+    key = samples(20)[0]
     got = vmap(lambda q, v: sla_ref.sparse_linear_attention(q, key, v, **SMALL))(queries, values)
     each = [sla_ref.sparse_linear_attention(q, key, v, **SMALL) for q, v in zip(queries, values, strict=True)]
     for name in sla_ref.SLAOutput._fields:
@@ -280,13 +285,13 @@ def test_vmap_and_gradients_of_samples():
 
 
 def test_vmap_of_a_classification_and_of_its_map():
-    queries = torch.stack([tokens(seed=0), tokens(seed=1)])
-    maps = vmap(lambda q: sla_ref.classify_blocks(q, Q, 0.3, 0.3, block_q=8, block_k=8))(queries)
-    got = vmap(lambda q, m: sla_ref.sparse_linear_attention(q, Q, Q, block_map=m).sparse)(queries, maps)
+    queries, key = samples(0), samples(10)[0]
+    maps = vmap(lambda q: sla_ref.classify_blocks(q, key, 0.3, 0.3, block_q=8, block_k=8))(queries)
+    got = vmap(lambda q, m: sla_ref.sparse_linear_attention(q, key, key, block_map=m).sparse)(queries, maps)
     for query, labels_, out in zip(queries, maps.labels, got, strict=True):
-        block_map = sla_ref.classify_blocks(query, Q, 0.3, 0.3, block_q=8, block_k=8)
+        block_map = sla_ref.classify_blocks(query, key, 0.3, 0.3, block_q=8, block_k=8)
         assert torch.equal(block_map.labels, labels_)
-        torch.testing.assert_close(out, sla_ref.sparse_linear_attention(query, Q, Q, block_map=block_map).sparse)
+        torch.testing.assert_close(out, sla_ref.sparse_linear_attention(query, key, key, block_map=block_map).sparse)
 
 
 # torch's own, when its forward mode is first used
