@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -34,6 +37,27 @@ def test_classes_are_those_of_the_specification(nq, nk, block_q, block_k, critic
     assert ((block_map.labels == -1).sum(-1) == min(int(negligible * num_blocks), num_blocks - num_critical)).all()
     assert block_map.max_critical == num_critical
     assert block_map.sparsity == pytest.approx(1 - num_critical / num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 1), *((dtype, 10.0**n) for dtype in (torch.bfloat16, torch.float32) for n in (-24, 0, 20))],
+    ids=str,
+)
+def test_near_ties_and_extreme_sizes_rank_as_in_the_specification(dtype, size):
+    """Rounded to a few digits, many scores are equal or differ where float32 no longer tells them apart."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        length, block = (int(torch.randint(1, 90, (), generator=generator)) for _ in range(2))
+        query, key = (
+            ((torch.randn(1, 2, length, 4, generator=generator, dtype=torch.float64) * 4).round() / 3 * size).to(dtype)
+            for _ in range(2)
+        )
+        block_map = sla_ref.classify_blocks(query, key, 0.3, 0.3, block_q=block, block_k=max(1, block // 4))
+        assert torch.equal(block_map.labels, reference.classify(query, key, 0.3, 0.3, block, max(1, block // 4)))
+        scores = sla_ref.block_scores(query, key, block_q=block, block_k=max(1, block // 4))
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., : block_map.num_critical]
+        assert (block_map.labels.gather(-1, best) == 1).all(), "scores rank as the classes do"
 
 
 def test_ratio_is_truncated_as_float_arithmetic_gives_it():
@@ -72,7 +96,7 @@ def test_pooling_averages_real_tokens_only():
     pooled = pool_blocks(x, 4)
     expected = torch.stack([x[:, :, :4].mean(2), x[:, :, 4:8].mean(2), x[:, :, 8:].mean(2)], 2)
     torch.testing.assert_close(pooled, expected)
-    assert pool_blocks(x.half(), 4).dtype == torch.float32
+    assert pool_blocks(x.half(), 4).dtype == torch.float64
 
 
 def test_scores_are_not_squashed_by_a_softmax():
@@ -93,7 +117,7 @@ def test_scores_ignore_autocast_and_gradients():
     plain = sla_ref.block_scores(query, key, block_q=8, block_k=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(sla_ref.block_scores(query, key, block_q=8, block_k=8), plain)
-    assert plain.dtype == torch.float32
+    assert plain.dtype == torch.float64
     assert not plain.requires_grad
 
 
@@ -128,6 +152,105 @@ def test_a_map_cannot_be_changed():
         block_map.block_q = 4
 
 
+def hand_made(**arguments) -> sla_ref.BlockMap:
+    """Rows with 2, 0 and 1 critical blocks."""
+    labels = torch.tensor([[1, 1, 0], [0, -1, 0], [-1, -1, 1]], dtype=torch.int8)[None, None]
+    return sla_ref.BlockMap(
+        **{"labels": labels, "block_q": 4, "block_k": 4} | arguments, query_length=12, key_length=11
+    )
+
+
+USES = {
+    "kv_num_blocks": lambda m: m.kv_num_blocks,
+    "kv_indices": lambda m: m.kv_indices,
+    "q_offsets": lambda m: m.q_offsets,
+    "q_indices": lambda m: m.q_indices,
+    "sparsity": lambda m: m.sparsity,
+    "to_dense": lambda m: m.to_dense(),
+    "to_flex": lambda m: m.to_flex(),
+    "to": lambda m: m.to("cpu"),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "operator": lambda m: sla_ref.sparse_linear_attention(*[torch.ones(1, 1, n, 4) for n in (12, 11, 11)], block_map=m),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("inference", [False, True], ids=["", "made in inference mode"])
+def test_labels_edited_in_place_are_noticed(use, inference):
+    """Lists that were read before would be stale, and C too small for the new rows."""
+    with torch.inference_mode(inference):
+        block_map = hand_made()
+    USES[use](block_map)
+    block_map.labels[0, 0, 1] = 1
+    with pytest.raises(ValueError, match="labels must not be changed in place"):
+        USES[use](block_map)
+
+
+def test_replace_checks_and_counts_again():
+    block_map = hand_made()
+    changed = dataclasses.replace(block_map, labels=torch.ones_like(block_map.labels))
+    assert (changed.max_critical, changed.is_uniform, changed.sparsity) == (3, True, 0)
+    assert changed.kv_num_blocks.flatten().tolist() == [3, 3, 3]
+    with pytest.raises(ValueError, match="labels must hold only 1, 0 and -1"):
+        dataclasses.replace(block_map, labels=block_map.labels + 4)
+    classified = sla_ref.classify_blocks(tokens(12), tokens(11), 0.4, block_q=4, block_k=4)
+    with pytest.raises(ValueError, match="got 1 for rows with 3 to 3"):
+        dataclasses.replace(classified, labels=torch.ones_like(classified.labels))
+
+
+def test_the_number_of_critical_blocks():
+    """Counted when a map is made by hand; what is given is checked."""
+    assert (hand_made().num_critical, hand_made().max_critical, hand_made().is_uniform) == (None, 2, False)
+    same = hand_made(labels=torch.ones(1, 1, 3, 3, dtype=torch.int8), num_critical=3)
+    assert (same.num_critical, same.max_critical, same.is_uniform) == (3, 3, True)
+    none = hand_made(labels=torch.zeros(1, 1, 3, 3, dtype=torch.int8), num_critical=0)
+    assert (none.max_critical, none.is_uniform) == (1, False), "C is at least 1"
+
+
+def test_nothing_is_read_after_a_map_is_made(monkeypatch):
+    """Each read of a tensor's value waits for the device, and cannot be captured in a CUDA graph."""
+    maps = hand_made(), sla_ref.classify_blocks(tokens(12)[:1, :1], tokens(11)[:1, :1], 0.4, block_q=4, block_k=4)
+    inputs = [torch.randn(1, 1, n, 4, requires_grad=True) for n in (12, 11, 11)]
+
+    def read(*args):
+        raise AssertionError("a value was read")
+
+    for method in ("__int__", "__float__", "__index__", "item", "tolist", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, method, read)
+    for block_map in maps:
+        out = sla_ref.sparse_linear_attention(*inputs, block_map=block_map)
+        torch.autograd.grad(out.sparse.sum() + out.linear.sum() + out.lse.clamp(min=0).sum(), inputs)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda m: m.to("cpu"),
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.utils._pytree.tree_map(torch.clone, m),
+    ],
+    ids=["to", "deepcopy", "pickle", "pytree"],
+)
+def test_copies_of_a_map(copied):
+    """Also of one whose labels were edited before it was made: a copy's tensor starts to count anew."""
+    labels = hand_made().labels.neg_().neg_()
+    for block_map in (hand_made(labels=labels), sla_ref.classify_blocks(tokens(12), tokens(11), block_q=4, block_k=4)):
+        other = copied(block_map)
+        for field in dataclasses.fields(sla_ref.BlockMap):
+            if field.name not in ("labels", "_version"):
+                assert getattr(other, field.name) == getattr(block_map, field.name)
+        assert torch.equal(other.labels, block_map.labels)
+        assert torch.equal(other.q_indices, block_map.q_indices)
+
+
+def test_a_map_moves_to_another_device():
+    moved = hand_made().to("meta")
+    assert moved.labels.device.type == "meta" and moved.max_critical == 2
+    assert moved.kv_indices.shape == (1, 1, 3, 2)
+
+
 LABELS = torch.zeros(1, 1, 2, 3, dtype=torch.int8)
 
 
@@ -141,6 +264,11 @@ LABELS = torch.zeros(1, 1, 2, 3, dtype=torch.int8)
         ((LABELS, 0, 4, 8, 12), ValueError, "block_q must be an int >= 1, got 0"),
         ((LABELS, 4, 4.0, 8, 12), TypeError, "block_k must be an int >= 1, got 4.0"),
         ((LABELS, 4, 4, 0, 12), ValueError, "query_length must be an int >= 1, got 0"),
+        ((LABELS.to_sparse(), 4, 4, 8, 12), TypeError, "labels must be a dense tensor .*, got layout torch.sparse_coo"),
+        ((LABELS[:0], 4, 4, 8, 12), ValueError, r"labels must have no empty dimension, got shape \(0, 1, 2, 3\)"),
+        ((LABELS, 4, 4, 8, 12, 1), ValueError, "num_critical must be the number .* got 1 for rows with 0 to 0"),
+        ((LABELS, 4, 4, 8, 12, 4), ValueError, "num_critical must be between 0 and the 3 key blocks, got 4"),
+        ((LABELS, 4, 4, 8, 12, 0.0), TypeError, "num_critical must be an int or None, got 0.0 of type float"),
         ((LABELS + 2, 4, 4, 8, 12), ValueError, "labels must hold only 1, 0 and -1, got values from 2 to 2"),
         ((LABELS - 2, 4, 4, 8, 12), ValueError, "labels must hold only 1, 0 and -1, got values from -2 to -2"),
     ],

@@ -19,9 +19,9 @@ def test_prints_each_source_with_its_place(capsys):
 
 
 def test_decorated_functions_and_classes(capsys):
-    lesson.show_source(sla_ref.classify_blocks, sla_ref.BlockMap)
+    lesson.show_source(sla_ref.use_backend, sla_ref.BlockMap)
     printed = capsys.readouterr().out
-    assert "@torch.no_grad()\ndef classify_blocks(" in printed
+    assert "@contextmanager\ndef use_backend(" in printed
     assert "@dataclass(frozen=True, eq=False)\nclass BlockMap:" in printed
 
 

@@ -175,6 +175,91 @@ def test_hooks_and_adapters_on_proj_are_honoured():
     torch.testing.assert_close(layer(*inputs()), fresh(*inputs()) + 1)
 
 
+class Int8Linear(torch.nn.Module):
+    """As 8-bit and 4-bit layers are: an integer weight, and float tokens in and out."""
+
+    def __init__(self, linear: torch.nn.Linear, packed: bool) -> None:
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax() / 127
+        self.packed = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.bias = linear.bias.detach()
+        if packed:
+            self.weight = torch.nn.Parameter(self.packed, requires_grad=False)
+        else:  # torch's dynamically quantised Linear has a method of this name
+            self.weight = lambda: self.packed
+
+    def forward(self, x):
+        return F.linear(x, (self.packed * self.scale).to(x.dtype), self.bias.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [True, False], ids=["int8 weight", "weight is a method"])
+def test_a_quantised_proj_is_called_as_it_is(packed, dtype):
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, **BLOCKS)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    x = inputs(dtype)
+    expected = layer(*x)
+    layer.proj_l = Int8Linear(layer.proj_l, packed)
+    torch.testing.assert_close(layer(*x), expected, atol=0.1, rtol=0.05)
+
+
+def test_a_float8_proj_gets_the_tokens_as_they_are():
+    """Weights that are stored in 8 bits and cast by the module itself."""
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, **BLOCKS)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    seen = []
+    layer.proj_l.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    layer.proj_l.register_forward_pre_hook(lambda module, args: module.float() and None)
+    layer.proj_l.to(torch.float8_e4m3fn)
+    layer(*inputs())
+    assert seen == [torch.float32]
+
+
+def test_meta_tensors_give_shapes():
+    layer = sla_ref.SparseLinearAttention(16, feature_map="hedgehog", **BLOCKS).to("meta")
+    x = tuple(tensor.detach().to("meta").requires_grad_() for tensor in inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(*x)
+    assert out.shape == x[0].shape and out.is_meta
+    assert [grad.shape for grad in torch.autograd.grad(out.sum(), x)] == [tensor.shape for tensor in x]
+
+
+def test_a_map_made_in_inference_mode_trains():
+    layer, x = sla_ref.SparseLinearAttention(16, 0.3, 0.3, **BLOCKS), inputs()
+    with torch.inference_mode():
+        block_map = sla_ref.classify_blocks(x[0], x[1], 0.3, 0.3, **BLOCKS)
+        hand_made = sla_ref.BlockMap(block_map.labels.clone(), 8, 8, 60, 60)
+    expected = torch.autograd.grad(layer(*x).sum(), x)
+    for each in (block_map, hand_made):
+        assert all(map(torch.equal, torch.autograd.grad(layer(*x, block_map=each).sum(), x), expected))
+
+
+@pytest.mark.parametrize("feature_map", ["elu", torch.nn.ReLU()], ids=["name", "module"])
+def test_a_new_feature_map_is_refused(feature_map):
+    """It would show in the printout and nowhere else."""
+    layer = sla_ref.SparseLinearAttention(16, feature_map=torch.nn.ReLU())
+    with pytest.raises(AttributeError, match="feature_map cannot be changed: make a new layer"):
+        layer.feature_map = feature_map
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "error"),
+    [
+        ("critical_ratio", 0.0, ValueError),
+        ("critical_ratio", None, TypeError),
+        ("negligible_ratio", "1", TypeError),
+        ("block_q", 0, ValueError),
+        ("block_k", None, TypeError),
+        ("backend", "nope", ValueError),
+    ],
+)
+def test_a_setting_that_becomes_nonsense_is_named_at_the_next_forward(setting, value, error):
+    layer = sla_ref.SparseLinearAttention(16, **BLOCKS)
+    setattr(layer, setting, value)
+    with pytest.raises(error, match=f"{setting} must be"):
+        layer(*inputs())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

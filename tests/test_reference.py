@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import sla_ref
 from sla_ref import reference, testing
+from sla_ref.protocol import Inputs
 
 
 def problem(**arguments):
@@ -16,9 +17,9 @@ def problem(**arguments):
     )
 
 
-def run(p: testing.Problem):
-    bm = p.block_map
-    return reference.sparse_linear_attention(*p.inputs, bm.labels, bm.block_q, bm.block_k, p.scale)
+def run(p: Inputs):
+    *tensors, block_map, scale = p
+    return reference.sparse_linear_attention(*tensors, block_map.labels, block_map.block_q, block_map.block_k, scale)
 
 
 def close(actual, expected):
@@ -26,7 +27,7 @@ def close(actual, expected):
 
 
 def test_all_critical_is_softmax_attention():
-    p = problem(labels="critical")
+    p = problem(labels="critical").inputs
     sparse, linear, lse = run(p)
     close(sparse, F.scaled_dot_product_attention(p.query, p.key, p.value))
     close(lse, (p.scale * p.query @ p.key.mT).logsumexp(-1))
@@ -34,7 +35,7 @@ def test_all_critical_is_softmax_attention():
 
 
 def test_all_marginal_is_plain_linear_attention():
-    p = problem(labels="marginal")
+    p = problem(labels="marginal").inputs
     sparse, linear, lse = run(p)
     state = p.phi_key.mT @ p.value
     close(linear, p.phi_query @ state / (p.phi_query @ p.phi_key.sum(2)[..., None]))
@@ -43,14 +44,13 @@ def test_all_marginal_is_plain_linear_attention():
 
 
 def test_all_negligible_is_nothing():
-    p = problem(labels="negligible")
-    results = testing.run_function(reference.sparse_linear_attention, p)
+    results = testing.run_function(reference.sparse_linear_attention, problem(labels="negligible"))
     assert (results.pop("lse") == -torch.inf).all()
     assert all(not values.any() for values in results.values())
 
 
 def test_sparse_branch_is_masked_attention():
-    p = problem(labels="random", query_length=64)
+    p = problem(labels="random", query_length=64).inputs
     sparse, _, _ = run(p)
     mask = p.block_map.to_dense() == 1
     some = mask.any(-1)
@@ -60,7 +60,7 @@ def test_sparse_branch_is_masked_attention():
 
 def test_linear_branch_is_the_papers_recurrence():
     """Eq. 5 literally: H_i and Z_i summed block by block."""
-    p = problem(labels="random", key_length=90)
+    p = problem(labels="random", key_length=90).inputs
     _, linear, _ = run(p)
     B, H, Tq, Tk = p.block_map.labels.shape
     expected = torch.zeros_like(linear)
@@ -81,12 +81,9 @@ def test_linear_branch_is_the_papers_recurrence():
 
 @pytest.mark.parametrize("labels", ["classified", "random", "negligible"])
 def test_gradients_by_finite_differences(labels: str):
-    p = problem(query_length=11, key_length=9, head_dim=3, block_q=4, block_k=4, labels=labels)
-    leaves = [tensor.requires_grad_() for tensor in p.inputs]
-    bm = p.block_map
-    torch.autograd.gradcheck(
-        lambda *args: reference.sparse_linear_attention(*args, bm.labels, 4, 4, p.scale)[:2], leaves
-    )
+    p = problem(query_length=11, key_length=9, head_dim=3, block_q=4, block_k=4, labels=labels).inputs
+    leaves = [tensor.requires_grad_() for tensor in p[:5]]
+    torch.autograd.gradcheck(lambda *tensors: run(Inputs(*tensors, p.block_map, p.scale))[:2], leaves)
 
 
 def test_classification_by_hand():

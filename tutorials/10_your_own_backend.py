@@ -150,7 +150,7 @@ def failures(report):
 
 def careless_forward(*inputs_map_scale):
     *inputs, block_map, scale = inputs_map_scale
-    no_negligible = replace(block_map, labels=block_map.labels.clamp(min=0), _num_critical=None)
+    no_negligible = replace(block_map, labels=block_map.labels.clamp(min=0))
     return forward(*inputs, no_negligible, scale)
 
 

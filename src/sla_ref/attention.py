@@ -7,10 +7,20 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
-from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap, classify_blocks
-from .checks import check_tensors
+from .batching import fold_into_batch
+from .block_map import (
+    DEFAULT_BLOCK,
+    DEFAULT_CRITICAL_RATIO,
+    DEFAULT_NEGLIGIBLE_RATIO,
+    BlockMap,
+    classify_blocks,
+    trusted_map,
+    version,
+)
+from .checks import FLOATS, check_layout, check_scale, check_tensors
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
 from .protocol import Backend, Gradients, Inputs, Saved, check_gradients, check_saved
 
@@ -51,107 +61,92 @@ def sparse_linear_attention(
         block_map: the classes of all block pairs; made by `classify_blocks` from the next four arguments if None.
         critical_ratio, negligible_ratio: shares of critical and negligible key blocks; 0.05 and 0.10 if None.
         block_q, block_k: tokens per block; 64 if None.
-        feature_map: phi: "softmax", "elu" (elu + 1), "relu", or a callable that keeps the shape.
+        feature_map: phi: "softmax", "elu" (elu + 1), "relu", or a callable that returns a new float tensor of its
+            argument's shape and device.
         scale: factor on the scores, finite and > 0; 1 / sqrt(D) if None.
         backend: name of a backend; see `sla_ref.set_backend` for what applies if None.
 
     Returns:
-        The outputs of both branches and the log-sum-exp. Gradients flow to query, key and value, through phi too.
+        The outputs of both branches and the log-sum-exp. Gradients flow from all three to query, key and value,
+        through phi too.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or size, a ratio or block size
             stands beside a block_map, or the backend cannot take the input.
-        RuntimeError: the backend cannot be used on this machine; or the gradient of a gradient is asked for.
+        RuntimeError: the backend cannot be used on this machine; or a forward-mode derivative or the gradient of a
+            gradient is asked for.
     """
     phi = resolve_feature_map(feature_map)
-    return attend(
-        query,
-        key,
-        value,
-        phi_query=phi,
-        phi_key=phi,
-        block_map=block_map,
-        critical_ratio=critical_ratio,
-        negligible_ratio=negligible_ratio,
-        block_q=block_q,
-        block_k=block_k,
-        scale=scale,
-        backend=backend,
-    )
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    phi_query: FeatureMap,
-    phi_key: FeatureMap,
-    block_map: BlockMap | None,
-    critical_ratio: float | None,
-    negligible_ratio: float | None,
-    block_q: int | None,
-    block_k: int | None,
-    scale: float | None,
-    backend: str | None,
-) -> SLAOutput:
-    """`sparse_linear_attention` with a feature map each for query and key, as a layer with learnable ones needs."""
-    check_tensors(query=query, key=key, value=value)
-    if key.shape[2] != value.shape[2]:
-        raise ValueError(f"value must have key's number of tokens {key.shape[2]}, got {value.shape[2]}")
-    scale = _check_scale(scale, query.shape[3])
-    backend = backends.get_backend() if backend is None else backend
-    backends.require_known(backend)
-
-    query, key, value = _autocast(query, key, value)
+    prepared = prepare(query, key, value, scale, backend)
+    given = {
+        "critical_ratio": critical_ratio,
+        "negligible_ratio": negligible_ratio,
+        "block_q": block_q,
+        "block_k": block_k,
+    }
     if block_map is None:
         block_map = classify_blocks(
-            query,
-            key,
+            prepared.query,
+            prepared.key,
             DEFAULT_CRITICAL_RATIO if critical_ratio is None else critical_ratio,
             DEFAULT_NEGLIGIBLE_RATIO if negligible_ratio is None else negligible_ratio,
             block_q=DEFAULT_BLOCK if block_q is None else block_q,
             block_k=DEFAULT_BLOCK if block_k is None else block_k,
         )
     else:
-        given = {
-            "critical_ratio": critical_ratio,
-            "negligible_ratio": negligible_ratio,
-            "block_q": block_q,
-            "block_k": block_k,
-        }
         for name, argument in given.items():
             if argument is not None:
-                raise ValueError(
-                    f"{name} must not be given beside a block_map, which already says it; got {argument!r}"
-                )
-        _check_block_map(block_map, query, key)
+                raise ValueError(f"{name} must not be given with a block_map, which already says it; got {argument!r}")
+    return attend(prepared, phi, phi, block_map)
 
+
+class Prepared(NamedTuple):
+    """Checked arguments: query, key and value in the dtype that is computed in, no default left open."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    backend: str
+
+
+def prepare(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str | None) -> Prepared:
+    """Check what does not depend on the block map. Under autocast, the tensors get its dtype; float64 stays."""
+    check_tensors(query=query, key=key, value=value)
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"value must have key's number of tokens {key.shape[2]}, got {value.shape[2]}")
+    if scale is not None:
+        check_scale(scale)
+    backend = backends.get_backend() if backend is None else backend
+    backends.require_known(backend)
+    tensors = (query, key, value)
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
+        raise RuntimeError(
+            "sparse_linear_attention has no forward-mode derivative (jvp, jacfwd, linearize, forward_ad): its gradient "
+            "is Algorithm 2, a backward pass; sla_ref.reference.sparse_linear_attention has both"
+        )
+    kind = query.device.type
+    if query.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return Prepared(query, key, value, 1 / math.sqrt(query.shape[3]) if scale is None else float(scale), backend)
+
+
+def attend(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, block_map: BlockMap) -> SLAOutput:
+    """`sparse_linear_attention` with a feature map each for query and key, as a layer with learnable ones needs."""
+    query, key, value, scale, backend = prepared
+    _check_block_map(block_map, query, key)
     inside = phi_query is softmax and phi_key is softmax  # the default, which the operator computes by itself
-    sparse, linear, lse = _forward(
-        query,
-        key,
-        value,
-        None if inside else _features(phi_query, query, "query"),
-        None if inside else _features(phi_key, key, "key"),
-        block_map.labels,
-        block_map._num_critical,
+    options = (
+        block_map.max_critical,
+        block_map.is_uniform,
         block_map.block_q,
         block_map.block_k,
         scale,
         backend,
     )
-    return SLAOutput(sparse, linear, lse)
-
-
-def _check_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a finite number > 0, got {scale!r} of type {type(scale).__name__}")
-    if not (0 < scale < math.inf):
-        raise ValueError(f"scale must be a finite number > 0, got {scale}")
-    return float(scale)
+    features = (None, None) if inside else (_features(phi_query, query, "query"), _features(phi_key, key, "key"))
+    return SLAOutput(*_Attention.apply(query, key, value, *features, block_map.labels, options))
 
 
 def _check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
@@ -163,24 +158,26 @@ def _check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"block_map must be for (batch, heads, Nq, Nk) = {tuple(expected)}, got one for {tuple(got)}")
     if block_map.labels.device != query.device:
         raise ValueError(f"block_map must be on query's device {query.device}, got {block_map.labels.device}")
-
-
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kind = query.device.type
-    if query.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(kind)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+    block_map.require_unchanged()
 
 
 def _features(phi: FeatureMap, tokens: Tensor, name: str) -> Tensor:
+    if (before := version(tokens)) is None:  # changes cannot be seen, so phi gets tokens of its own to change
+        tokens = tokens.clone()
     features = phi(tokens)
+    if before not in (None, version(tokens)):
+        raise ValueError(f"feature_map must return a new tensor, it changed {name} in place")
     if not isinstance(features, Tensor):
         raise TypeError(f"feature_map must return a torch.Tensor, got {type(features).__name__} for {name}")
+    check_layout("feature_map's result", features)
     if features.shape != tokens.shape:
         raise ValueError(
             f"feature_map must keep the shape of {name} {tuple(tokens.shape)}, it returned {tuple(features.shape)}"
         )
+    if features.dtype not in FLOATS:
+        raise TypeError(f"feature_map must return float16, bfloat16, float32 or float64, got {features.dtype}")
+    if features.device != tokens.device:
+        raise ValueError(f"feature_map must stay on {name}'s device {tokens.device}, it returned {features.device}")
     return features.to(tokens.dtype)
 
 
@@ -228,8 +225,10 @@ def _add_through_softmax(grad: Tensor, grad_phi: Tensor | None, phi: Tensor | No
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
-# The index lists of a BlockMap are made inside, from the labels: to autograd and compilers they do not exist. The
-# backend travels as a string, so that the backward runs on the backend of its forward, whatever is set by then.
+# Compilers take the two custom ops as they are. The two autograd functions around them hold the gradient, since
+# torch.func cannot transform one that is registered with a custom op. Of a BlockMap only the labels and what was read
+# of them travel; its index lists are made inside. The backend travels as a string, so that the backward runs on the
+# backend of its forward, whatever is set by then.
 # Without phi_query and phi_key, phi is softmax, nothing is kept of it for the backward, and the gradient through it is
 # part of query's and key's.
 
@@ -242,13 +241,14 @@ def _forward(
     phi_query: Tensor | None,
     phi_key: Tensor | None,
     labels: Tensor,
-    num_critical: int | None,
+    max_critical: int,
+    is_uniform: bool,
     block_q: int,
     block_k: int,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
+    block_map = trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], max_critical, is_uniform)
     chosen = backends.choose(backend, query, block_map)
     with torch.autocast(query.device.type, enabled=False):
         return run_forward(chosen, Inputs(query, key, value, phi_query, phi_key, block_map, scale))
@@ -268,13 +268,14 @@ def _backward(
     out_linear: Tensor,
     lse: Tensor,
     labels: Tensor,
-    num_critical: int | None,
+    max_critical: int,
+    is_uniform: bool,
     block_q: int,
     block_k: int,
     scale: float,
     backend: str,
 ) -> list[Tensor]:
-    block_map = BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
+    block_map = trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], max_critical, is_uniform)
     chosen = backends.choose(backend, query, block_map)
     inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
     with torch.autocast(query.device.type, enabled=False):
@@ -294,28 +295,76 @@ def _(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, *rest: 
     return [tensor.new_empty(tensor.shape) for tensor in rest[:5] if tensor is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, labels, num_critical, block_q, block_k, scale, backend = inputs
-    ctx.set_materialize_grads(False)  # lse is seldom used: None then saves the kernels a read
-    ctx.save_for_backward(*tensors, *output, labels)
-    ctx.options = (num_critical, block_q, block_k, scale, backend)
+fold_into_batch(_forward)
+fold_into_batch(_backward)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    *inputs, out_sparse, out_linear, lse, labels = ctx.saved_tensors
-    grad_sparse, grad_linear = (
-        torch.zeros_like(output) if grad is None else grad
-        for grad, output in zip(grads, (out_sparse, out_linear), strict=False)
-    )
-    gradients = _backward(
-        grad_sparse, grad_linear, grads[2], *inputs, out_sparse, out_linear, lse, labels, *ctx.options
-    )
-    return *gradients, *[None] * (11 - len(gradients))
+class _Attention(torch.autograd.Function):
+    """The outputs, differentiated by `_Gradient`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_query: Tensor | None,
+        phi_key: Tensor | None,
+        labels: Tensor,
+        options: tuple[int, bool, int, int, float, str],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(query, key, value, phi_query, phi_key, labels, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, labels, options = inputs
+        ctx.set_materialize_grads(False)  # lse is seldom used: None then saves the kernels a read
+        ctx.save_for_backward(*tensors, *output, labels)
+        ctx.options = options
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *inputs, out_sparse, out_linear, lse, labels = ctx.saved_tensors
+        grad_sparse, grad_linear = (
+            torch.zeros_like(output) if grad is None else grad
+            for grad, output in zip(grads, (out_sparse, out_linear), strict=False)
+        )
+        outputs = (out_sparse, out_linear, lse)
+        gradients = _Gradient.apply(grad_sparse, grad_linear, grads[2], *inputs, *outputs, labels, ctx.options)
+        return *gradients, *[None] * (7 - len(gradients))
 
 
-def _refuse(ctx: Any, *grads: Any) -> NoReturn:
-    raise RuntimeError("sparse_linear_attention has no second derivative: its gradient cannot be differentiated again")
+class _Gradient(torch.autograd.Function):
+    """The gradients of query, key and value, and of phi_query and phi_key if given."""
 
+    generate_vmap_rule = True
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+    @staticmethod
+    def forward(
+        grad_sparse: Tensor,
+        grad_linear: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_query: Tensor | None,
+        phi_key: Tensor | None,
+        out_sparse: Tensor,
+        out_linear: Tensor,
+        lse: Tensor,
+        labels: Tensor,
+        options: tuple[int, bool, int, int, float, str],
+    ) -> tuple[Tensor, ...]:
+        grads, inputs = (grad_sparse, grad_linear, grad_lse), (query, key, value, phi_query, phi_key)
+        return tuple(_backward(*grads, *inputs, out_sparse, out_linear, lse, labels, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            "sparse_linear_attention has no second derivative: its gradient cannot be differentiated again"
+        )

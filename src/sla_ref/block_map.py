@@ -6,15 +6,15 @@ only.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from .checks import check_block_size, check_ratio, check_tensors
+from .batching import fold_into_batch
+from .checks import check_block_size, check_layout, check_ratio, check_tensors
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -29,12 +29,18 @@ DEFAULT_BLOCK = 64
 # --- pooling, scores, classes ----------------------------------------------------------------------------------------
 
 
+def num_blocks(length: int, block: int) -> int:
+    """T = ceil(N / block); the last block may be partial."""
+    return -(-length // block)
+
+
 def pool_blocks(tokens: Tensor, block: int) -> Tensor:
     """Mean over the tokens of each block; the last block may be partial and is averaged over its real tokens.
 
-    `tokens` (B, H, N, D) -> (B, H, T, D) with T = ceil(N / block), float32 (float64 for float64 inputs). [Eq. 2]
+    `tokens` (B, H, N, D) -> (B, H, T, D), float64 (float32 on a device without float64). [Eq. 2]
     """
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    dtype = torch.float32 if tokens.device.type == "mps" else torch.float64
+    block = min(block, tokens.shape[2])
     whole = tokens.shape[2] // block * block
     pooled = tokens[:, :, :whole].unflatten(2, (whole // block, block)).mean(dim=3, dtype=dtype)
     if whole < tokens.shape[2]:
@@ -43,11 +49,11 @@ def pool_blocks(tokens: Tensor, block: int) -> Tensor:
     return pooled
 
 
-@torch.no_grad()
 def block_scores(query: Tensor, key: Tensor, *, block_q: int = DEFAULT_BLOCK, block_k: int = DEFAULT_BLOCK) -> Tensor:
     """The raw scores that blocks are ranked by, `pool(Q) pool(K)^T`. [Eq. 2] without its softmax and 1/sqrt(d).
 
-    Neither changes the order within a row, but a float32 softmax underflows: scores that differ would become ties.
+    Neither changes the order within a row, but a softmax underflows: scores that differ would become ties. In float64
+    nothing depends on the user's tf32 and autocast settings, and the largest float32 numbers do not overflow.
 
     Args:
         query: (B, H, Nq, D), any float dtype.
@@ -55,7 +61,7 @@ def block_scores(query: Tensor, key: Tensor, *, block_q: int = DEFAULT_BLOCK, bl
         block_q, block_k: tokens per query block and per key block.
 
     Returns:
-        (B, H, Tq, Tk) float32 (float64 for float64 inputs), without gradient.
+        (B, H, Tq, Tk) float64 (float32 on a device without float64), without gradient.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or size.
@@ -63,15 +69,9 @@ def block_scores(query: Tensor, key: Tensor, *, block_q: int = DEFAULT_BLOCK, bl
     check_tensors(query=query, key=key)
     check_block_size("block_q", block_q)
     check_block_size("block_k", block_k)
-    pooled_query, pooled_key = pool_blocks(query, block_q), pool_blocks(key, block_k)
-    dtype = pooled_query.dtype
-    if query.device.type != "mps":  # which has no float64, and no tf32 either
-        # A float32 product would follow the user's tf32 and autocast settings, and near-ties would turn with them.
-        pooled_query, pooled_key = pooled_query.double(), pooled_key.double()
-    return (pooled_query @ pooled_key.mT).to(dtype)
+    return pool_blocks(query.detach(), block_q) @ pool_blocks(key.detach(), block_k).mT
 
 
-@torch.no_grad()
 def classify_blocks(
     query: Tensor,
     key: Tensor,
@@ -81,7 +81,7 @@ def classify_blocks(
     block_q: int = DEFAULT_BLOCK,
     block_k: int = DEFAULT_BLOCK,
 ) -> BlockMap:
-    """Sort the key blocks of every query block into critical, marginal and negligible. [Eq. 3] [Alg. 1 L5] [Alg. 1 L6]
+    """Sort the key blocks of every query block into critical, marginal and negligible.
 
     Each row of `block_scores` is ranked in stable descending order. Its first `max(1, int(critical_ratio * Tk))` blocks
     are critical; its last `int(negligible_ratio * Tk)`, or what is left of the row, are negligible; the rest is
@@ -102,15 +102,35 @@ def classify_blocks(
     """
     check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
     check_ratio("negligible_ratio", negligible_ratio, zero_allowed=True)
-    scores = block_scores(query, key, block_q=block_q, block_k=block_k)
-    num_blocks = scores.shape[-1]
-    num_critical = max(1, int(critical_ratio * num_blocks))
-    num_negligible = min(int(negligible_ratio * num_blocks), num_blocks - num_critical)
+    check_tensors(query=query, key=key)
+    check_block_size("block_q", block_q)
+    check_block_size("block_k", block_k)
+    key_blocks = num_blocks(key.shape[2], block_k)
+    num_critical = torch.sym_max(1, torch.sym_int(critical_ratio * key_blocks))
+    num_negligible = torch.sym_min(torch.sym_int(negligible_ratio * key_blocks), key_blocks - num_critical)
+    labels = _normal(_labels(query.detach(), key.detach(), num_critical, num_negligible, block_q, block_k))
+    return trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical, is_uniform=True)
+
+
+# One operator to compilers: whether N is a multiple of the block size is then no question to an exported graph.
+@torch.library.custom_op("sla_ref::labels", mutates_args=())
+def _labels(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
+    scores = block_scores(query, key, block_q=block_q, block_k=block_k)  # (B, H, Tq, Tk) [Alg. 1 L5]
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    labels = torch.full(scores.shape, MARGINAL, dtype=torch.int8, device=scores.device)
-    labels.scatter_(-1, order[..., :num_critical], CRITICAL)
-    labels.scatter_(-1, order[..., num_blocks - num_negligible :], NEGLIGIBLE)
-    return BlockMap(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical)
+    # [Eq. 3] [Alg. 1 L6] The class of each rank, and then each block gets that of its own.
+    by_rank = torch.full(scores.shape[-1:], MARGINAL, dtype=torch.int8, device=scores.device)
+    by_rank[:num_critical] = CRITICAL
+    by_rank[len(by_rank) - num_negligible :] = NEGLIGIBLE
+    return torch.empty_like(order, dtype=torch.int8).scatter_(-1, order, by_rank.expand_as(order))
+
+
+@_labels.register_fake
+def _(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
+    blocks = num_blocks(query.shape[2], block_q), num_blocks(key.shape[2], block_k)
+    return query.new_empty(*query.shape[:2], *blocks, dtype=torch.int8)
+
+
+fold_into_batch(_labels)
 
 
 # --- the map ---------------------------------------------------------------------------------------------------------
@@ -132,15 +152,19 @@ def _positions(member: Tensor, capacity: int) -> Tensor:
 class BlockMap:
     """The class of every pair of a query block and a key block, and the index lists that kernels walk along.
 
+    The values of labels are read once, when the map is made. Where they cannot be read (under torch.compile, while a
+    CUDA graph is captured, on the meta device), they are not checked, and without `num_critical` C is Tk.
+
     Args:
-        labels: (B, H, Tq, Tk) int8; 1 critical, 0 marginal, -1 negligible. The paper's M_c.
+        labels: (B, H, Tq, Tk) int8; 1 critical, 0 marginal, -1 negligible. The paper's M_c. Not to be changed in place.
         block_q, block_k: tokens per query block and per key block.
         query_length, key_length: Nq and Nk; the last block of each may be partial.
+        num_critical: number of critical blocks in every row, where it is known; None: it is counted, rows may differ.
 
     Raises:
-        TypeError: labels is no int8 tensor, or a size is no int.
-        ValueError: a size is below 1, labels does not fit the lengths, or holds another value. Values are read in eager
-            code only: under torch.compile they cannot be.
+        TypeError: labels is no dense int8 tensor, or a size is no int.
+        ValueError: a size is below 1, labels does not fit the lengths, holds another value, or has rows with another
+            number of critical blocks than num_critical. Or, when the map is used: labels was changed in place.
     """
 
     labels: Tensor
@@ -148,76 +172,115 @@ class BlockMap:
     block_k: int
     query_length: int
     key_length: int
-    _num_critical: int | None = field(default=None, repr=False)
-    """Critical blocks per row where all rows have as many, as `classify_blocks` makes them: saves reading the data."""
+    num_critical: int | None = None
+
+    max_critical: int = field(init=False)
+    """C, the largest number of critical blocks in a row, at least 1."""
+    is_uniform: bool = field(init=False, repr=False)
+    """Whether every query block is known to have exactly C critical blocks."""
+    _version: int | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int8:
             got = self.labels.dtype if isinstance(self.labels, Tensor) else type(self.labels).__name__
             raise TypeError(f"labels must be an int8 tensor, got {got}")
+        check_layout("labels", self.labels)
         for name in ("block_q", "block_k", "query_length", "key_length"):
             check_block_size(name, getattr(self, name))
-        expected = (math.ceil(self.query_length / self.block_q), math.ceil(self.key_length / self.block_k))
+        expected = num_blocks(self.query_length, self.block_q), num_blocks(self.key_length, self.block_k)
         if self.labels.dim() != 4 or tuple(self.labels.shape[2:]) != expected:
             raise ValueError(
                 f"labels must have shape (batch, heads, {expected[0]}, {expected[1]}) for query_length "
                 f"{self.query_length} in blocks of {self.block_q} and key_length {self.key_length} in blocks of "
                 f"{self.block_k}, got {tuple(self.labels.shape)}"
             )
-        if self._num_critical is None and not torch.compiler.is_compiling() and self.labels.numel():
-            low, high = (int(bound) for bound in self.labels.aminmax())
-            if low < NEGLIGIBLE or high > CRITICAL:
-                raise ValueError(f"labels must hold only 1, 0 and -1, got values from {low} to {high}")
+        if 0 in self.labels.shape:
+            raise ValueError(f"labels must have no empty dimension, got shape {tuple(self.labels.shape)}")
+        object.__setattr__(self, "labels", _normal(self.labels))
+        least, most = self._count()
+        object.__setattr__(self, "max_critical", torch.sym_max(1, most))
+        object.__setattr__(self, "is_uniform", least == self.max_critical)
+        object.__setattr__(self, "_version", version(self.labels))
 
-    @cached_property
-    def max_critical(self) -> int:
-        """C, the largest number of critical blocks in a row, at least 1.
+    def _count(self) -> tuple[int, int]:
+        """Check what labels holds; the smallest and the largest number of critical blocks in a row."""
+        num_key_blocks = self.labels.shape[3]
+        given = self.num_critical
+        if given is not None:
+            if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+                raise TypeError(f"num_critical must be an int or None, got {given!r} of type {type(given).__name__}")
+            if not 0 <= given <= num_key_blocks:
+                raise ValueError(f"num_critical must be between 0 and the {num_key_blocks} key blocks, got {given}")
+        if not _readable(self.labels):
+            return (0, num_key_blocks) if given is None else (given, given)
+        counts = (self.labels == CRITICAL).sum(-1)
+        bounds = [*self.labels.aminmax(), *counts.aminmax()]
+        low, high, least, most = torch.stack([bound.long() for bound in bounds]).tolist()  # one wait for the device
+        if low < NEGLIGIBLE or high > CRITICAL:
+            raise ValueError(f"labels must hold only 1, 0 and -1, got values from {low} to {high}")
+        if given is not None and not least == most == given:
+            raise ValueError(
+                f"num_critical must be the number of critical blocks in every row of labels, or None; got {given} for "
+                f"rows with {least} to {most}"
+            )
+        return least, most
 
-        A classified map knows it without reading data.
-        """
-        if self._num_critical is not None:
-            return self._num_critical
-        return max(1, int(self.kv_num_blocks.max()))
+    def require_unchanged(self) -> None:
+        """Raise ValueError if labels was changed in place since: what was read then is no longer true."""
+        if None not in (seen := (self._version, version(self.labels))) and seen[0] != seen[1]:
+            raise ValueError("labels must not be changed in place after a BlockMap was made of it: make a new BlockMap")
 
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Whether every query block has exactly C critical blocks. Known without reading data for a classified map."""
-        return self._num_critical is not None or int(self.kv_num_blocks.min()) == self.max_critical
+    @property
+    def _critical(self) -> Tensor:
+        self.require_unchanged()
+        return self.labels == CRITICAL
 
-    @cached_property
+    @property
     def kv_num_blocks(self) -> Tensor:
         """Number of critical key blocks of each query block, (B, H, Tq) int32."""
-        return (self.labels == CRITICAL).sum(-1, dtype=torch.int32)
+        return self._critical.sum(-1, dtype=torch.int32)
 
-    @cached_property
+    @property
     def kv_indices(self) -> Tensor:
         """Critical key blocks of each query block, ascending, (B, H, Tq, C) int32; read the first `kv_num_blocks`."""
-        return _positions(self.labels == CRITICAL, self.max_critical)
+        return _positions(self._critical, self.max_critical)
 
-    @cached_property
+    @property
     def q_offsets(self) -> Tensor:
         """Where each key block's list starts in `q_indices`, (B, H, Tk + 1) int32; entry j + 1 is where it ends."""
-        counts = (self.labels == CRITICAL).sum(-2, dtype=torch.int32)  # (B, H, Tk)
+        counts = self._critical.sum(-2, dtype=torch.int32)  # (B, H, Tk)
         return torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
 
-    @cached_property
+    @property
     def q_indices(self) -> Tensor:
         """Query blocks to which a key block is critical, ascending, one list after the other, (B, H, Tq * C) int32."""
         num_query_blocks = self.labels.shape[2]
-        member = (self.labels == CRITICAL).mT.flatten(2)  # (B, H, Tk * Tq): key block by key block
+        member = self._critical.mT.flatten(2)  # (B, H, Tk * Tq): key block by key block
         return _positions(member, num_query_blocks * self.max_critical) % num_query_blocks
 
     @property
     def sparsity(self) -> float:
-        """1 - share of critical blocks, the paper's "sparsity". Reads the data of a map that was made by hand."""
-        if self._num_critical is not None:
-            return 1 - self._num_critical / self.labels.shape[-1]
-        return 1 - int(self.kv_num_blocks.sum()) / self.labels.numel()
+        """1 - share of critical blocks, the paper's "sparsity". Reads the data of a map whose rows may differ."""
+        if self.is_uniform:
+            return 1 - self.max_critical / self.labels.shape[-1]
+        return 1 - int(self._critical.sum()) / self.labels.numel()
+
+    def to(self, device: torch.device | str) -> BlockMap:
+        """The same map on another device."""
+        self.require_unchanged()
+        _, *rest = _parts(self)
+        return trusted_map(self.labels.to(device), *rest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.require_unchanged()
+        return trusted_map, _parts(self)
 
     def to_dense(self) -> Tensor:
         """The class of every token pair, (B, H, Nq, Nk) int8. For checks and pictures: it is N x N."""
-        dense = self.labels.repeat_interleave(self.block_q, 2).repeat_interleave(self.block_k, 3)
-        return dense[:, :, : self.query_length, : self.key_length]
+        self.require_unchanged()
+        i = torch.arange(self.query_length, device=self.labels.device) // self.block_q  # the block of each token
+        j = torch.arange(self.key_length, device=self.labels.device) // self.block_k
+        return self.labels[:, :, i[:, None], j]
 
     def to_flex(self) -> BlockMask:
         """The critical blocks as a FlexAttention `BlockMask`; its eager form ignores blocks, so `mask_mod` is set."""
@@ -230,8 +293,78 @@ class BlockMap:
 
         return BlockMask.from_kv_blocks(
             self.kv_num_blocks,
-            _positions(labels == CRITICAL, labels.shape[-1]),  # flex wants the full width
+            _positions(self._critical, labels.shape[-1]),  # flex wants the full width
             BLOCK_SIZE=(block_q, block_k),
             mask_mod=is_critical,
             seq_lengths=(self.query_length, self.key_length),
         )
+
+
+def trusted_map(
+    labels: Tensor,
+    block_q: int,
+    block_k: int,
+    query_length: int,
+    key_length: int,
+    max_critical: int,
+    is_uniform: bool,
+) -> BlockMap:
+    """A map of parts that are known to fit: nothing is checked and no data is read."""
+    block_map = object.__new__(BlockMap)
+    parts = {
+        "labels": labels,
+        "block_q": block_q,
+        "block_k": block_k,
+        "query_length": query_length,
+        "key_length": key_length,
+        "num_critical": max_critical if is_uniform else None,
+        "max_critical": max_critical,
+        "is_uniform": is_uniform,
+        "_version": version(labels),
+    }
+    for name, part in parts.items():
+        object.__setattr__(block_map, name, part)  # the dataclass is frozen
+    return block_map
+
+
+def _parts(block_map: BlockMap) -> tuple[Any, ...]:
+    """The arguments of `trusted_map`."""
+    sizes = block_map.block_q, block_map.block_k, block_map.query_length, block_map.key_length
+    return block_map.labels, *sizes, block_map.max_critical, block_map.is_uniform
+
+
+def _readable(labels: Tensor) -> bool:
+    """Whether values can be read here and now."""
+    if torch.compiler.is_compiling() or labels.is_meta:
+        return False
+    return not (labels.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _normal(labels: Tensor) -> Tensor:
+    """A copy if labels was made in inference mode: autograd keeps no such tensor, and nobody counts its changes."""
+    if torch.compiler.is_compiling() or not labels.is_inference():
+        return labels
+    with torch.inference_mode(False):
+        return labels.clone()
+
+
+def version(tensor: Any) -> int | None:
+    """How often the tensor was changed in place; None where torch does not count, or not while it compiles."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
+        return None
+    return tensor._version
+
+
+# To torch.export and torch.func, a map is a container of one tensor.
+pytree.register_pytree_node(
+    BlockMap,
+    lambda block_map: ([block_map.labels], _parts(block_map)[1:]),
+    lambda labels, rest: trusted_map(*labels, *rest),
+    flatten_with_keys_fn=lambda block_map: (
+        [(pytree.GetAttrKey("labels"), block_map.labels)],
+        _parts(block_map)[1:],
+    ),
+    serialized_type_name="sla_ref.BlockMap",
+    to_dumpable_context=list,  # JSON has no tuples
+    from_dumpable_context=tuple,
+)

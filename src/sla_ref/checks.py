@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_block_size(name: str, value: object) -> None:
-    """Raise unless `value` is an int of at least 1."""
+    """Raise unless `value` is an int of at least 1 that fits into 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int >= 1, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value}")
+    if value < 1 or _beyond_64_bits(value):
+        raise ValueError(f"{name} must be an int >= 1, got {_shown(value)}")
+
+
+def check_scale(value: object) -> None:
+    """Raise unless `value` is a finite number above 0, in the range of float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"scale must be a finite number > 0, got {value!r} of type {type(value).__name__}")
+    if not 0 < value <= sys.float_info.max:  # a NaN fails both comparisons
+        raise ValueError(f"scale must be a finite number > 0, got {_shown(value)}")
+
+
+def _beyond_64_bits(value: object) -> bool:
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def _shown(value: object) -> str:
+    """The number as text; Python refuses to print an int of thousands of digits."""
+    return "an int beyond 64 bits" if _beyond_64_bits(value) else str(value)
 
 
 def check_ratio(name: str, value: object, *, zero_allowed: bool) -> None:
@@ -20,7 +41,14 @@ def check_ratio(name: str, value: object, *, zero_allowed: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     if not (0 <= value <= 1) or (value == 0 and not zero_allowed):  # a NaN fails the first comparison
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+        raise ValueError(f"{name} must be {allowed}, got {_shown(value)}")
+
+
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Raise unless the tensor is dense: not sparse, not nested, not in a layout of a library's own."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got layout {layout}")
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -29,9 +57,10 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_layout(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if 0 in tensor.shape:
             raise ValueError(f"{name} must have no empty dimension, got shape {tuple(tensor.shape)}")

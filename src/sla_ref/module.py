@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from . import backends
-from .attention import attend
-from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap
-from .checks import check_block_size, check_ratio
+from .attention import attend, prepare
+from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap, classify_blocks
+from .checks import FLOATS, check_block_size, check_ratio
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
 
 
@@ -97,24 +99,29 @@ class SparseLinearAttention(nn.Module):
         """
         if isinstance(query, Tensor) and query.dim() == 4 and query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got shape {tuple(query.shape)}")
-        own_map = block_map is None
-        sparse, linear, _ = attend(
-            query,
-            key,
-            value,
-            phi_query=self.phi_query,
-            phi_key=self.phi_key,
-            block_map=block_map,
-            critical_ratio=self.critical_ratio if own_map else None,
-            negligible_ratio=self.negligible_ratio if own_map else None,
-            block_q=self.block_q if own_map else None,
-            block_k=self.block_k if own_map else None,
-            scale=scale,
-            backend=self.backend,
-        )
-        # [Eq. 6] proj_l may be float32 beside bfloat16 tokens. Calling it, rather than taking its weight, keeps hooks
-        # and adapters.
-        return sparse + self.proj_l(linear.to(self.proj_l.weight.dtype)).to(sparse.dtype)
+        prepared = prepare(query, key, value, scale, self.backend)
+        if block_map is None:
+            block_map = classify_blocks(
+                prepared.query,
+                prepared.key,
+                self.critical_ratio,
+                self.negligible_ratio,
+                block_q=self.block_q,
+                block_k=self.block_k,
+            )
+        sparse, linear, _ = attend(prepared, self.phi_query, self.phi_key, block_map)
+        # [Eq. 6] proj_l may be float32 with bfloat16 tokens. A quantised one is given the tokens as they are. Calling
+        # it, rather than taking its weight, keeps hooks and adapters.
+        weight = getattr(self.proj_l, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype in FLOATS:
+            linear = linear.to(weight.dtype)
+        return sparse + self.proj_l(linear).to(sparse.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a new feature_map, which would only be printed: phi is made of it once."""
+        if name == "feature_map" and hasattr(self, name):
+            raise AttributeError("feature_map cannot be changed: make a new layer")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""

@@ -18,7 +18,8 @@ Glossary, for this file and for the one-letter names inside the kernels (paper s
     lse                 L_i             log-sum-exp of a row's critical scores, natural logarithm
     h, z                h_j, z_j        phi(K_j)^T V_j (D, D) and the column sums of phi(K_j) (D), per key block
     H, Z                H_i, Z_i        their sums over the marginal key blocks of query block i
-    dX                  dX              gradient of the loss by X; Ds, Dl = rowsum(dO * O) of each branch
+    dX                  dX              gradient of the loss with respect to X
+    Ds, Dl              D^s, D^l        row sums of dO * O, of the sparse and of the linear branch
 """
 
 from __future__ import annotations
@@ -75,10 +76,9 @@ def sparse_linear_attention(
         sparse and linear (B, H, Nq, D), lse (B, H, Nq), in the input's dtype. A row without critical key has sparse = 0
         and lse = -inf; a row with a zero denominator has linear = 0. Both have zero gradient.
     """
-    label = labels.repeat_interleave(block_q, 2).repeat_interleave(
-        block_k, 3
-    )  # (B, H, >= Nq, >= Nk), one per token pair
-    label = label[:, :, : query.shape[2], : key.shape[2]]
+    i = torch.arange(query.shape[2], device=labels.device) // block_q  # the block of each query
+    j = torch.arange(key.shape[2], device=labels.device) // block_k
+    label = labels[:, :, i[:, None], j]  # (B, H, Nq, Nk), one per token pair
 
     # Sparse branch: softmax over the critical keys, normalised over them only. [Eq. 4]
     critical = label == 1

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_map import MARGINAL, BlockMap
+from ..block_map import MARGINAL, BlockMap, trusted_map
 from ..protocol import Gradients, Inputs, Saved
 
 name = "torch"
@@ -40,6 +40,7 @@ def unsupported(query: Tensor, block_map: BlockMap) -> str | None:
 
 def forward(inputs: Inputs) -> Saved:
     """Algorithm 1; arguments and result as in `sla_ref.protocol.Backend`."""
+    inputs = _fitted(inputs)
     out_sparse, lse = _sparse_forward(inputs)
     return Saved(out_sparse, _linear_forward(inputs), lse)
 
@@ -48,6 +49,7 @@ def backward(
     grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
 ) -> Gradients:
     """Algorithm 2; arguments and result as in `sla_ref.protocol.Backend`."""
+    inputs = _fitted(inputs)
     dQ, dK, dV_sparse = _sparse_backward(grad_sparse, grad_lse, inputs, saved)
     dphi_Q, dphi_K, dV_linear = _linear_backward(grad_linear, inputs, saved)
     dV = dV_sparse.add_(dV_linear)  # [Alg. 2 L17] prints "=", which would lose the sparse part
@@ -56,6 +58,15 @@ def backward(
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def _fitted(inputs: Inputs) -> Inputs:
+    """The same with blocks no longer than their sequence: a single block of 16,384 may hold 64 tokens."""
+    of = inputs.block_map
+    block_q, block_k = min(of.block_q, of.query_length), min(of.block_k, of.key_length)
+    lengths = of.query_length, of.key_length
+    fitted = trusted_map(of.labels, block_q, block_k, *lengths, of.max_critical, of.is_uniform)
+    return inputs._replace(block_map=fitted)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
