@@ -16,11 +16,11 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
     Where the output is no terminal, a bar would not show: each loss is printed as a line instead.
     """
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
     with bar:
