@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,18 @@ def test_an_interrupted_finetune_goes_on_with_resume(capsys, monkeypatch, tmp_pa
     assert "the run in this folder is finished" in error(capsys, *command, "--resume")
 
 
+def test_ctrl_c_while_torch_is_loading_is_one_line(tmp_path):
+    """A torch that is interrupted when it is imported stands for the seconds that the real one takes."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), str(Path(sla_ref.__file__).parents[1])])
+    command = [sys.executable, "-m", "sla_ref", "backends"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "sla-ref: interrupted\n")
+    script = [sys.executable, "-c", "import sla_ref"]  # somebody else's program
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    assert "Traceback" in done.stderr and "sla-ref" not in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("place", ["sla_ref.lab.runs.load_weights", "sla_ref.lab.evaluate.held_out"])
 def test_ctrl_c_before_the_first_step_promises_nothing(capsys, monkeypatch, tmp_path, trained, place):
     def interrupted(*arguments, **options):
@@ -157,7 +170,8 @@ def test_ctrl_c_before_the_first_step_promises_nothing(capsys, monkeypatch, tmp_
     assert "--resume" not in said.out
 
 
-def test_demo_writes_its_pictures_and_its_report(capsys, tmp_path, trained):
+def test_demo_writes_its_pictures_and_its_report(capsys, monkeypatch, tmp_path, trained):
+    monkeypatch.setenv("COLUMNS", "20")  # tables are printed whole all the same
     out = tmp_path / "demo"
     ends = ["--teacher", trained[0], "--student", trained[1], "--device", "cpu", "--backend", "torch"]
     run("demo", "--out", out, *ends, *TINY, "--samples", "2", "--sample-steps", "2", "--seed", "3")
@@ -183,6 +197,7 @@ def test_demo_writes_its_pictures_and_its_report(capsys, tmp_path, trained):
         "SLA, shipped, 2 steps",
     ]
     assert all(name in said for name in rows)
+    assert all(f"{row['held_out_loss']:.4f}" in said for row in rows.values())
     assert rows["full attention"]["distance"] == 0
     assert rows["SLA, 2 steps"]["attention_flops"] > rows["sparse only, 2 steps"]["attention_flops"]
     assert (report["seed"], report["backend"], len(report["attention_maps"])) == (3, "torch", 2)

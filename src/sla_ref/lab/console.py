@@ -31,6 +31,6 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
             if loss is not None:
                 bar.update(task, note=f"loss {loss:.4f}")
                 if not console.is_terminal:
-                    console.print(f"{title}: step {done} of {total}, loss {loss:.4f}")
+                    console.print(f"{title}: step {done} of {total}, loss {loss:.4f}", soft_wrap=True)
 
         yield tick

@@ -67,12 +67,13 @@ def run(
     new_folder(out)
     console.print(
         f"A video model of {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
-        f"{teacher.config.tokens} tokens a clip, on {machine(device)['device']}.\n"
+        f"{teacher.config.tokens} tokens a clip, on {machine(device)['device']}.\n",
+        soft_wrap=True,
     )
 
     layers = _look(teacher, data, console)
-    console.print(_maps_table(layers))
-    console.print("Shares of weights; stable rank of the map, of its largest weights, of the rest.\n")
+    _print_table(console, _maps_table(layers))
+    console.print("Shares of weights; stable rank of the map, of its largest weights, of the rest.\n", soft_wrap=True)
 
     swapped = with_attention(teacher, "sla", **RATIOS)
     classes, title = _classes(swapped, teacher, data)
@@ -107,9 +108,12 @@ def run(
     figures.overview(out / "overview.png", few, captions[:2], classes, title)
 
     console.print()
-    console.print(_result_table(rows, clips))
-    console.print("Loss and distance to the teacher: mean squares over the predicted velocity.")
-    console.print("GFLOPs: all attention, one forward of one clip. Sparsity: 1 - critical share.")
+    _print_table(console, _result_table(rows, clips))
+    console.print(
+        "Loss and distance to the teacher: mean squares over the predicted velocity.\n"
+        "GFLOPs: all attention, one forward of one clip. Sparsity: 1 - critical share.",
+        soft_wrap=True,
+    )
     report = {
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(device),
@@ -233,6 +237,11 @@ def _sample(
         with progress_bar(console, f"sampling: {name}", steps) as tick:
             videos[name] = flow.sample(model.eval(), noise, labels, steps, tick).cpu()
     return videos
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Whole, where rich would cut figures off: a narrow terminal wraps its lines."""
+    Console(width=max(console.width, 80), file=console.file, quiet=console.quiet).print(table)
 
 
 def _maps_table(layers: list[dict[str, float]]) -> Table:
