@@ -21,7 +21,7 @@ import torch
 
 from sla_ref import cli
 from sla_ref.integrations import checkpoints
-from sla_ref.lab.train import read_checkpoint, write_checkpoint
+from sla_ref.lab.checkpoint import read_checkpoint, write_checkpoint
 from sla_ref.lab.weights import load_weights
 from tests import ranks
 

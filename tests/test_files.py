@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sla_ref.files import append_line, whole
+from sla_ref.lab.checkpoint import write_checkpoint
 from sla_ref.lab.model import ModelConfig, VideoTransformer
-from sla_ref.lab.train import write_checkpoint
 from sla_ref.lab.weights import save_weights
 
 

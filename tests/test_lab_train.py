@@ -6,14 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
 
+from sla_ref.lab.checkpoint import read_checkpoint, write_checkpoint
 from sla_ref.lab.config import TrainConfig
 from sla_ref.lab.model import ModelConfig, VideoTransformer, with_attention
-from sla_ref.lab.train import distance_to, flow_loss, read_checkpoint, train, write_checkpoint
+from sla_ref.lab.train import distance_to, flow_loss, train
 
 TINY = ModelConfig(frames=2, size=16, width=32, depth=2, heads=2, block=8)
 CONFIG = TrainConfig(steps=9, batch=4, learning_rate=1e-2)
@@ -179,6 +181,23 @@ def test_resuming_names_what_differs(finished, tmp_path):
         train(model(), RESUME, finished)
     expected = read_checkpoint(finished / "checkpoint.pt")["model"]
     assert all(torch.equal(weight, expected[name]) for name, weight in resume(finished).state_dict().items())
+
+
+def test_a_run_that_trains_a_part_of_the_model_goes_on(tmp_path):
+    """What is not trained has no optimizer state, and none is missing."""
+    made = []
+    for number, config in enumerate((CONFIG, RESUME)):
+        made.append(with_attention(model(), "sla"))
+        for name, parameter in made[number].named_parameters():
+            parameter.requires_grad_("proj_l" in name)
+        with suppress(KeyboardInterrupt):
+            train(made[number], config, tmp_path / "run", tick=signal_at(5 if not number else 0, signal.SIGINT))
+    whole = with_attention(model(), "sla")
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_("proj_l" in name)
+    train(whole, CONFIG)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(made[1])[name]), name
 
 
 def edited(change):

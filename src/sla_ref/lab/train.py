@@ -13,15 +13,10 @@ process, so a run may go on with another number of them.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
-import pickle
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -32,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import append_line, run_folder, whole
+from ..files import append_line, run_folder
 from . import distributed, flow
+from .checkpoint import keep_lines, read_checkpoint, write_checkpoint
 from .config import TrainConfig
 from .model import VideoTransformer
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
 class Batch(NamedTuple):
@@ -110,7 +106,7 @@ def train(
         if out is not None and config.resume:
             run.load(out / CHECKPOINT)
             if folder is not None:
-                _keep_lines(folder / "metrics.jsonl", run.step)
+                keep_lines(folder / METRICS, run.step)
         model.train()
         while run.step < config.steps and not stop:
             run.advance()
@@ -119,7 +115,7 @@ def train(
                 line = run.log_line()
                 loss = line["loss"]
                 if folder is not None:
-                    append_line(folder / "metrics.jsonl", line)
+                    append_line(folder / METRICS, line)
             tick(run.step, loss)
             stop = distributed.any_rank(bool(noted))
             if out is not None and (stop or run.step % save_every == 0 or run.step == config.steps):
@@ -227,18 +223,15 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Goes back to where a run of the same identity was saved; ValueError where the file is not of one."""
-        state, own = read_checkpoint(path), self.state()
-        _check_identity(path, state, own["identity"])
-        if distributed.rank() == 0:  # the only one that sees whole states
-            _check_form(f"checkpoint {path} is damaged: ", state, own)
+        state = read_checkpoint(path, self.state(), whole=distributed.rank() == 0)
         self.step, self.logged = state["step"], state["logged"]
         if not 0 <= self.logged <= self.step <= self.config.steps or self.step != state["scheduler"]["last_epoch"]:
             raise ValueError(f"checkpoint {path} is damaged: its step {self.step} cannot be")
-        try:
-            self.data.generator.set_state(state["clips"])
-            self.noise.set_state(state["noise"])
-        except RuntimeError as error:
-            raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+        for name, generator in (("clips", self.data.generator), ("noise", self.noise)):
+            try:
+                generator.set_state(state[name])
+            except RuntimeError as error:
+                raise ValueError(f"checkpoint {path} is damaged: {name} is no generator's state") from error
         distributed.load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.loss_sum.copy_(state["loss_sum"])
@@ -268,68 +261,3 @@ def _noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """A file of torch's, and its SHA-256 behind it: torch itself loads flipped bits without a word."""
-    buffer = io.BytesIO()  # not to the file at once: torch does not say why one cannot be written
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    with whole(path) as temporary:
-        temporary.write_bytes(content + hashlib.sha256(content).digest())
-
-
-def read_checkpoint(path: Path) -> Any:
-    """What `write_checkpoint` was given, on the CPU; ValueError where the file is not what it wrote."""
-    content = path.read_bytes()
-    content, digest = content[:-32], content[-32:]
-    if hashlib.sha256(content).digest() != digest:
-        raise ValueError(f"checkpoint {path} is damaged: its checksum does not match")
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # without torch's advice, which is to let the file run code
-        raise ValueError(f"checkpoint {path} is damaged: it holds more than tensors and numbers") from error
-
-
-def _check_identity(path: Path, state: Any, own: dict[str, Any]) -> None:
-    identity = state.get("identity") if isinstance(state, dict) else None
-    if not isinstance(identity, dict):
-        raise ValueError(f"checkpoint {path} is damaged: it does not say of which run it is")
-    for key in own.keys() | identity.keys():
-        there, here = identity.get(key, "nothing"), own.get(key, "nothing")
-        if there != here:
-            raise ValueError(f"checkpoint {path} was made with {key} = {there}, got {here}; a resumed run must keep it")
-
-
-def _check_form(place: str, found: Any, expected: Any) -> None:
-    """ValueError unless the one is built as the other: the same keys, types, and shapes of tensors."""
-    if isinstance(expected, (list, tuple)) and type(found) is type(expected):
-        found, expected = dict(enumerate(found)), dict(enumerate(expected))
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in found.keys() ^ expected.keys():
-            raise ValueError(f"{place}{key} {'is missing' if key in expected else 'is too much'}")
-        for key, value in expected.items():
-            _check_form(f"{place}{key}/", found[key], value)
-    elif isinstance(expected, Tensor) and isinstance(found, Tensor):
-        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(
-                f"{place[:-1]} must be {expected.dtype} {tuple(expected.shape)}, got {found.dtype} {tuple(found.shape)}"
-            )
-    elif type(found) is not type(expected):
-        raise ValueError(f"{place[:-1]} must be of type {type(expected).__name__}, got {type(found).__name__}")
-
-
-def _keep_lines(path: Path, step: int) -> None:
-    """Drops the metrics of steps that a resumed run will take again, and lines that are damaged."""
-    *lines, last = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else [""]
-    kept, damaged = [], 0
-    for line in [*lines, last] if last else lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (KeyError, TypeError, ValueError):
-            damaged += 1
-    if damaged:
-        warnings.warn(f"{path}: {damaged} damaged line(s) dropped", stacklevel=3)
-    with whole(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
