@@ -221,6 +221,7 @@ def edited(change):
         (edited(lambda state: state.pop("step")), "step is missing"),
         (edited(lambda state: state.update(step=10**9)), "its step 1000000000 cannot be"),
         (edited(lambda state: state.update(step=8)), "its step 8 cannot be"),
+        (edited(lambda state: state.update(step=8, logged=8)), "its step 8 cannot be"),
         (edited(lambda state: state.update(step="9")), "step must be of type int, got str"),
         (edited(lambda state: state["model"].pop("out.bias")), "model/out.bias is missing"),
         (edited(lambda state: state["model"].update(more=1)), "model/more is too much"),
