@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +25,11 @@ from rich.table import Table
 
 from sla_ref.files import whole
 from sla_ref.lab import evaluate
+from sla_ref.lab.config import PRECISIONS, TrainConfig
 from sla_ref.lab.console import progress_bar
 from sla_ref.lab.machine import machine
 from sla_ref.lab.model import VideoTransformer, with_attention
-from sla_ref.lab.train import PRECISIONS, TrainConfig, train
+from sla_ref.lab.train import train
 from sla_ref.lab.weights import TEACHER, load_weights
 
 # Name in the tables: the attention, and what is trained (part of a parameter's name).
@@ -66,11 +66,15 @@ def run(
 ) -> dict[str, Any]:
     """One fine-tune: what came out, and the mean training loss of each stretch of steps."""
     model = student(teacher, arm)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        train(model, config, out, log_every=max(1, config.steps // POINTS), save_every=config.steps, tick=tick)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = {"step": [line["step"] for line in lines], "loss": [line["loss"] for line in lines]}
+    curve: dict[str, list[float]] = {"step": [], "loss": []}
+
+    def follow(step: int, loss: float | None) -> None:
+        if loss is not None:
+            curve["step"].append(step)
+            curve["loss"].append(loss)
+        tick(step, loss)
+
+    train(model, config, log_every=max(1, config.steps // POINTS), tick=follow)
     about = {"arm": arm, "steps": config.steps, "seed": config.seed}
     return about | measure(model, data, target) | {"training": curve}
 
@@ -119,7 +123,7 @@ def main(
         table.add_row(arm, *cells)
     console.print(table)
     if out is not None:
-        settings = asdict(configs[0])
+        settings = configs[0].recipe()
         del settings["steps"], settings["seed"]
         result = {
             "machine": machine(where),
@@ -134,7 +138,7 @@ def main(
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

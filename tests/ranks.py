@@ -9,7 +9,8 @@ import functools
 import os
 import signal
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -31,9 +32,9 @@ from sla_ref.integrations.checkpoints import (
 )
 from sla_ref.integrations.ulysses import gather_tokens, split_tokens, ulysses_attention
 from sla_ref.lab import distributed
-from sla_ref.lab import train as loop
+from sla_ref.lab.config import TrainConfig
 from sla_ref.lab.model import ModelConfig, VideoTransformer, with_attention
-from sla_ref.lab.train import TrainConfig, train
+from sla_ref.lab.train import Run, train
 
 TOKENS = 45  # 23 on one rank and 22 on the other
 CONFIG = TrainConfig(steps=6, batch=4, learning_rate=1e-2)
@@ -136,6 +137,17 @@ def training(folder: Path, name: str, config: TrainConfig = CONFIG, **options) -
         train(small_model(), config, folder / name, log_every=1, **options)
 
 
+def interrupt_at(when: int | None):
+    """For `train`: Ctrl-C, twice, after the loss of a step has been noted."""
+
+    def tick(step: int, loss: float | None) -> None:
+        if step == when:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    return tick
+
+
 def message(function, *arguments, **options) -> str:
     """Of the error that a call must raise."""
     try:
@@ -232,8 +244,14 @@ def split(folder: Path) -> None:
 def trained(folder: Path) -> None:
     """The lab's training under DDP and FSDP2, interrupted by what another number of processes began."""
     training(folder, "ddp")
-    training(folder, "fsdp", fsdp=True)
-    training(folder, "resumed", resume=True, fsdp=True)
+    training(folder, "fsdp", replace(CONFIG, fsdp=True))
+    training(folder, "resumed", replace(CONFIG, fsdp=True, resume=True))
+    # A signal reaches one rank alone; the other one must not wait for it.
+    tick = interrupt_at(3) if dist.get_rank() else interrupt_at(None)
+    with suppress(KeyboardInterrupt):
+        training(folder, "interrupted", tick=tick)
+        raise AssertionError("this rank trained on")
+    training(folder, "interrupted", replace(CONFIG, resume=True))
     said = message(training, folder, "uneven", TrainConfig(batch=3))
     model = small_model()
     distributed.wrap(model, fsdp=True)
@@ -271,14 +289,14 @@ def finetune(folder: Path, name: str, **options: object) -> None:
 
 def failing(folder: Path) -> None:
     """Rank 1 alone meets an error, where rank 0 waits for its gradients."""
-    advance = loop._Run.advance
+    advance = Run.advance
 
-    def advance_or_raise(run, *models):
+    def advance_or_raise(run: Run) -> Tensor:
         if run.step == 2 and int(os.environ["RANK"]) == 1:
             raise ValueError("the clips ran out")
-        return advance(run, *models)
+        return advance(run)
 
-    loop._Run.advance = advance_or_raise
+    Run.advance = advance_or_raise  # type: ignore[method-assign]
     finetune(folder, "failing", steps=50)
 
 

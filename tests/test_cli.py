@@ -1,9 +1,12 @@
 """The command line: every command on a tiny model, and errors that are one line."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,12 +26,14 @@ def run(*arguments) -> None:
     assert end.value.code == 0
 
 
-def error(capsys, *arguments) -> str:
+def error(capsys, *arguments, code=2) -> str:
     """Runs a command that must fail with one clear line; returns it."""
     with pytest.raises(SystemExit) as end:
         cli.main([str(each) for each in arguments])
-    assert end.value.code == 1
-    lines = capsys.readouterr().err.strip()
+    assert end.value.code == code
+    said = capsys.readouterr()
+    print(said.out)  # for the test
+    lines = said.err.strip().removeprefix("stopping after this step\n")
     assert lines.startswith("sla-ref: ")
     return lines
 
@@ -48,7 +53,7 @@ def test_help_is_quick_because_it_loads_no_lab():
         "import sys; from sla_ref import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'sklearn', 'matplotlib', 'PIL', 'sla_ref.lab', 'triton'} & set(sys.modules)))"
+        "print(sorted({'sklearn', 'matplotlib', 'PIL', 'sla_ref.lab.train', 'triton'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
     assert "train-teacher" in result.stdout
@@ -66,11 +71,18 @@ def test_without_typer_the_line_that_installs_it_is_printed():
 
 @pytest.mark.parametrize("command", ["demo", "train-teacher", "finetune"])
 def test_a_missing_package_of_the_extra_is_named(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(cli, "WEIGHTS", ("json", "no_such_package"))
     monkeypatch.setattr(cli, "LAB", ("json", "no_such_package"))
     said = error(capsys, command, "--out", tmp_path / "out")
     assert "needs no_such_package" in said
     assert "pip install 'sla-ref[lab]'" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_training_needs_nothing_that_only_the_demo_uses(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    run("train-teacher", "--out", tmp_path / "out", "--device", "cpu", *TINY, *MODEL)
 
 
 def test_backends_are_listed_with_their_reasons(capsys):
@@ -106,33 +118,60 @@ def test_a_card_speaks_for_the_rounded_weights(trained):
 
 
 def test_an_interrupted_finetune_goes_on_with_resume(capsys, monkeypatch, tmp_path, trained):
-    from sla_ref.lab import train as loop
+    from sla_ref.lab import runs
     from sla_ref.lab.weights import load_weights
 
-    out = tmp_path / "run"
+    out = tmp_path / "run[/]"  # brackets are markup to rich
     command = ["finetune", "--teacher", trained[0], "--out", out, "--device", "cpu", *TINY]
-    advance = loop._Run.advance
+    train = runs.train
 
-    def interrupted(self, *models):
-        if self.step == 1:
-            raise KeyboardInterrupt
-        return advance(self, *models)
+    def interrupted(*arguments, tick, **options):
+        train(*arguments, tick=lambda step, loss: signal.raise_signal(signal.SIGINT), **options)
 
-    monkeypatch.setattr(loop._Run, "advance", interrupted)
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(each) for each in command])
-    assert end.value.code == 130
-    assert "--resume goes on from" in capsys.readouterr().out
-    monkeypatch.setattr(loop._Run, "advance", advance)
+    monkeypatch.setattr(runs, "train", interrupted)
+    assert "sla-ref: interrupted" in error(capsys, *command, code=130)
+    monkeypatch.setattr(runs, "train", train)
     assert "not empty" in error(capsys, *command)
+    for change, message in (
+        (["--objective", "teacher"], "was made with objective = flow, got teacher"),
+        (["--teacher", trained[1]], "was made with teacher = weights with sha256"),
+    ):
+        assert message in error(capsys, *command, "--resume", *change)
     run(*command, "--resume")
+    assert f"weights: {out / 'sla.safetensors'}" in capsys.readouterr().out
     resumed, uninterrupted = (load_weights(path)[0] for path in (out / "sla.safetensors", trained[1]))
     for name, weight in resumed.state_dict().items():
         assert torch.equal(weight, uninterrupted.state_dict()[name])
     assert "the run in this folder is finished" in error(capsys, *command, "--resume")
 
 
-def test_demo_writes_its_pictures_and_its_report(capsys, tmp_path, trained):
+def test_ctrl_c_while_torch_is_loading_is_one_line(tmp_path):
+    """A torch that is interrupted when it is imported stands for the seconds that the real one takes."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), str(Path(sla_ref.__file__).parents[1])])
+    command = [sys.executable, "-m", "sla_ref", "backends"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "sla-ref: interrupted\n")
+    script = [sys.executable, "-c", "import sla_ref"]  # somebody else's program
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    assert "Traceback" in done.stderr and "sla-ref" not in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("place", ["sla_ref.lab.runs.load_weights", "sla_ref.lab.evaluate.held_out"])
+def test_ctrl_c_before_the_first_step_promises_nothing(capsys, monkeypatch, tmp_path, trained, place):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["finetune", "--teacher", str(trained[0]), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert (end.value.code, said.err) == (130, "sla-ref: interrupted\n")
+    assert "--resume" not in said.out
+
+
+def test_demo_writes_its_pictures_and_its_report(capsys, monkeypatch, tmp_path, trained):
+    monkeypatch.setenv("COLUMNS", "20")  # tables are printed whole all the same
     out = tmp_path / "demo"
     ends = ["--teacher", trained[0], "--student", trained[1], "--device", "cpu", "--backend", "torch"]
     run("demo", "--out", out, *ends, *TINY, "--samples", "2", "--sample-steps", "2", "--seed", "3")
@@ -158,6 +197,7 @@ def test_demo_writes_its_pictures_and_its_report(capsys, tmp_path, trained):
         "SLA, shipped, 2 steps",
     ]
     assert all(name in said for name in rows)
+    assert all(f"{row['held_out_loss']:.4f}" in said for row in rows.values())
     assert rows["full attention"]["distance"] == 0
     assert rows["SLA, 2 steps"]["attention_flops"] > rows["sparse only, 2 steps"]["attention_flops"]
     assert (report["seed"], report["backend"], len(report["attention_maps"])) == (3, "torch", 2)
@@ -172,18 +212,74 @@ def test_demo_writes_its_pictures_and_its_report(capsys, tmp_path, trained):
     ("arguments", "message"),
     [
         (["--device", "abacus"], "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
+        (["--device", "meta"], "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "cuda:99"], "device is 'cuda:99', but"),
         (["--attention", "dense"], "attention must be one of full, sla"),
         (["--objective", "beauty"], "objective must be one of flow, teacher, got 'beauty'"),
         (["--backend", "abacus"], "abacus"),
         (["--critical-ratio", "0"], "critical_ratio must be"),
-        (["--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
+        (["--learning-rate", "0"], "learning_rate must be positive and finite, got 0.0"),
+        (["--block", "0"], "block must be at least 1, got 0"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--steps", "many"], "Invalid value for '--steps'"),
+        (["--seed", str(2**64)], "seed must be at most 18446744073709551615, got 18446744073709551616"),
+        (["--nope"], "No such option: --nope"),
     ],
 )
-def test_bad_options_are_one_line_and_write_nothing(capsys, tmp_path, trained, arguments, message):
+def test_bad_options_are_one_line_and_write_nothing(capsys, monkeypatch, tmp_path, trained, arguments, message):
+    monkeypatch.setenv("COLUMNS", "20")
     out = tmp_path / "out"
     said = error(capsys, "finetune", "--teacher", trained[0], "--out", out, *TINY, *arguments)
     assert message in said
+    assert "\n" not in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("heads", 0, "heads must be at least 1, got 0"),
+        ("heads", -2, "heads must be at least 1, got -2"),
+        ("depth", 0, "depth must be at least 1, got 0"),
+        ("width", 0, "width must be at least 2, got 0"),
+        ("size", -16, "size must be at least 16, got -16"),
+        ("frames", -1, "frames must be at least 1, got -1"),
+    ],
+)
+def test_bad_sizes_are_one_line_and_write_nothing(capsys, tmp_path, option, value, message):
+    assert error(capsys, "train-teacher", "--out", tmp_path / "out", f"--{option}={value}") == f"sla-ref: {message}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_refuses_what_would_make_its_report_untrue(capsys, tmp_path, trained):
+    teacher, student = trained
+    for arguments, message in (
+        (["--objective", "nope"], "objective must be one of flow, teacher, got 'nope'"),
+        (["--teacher", student], "teacher must have full attention"),
+        (["--teacher", teacher], "student must be for the teacher's frames and size, (4, 16), got (16, 32)"),
+    ):
+        assert message in error(capsys, "demo", "--out", tmp_path / "out", *arguments)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_leftover_of_torchrun_in_the_environment_changes_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "old")
+    run("train-teacher", "--out", tmp_path / "out", "--device", "cpu", *TINY, *MODEL)
+    assert "got 0" in error(capsys, "train-teacher", "--out", tmp_path / "other", "--steps", "0")
+
+
+def test_a_folder_whose_name_the_terminal_cannot_show(monkeypatch, tmp_path):
+    """A terminal of ASCII alone. A byte that is no UTF-8 is a surrogate to Python."""
+    out, files = tmp_path / os.fsdecode("é[red]:smile:".encode() + b"\xff"), {}
+    for name in ("stdout", "stderr"):
+        files[name] = io.BytesIO()
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(files[name], encoding="ascii", write_through=True))
+    command = ["train-teacher", "--out", out, "--device", "cpu", *TINY, *MODEL]
+    run(*command)
+    assert rb"\xe9[red]:smile:\udcff/full.safetensors" + b"\n" in files["stdout"].getvalue()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(each) for each in command])
+    assert rb"\xe9[red]:smile:\udcff/full.safetensors is there already" in files["stderr"].getvalue()
 
 
 def test_a_damaged_weights_file_is_named(capsys, tmp_path, trained):

@@ -20,6 +20,7 @@ import torch
 
 from sla_ref import cli
 from sla_ref.integrations import checkpoints
+from sla_ref.lab.checkpoint import read_checkpoint, write_checkpoint
 from sla_ref.lab.weights import load_weights
 from tests import ranks
 
@@ -65,13 +66,8 @@ def split(folder):
 @pytest.fixture(scope="module")
 def trained(folder):
     """The runs of two ranks, one of which goes on from a run of one process, and how the session ended."""
-
-    def interrupt(step, loss):
-        if step == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        ranks.training(folder, "resumed", tick=interrupt)
+        ranks.training(folder, "resumed", tick=ranks.interrupt_at(3))
     session = torchrun(ROOT / "tests" / "ranks.py", "trained", folder)
     assert session.returncode == 0, session.stderr
     return torch.load(folder / "trained.pt"), session
@@ -210,12 +206,12 @@ def alone(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed", "interrupted"])
 def test_the_loss_curve_is_that_of_one_process(folder, trained, alone, name):
     found, expected = lines(folder / name), lines(alone)
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
-    first, second = (torch.load(path / "checkpoint.pt") for path in (folder / name, alone))
+    first, second = (read_checkpoint(path / "checkpoint.pt") for path in (folder / name, alone))
     close(first["model"], second["model"], atol=1e-4, rtol=1e-4)
     assert first["identity"] == second["identity"]
 
@@ -224,19 +220,19 @@ def test_the_loss_curve_is_that_of_one_process(folder, trained, alone, name):
 def test_one_process_goes_on_where_two_stopped(folder, trained, tmp_path, monkeypatch, alone, name):
     """From the checkpoint of step 6, six steps more."""
     longer = ranks.TrainConfig(**{**ranks.CONFIG.__dict__, "steps": 6})
-    state = torch.load(folder / name / "checkpoint.pt")
-    reference = torch.load(alone / "checkpoint.pt")
+    state = read_checkpoint(folder / name / "checkpoint.pt")
+    reference = read_checkpoint(alone / "checkpoint.pt")
     assert state["optimizer"]["state"].keys() == reference["optimizer"]["state"].keys()
     for place, model in ((tmp_path / "two", state), (tmp_path / "one", reference)):
         place.mkdir()
-        torch.save(model, place / "checkpoint.pt")
+        write_checkpoint(place / "checkpoint.pt", model)
     runs = []
     for place in ("two", "one"):
         model = ranks.small_model()
-        run = ranks.loop._Run(model, longer, torch.device("cpu"))
+        run = ranks.Run(model, longer)
         run.load(tmp_path / place / "checkpoint.pt")
         run.scheduler.last_epoch = 3  # the schedule ends at step 6
-        runs.append([run.advance(model, None).item() for _ in range(3)])
+        runs.append([run.advance().item() for _ in range(3)])
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
@@ -270,7 +266,7 @@ def test_the_command_writes_what_one_process_writes(folder, trained, tmp_path):
 
 def test_fsdp_without_torchrun_is_refused(folder, tmp_path, capsys):
     teacher = folder / "teacher" / "full.safetensors"
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         cli.main(["finetune", f"--teacher={teacher}", f"--out={tmp_path / 'out'}", "--device=cpu", "--fsdp"])
     assert "sla-ref: fsdp needs the processes that torchrun starts" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

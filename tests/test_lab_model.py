@@ -48,7 +48,7 @@ def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity():
 
 
 def test_patches_go_in_and_come_out_in_the_same_places():
-    identity = VideoTransformer(replace(TINY, width=32, depth=0))
+    identity = VideoTransformer(replace(TINY, width=32, depth=1))  # its block starts as the identity
     with torch.no_grad():
         identity.patch_embedding.weight.copy_(torch.eye(32, 16))
         identity.patch_embedding.bias.zero_()

@@ -62,7 +62,7 @@ def _rewrite(path, tensors=None, **changes):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = tensors or load_file(path)
-    metadata = metadata | changes | {"sha256": weights._checksum(tensors)}
+    metadata = metadata | changes | {"sha256": weights.checksum(tensors)}
     save_file(tensors, path, {name: text for name, text in metadata.items() if text})
 
 

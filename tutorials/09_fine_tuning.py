@@ -113,7 +113,8 @@ assert all(gradients["sla"][name].abs().max() > 0 for name in added)
 # All parameters are trained, with AdamW on a one-cycle schedule. One step, from the source:
 
 # %%
-show_source(train._Run.advance)
+show_source(train.flow_loss)
+show_source(train.Run.advance)
 
 # %% [markdown]
 # The loss can be the flow loss, or the distance to the teacher's prediction ("white box", exercise 1). Four steps of

@@ -1,5 +1,6 @@
 """sla_ref: sparse-linear attention (SLA, arXiv 2509.24006) as a readable specification with tested backends."""
 
+from . import _interrupt as _interrupt  # isort: skip  (before torch)
 from . import reference
 from .attention import SLAOutput, sparse_linear_attention
 from .backends import (

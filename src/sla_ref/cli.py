@@ -6,14 +6,22 @@ named by the command that needs it.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from .lab.config import TrainConfig
+from .lab.model import ModelConfig
 
 INSTALL = "  pip install 'sla-ref[lab]'    (in a clone of the repository: pip install '.[lab]')"
 
@@ -26,41 +34,74 @@ except ImportError as missing:
 if TYPE_CHECKING:
     import torch
 
-LAB = ("safetensors", "sklearn", "matplotlib", "PIL")
+WEIGHTS = ("safetensors", "sklearn")  # what training needs
+LAB = (*WEIGHTS, "matplotlib", "PIL")
+# typer does not export it: the base of all that is wrong with a command as it was typed.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     help="Sparse-linear attention (SLA): a demo, the lab's training runs, the backends.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-console = Console()
+console = Console(markup=False, emoji=False, highlight=False)  # a path is printed as it is
 
 Out = Annotated[Path, typer.Option(help="A new or empty folder for everything this run writes.")]
-Seed = Annotated[int, typer.Option(help="Decides clips, noise and initial weights.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda where there is one.")]
 Backend = Annotated[str | None, typer.Option(help="Backend for SLA; see `sla-ref backends`. Default: auto.")]
-Steps = Annotated[int, typer.Option(help="Training steps.", min=1)]
-Batch = Annotated[int, typer.Option(help="Clips per step, of all processes together.", min=1)]
 Clips = Annotated[int, typer.Option(help="Held-out clips to evaluate on.", min=1)]
-Rate = Annotated[float, typer.Option("--learning-rate", help="Peak of the one-cycle schedule.")]
 Objective = Annotated[str, typer.Option(help="flow: the velocity; teacher: the teacher's prediction (white box).")]
-Precision = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")]
-Fsdp = Annotated[bool, typer.Option("--fsdp", help="Under torchrun: split the parameters too (FSDP2), not only clips.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")]
+
+TRAINING = ("steps", "batch", "learning_rate", "seed", "precision", "compile", "fsdp", "resume")
+SHAPE = ("size", "frames", "width", "depth", "heads")
+ATTENTION = ("attention", "critical_ratio", "negligible_ratio", "block")
+
+
+def flags(**fields_of: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command, in place of a parameter that is a dataclass, a flag for each of the fields named here.
+
+    Help comes from the field's `option`, the default from that of the parameter. typer reads a command's signature, so
+    the signature is what changes.
+    """
+
+    def change(command: Callable[..., None]) -> Callable[..., None]:
+        signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+
+        @functools.wraps(command)
+        def with_flags(**given: Any) -> None:
+            for name, fields in fields_of.items():
+                default = signature.parameters[name].default
+                given[name] = dataclasses.replace(default, **{field: given.pop(field) for field in fields})
+            command(**given)
+
+        parameters = []
+        for name, parameter in signature.parameters.items():
+            parameter = parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
+            if name not in fields_of:
+                parameters.append(parameter)
+                continue
+            kinds = get_type_hints(hints[name])
+            helps = {each.name: each.metadata.get("help") for each in dataclasses.fields(hints[name])}
+            for field in fields_of[name]:
+                switch = [f"--{field}"] if kinds[field] is bool else []  # without its --no-...
+                kind = Annotated[kinds[field], typer.Option(*switch, help=helps[field])]  # type: ignore[valid-type]
+                default = getattr(parameter.default, field)
+                parameters.append(parameter.replace(name=field, annotation=kind, default=default))
+        with_flags.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return with_flags
+
+    return change
 
 
 @app.command()
+@flags(config=("steps", "batch", "learning_rate", "seed", "precision", "compile"))
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="A new or empty folder. Default: runs/demo-, then date and time.")
     ] = None,
-    steps: Steps = 80,
-    batch: Batch = 8,
-    learning_rate: Rate = 1e-3,
+    config: TrainConfig = TrainConfig(steps=80, batch=8, learning_rate=1e-3),  # noqa: B008 (frozen)
     objective: Objective = "flow",
-    seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = None,
     clips: Clips = 64,
@@ -76,15 +117,14 @@ def demo(
     """Put SLA into a small video model, fine-tune it, and show what came out."""
     _require(LAB)
     from .lab import demo as lab_demo
-    from .lab.train import TrainConfig
-    from .lab.weights import STUDENT, TEACHER
+    from .lab import weights
 
     with _using(backend):
         lab_demo.run(
             out or Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"),
-            teacher or TEACHER,
-            student or STUDENT,
-            TrainConfig(steps=steps, batch=batch, learning_rate=learning_rate, seed=seed),
+            teacher or weights.TEACHER,
+            student or weights.STUDENT,
+            config,
             _device(device),
             console,
             objective=objective,
@@ -95,103 +135,42 @@ def demo(
 
 
 @app.command()
+@flags(config=TRAINING, model=SHAPE)
 def train_teacher(
     out: Out,
-    steps: Steps = 12_000,
-    batch: Batch = 64,
-    learning_rate: Rate = 2e-3,
-    seed: Seed = 0,
+    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
     device: Device = "auto",
-    precision: Precision = "float32",
-    compile: Compile = False,
-    fsdp: Fsdp = False,
-    resume: Resume = False,
     clips: Clips = 1024,
-    size: Annotated[int, typer.Option(help="Height and width of a frame, in pixels.")] = 32,
-    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
-    pairs: Annotated[float, typer.Option(help="Share of clips that show two digits.")] = 0.0,
-    width: Annotated[int, typer.Option(help="Width of the model.")] = 128,
-    depth: Annotated[int, typer.Option(help="Blocks of the model.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 2,
+    model: ModelConfig = ModelConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Train the small video model with full attention, from scratch."""
-    _require(LAB)
-    from .lab import jobs
-    from .lab.model import ModelConfig
-    from .lab.train import TrainConfig
+    _require(WEIGHTS)
+    from .lab import runs
 
-    with _training(device) as (where, output):
-        jobs.train_teacher(
-            ModelConfig(frames=frames, size=size, pairs=pairs, width=width, depth=depth, heads=heads),
-            TrainConfig(
-                steps=steps,
-                batch=batch,
-                learning_rate=learning_rate,
-                seed=seed,
-                precision=precision,
-            ),
-            out,
-            where,
-            output,
-            clips=clips,
-            resume=resume,
-            compiled=compile,
-            fsdp=fsdp,
-        )
+    with _training(device, out) as (where, output):
+        runs.train_teacher(model, config, out, where, output, clips=clips)
 
 
 @app.command()
+@flags(config=TRAINING, model=ATTENTION)
 def finetune(
     out: Out,
     teacher: Annotated[Path | None, typer.Option(help="Weights to start from. Default: the shipped teacher.")] = None,
-    attention: Annotated[str, typer.Option(help="full, sla, sparse, linear or l+s.")] = "sla",
-    critical_ratio: Annotated[float, typer.Option(help="Share of critical blocks.")] = 0.05,
-    negligible_ratio: Annotated[float, typer.Option(help="Share of negligible blocks.")] = 0.10,
-    block: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
+    model: ModelConfig = ModelConfig(attention="sla"),  # noqa: B008 (frozen)
     objective: Objective = "flow",
-    steps: Steps = 4_000,
-    batch: Batch = 64,
-    learning_rate: Rate = 1e-3,
-    seed: Seed = 0,
+    config: TrainConfig = TrainConfig(steps=4_000, learning_rate=1e-3),  # noqa: B008 (frozen)
     device: Device = "auto",
     backend: Backend = None,
-    precision: Precision = "float32",
-    compile: Compile = False,
-    fsdp: Fsdp = False,
-    resume: Resume = False,
     clips: Clips = 1024,
 ) -> None:
     """Swap the attention of a trained model and fine-tune all its parameters."""
-    _require(LAB)
-    from .lab import jobs
-    from .lab.train import TrainConfig
-    from .lab.weights import TEACHER
+    _require(WEIGHTS)
+    from .lab import runs, weights
 
-    with _training(device) as (where, output), _using(backend):
-        jobs.finetune(
-            teacher or TEACHER,
-            attention,
-            {
-                "critical_ratio": critical_ratio,
-                "negligible_ratio": negligible_ratio,
-                "block": block,
-            },
-            objective,
-            TrainConfig(
-                steps=steps,
-                batch=batch,
-                learning_rate=learning_rate,
-                seed=seed,
-                precision=precision,
-            ),
-            out,
-            where,
-            output,
-            clips=clips,
-            resume=resume,
-            compiled=compile,
-            fsdp=fsdp,
-        )
+    changes = {name: getattr(model, name) for name in ATTENTION}
+    source = teacher or weights.TEACHER
+    with _training(device, out) as (where, output), _using(backend):
+        runs.finetune(source, changes, objective, config, out, where, output, clips=clips)
 
 
 experiments = typer.Typer(help="The paper's experiments on the lab's model.", no_args_is_help=True)
@@ -269,7 +248,7 @@ def backends() -> None:
     import sla_ref
 
     for name, reason in sla_ref.list_backends().items():
-        console.print(f"{name:<8} {reason or 'usable'}", highlight=False, markup=False)
+        console.print(f"{name:<8} {reason or 'usable'}", soft_wrap=True)
 
 
 @app.command()
@@ -344,12 +323,14 @@ def _device(name: str) -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but this torch sees no GPU; allowed here: cpu")
+    device = None
+    if name.partition(":")[0] in ("cpu", "cuda"):  # others have no data, or were never tried
+        with suppress(RuntimeError):
+            device = torch.device(name)
+    if device is None:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but the GPUs that this torch sees are {torch.cuda.device_count()}")
     return device
 
 
@@ -360,20 +341,22 @@ def _using(backend: str | None) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _training(device: str) -> Iterator[tuple[torch.device, Console]]:
+def _training(device: str, out: Path) -> Iterator[tuple[torch.device, Console]]:
     """This process's device, and a console that is silent in all processes of torchrun but the first.
 
-    Says how to go on when a run is interrupted; its checkpoint is already saved.
+    Says how to go on when a run is interrupted, where there is something to go on from.
     """
     from .lab import distributed
+    from .lab.train import CHECKPOINT
 
     with distributed.process_group(_device(device)) as where:
         output = console if distributed.rank() == 0 else Console(quiet=True)
         try:
             yield where, output
         except KeyboardInterrupt:
-            output.print("interrupted; the same command with --resume goes on from the last checkpoint")
-            raise typer.Exit(130) from None
+            if (out / CHECKPOINT).is_file():
+                output.print("the same command with --resume goes on from the last checkpoint", soft_wrap=True)
+            raise
 
 
 def _first_to_fail() -> bool:
@@ -386,10 +369,19 @@ def _first_to_fail() -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command; an error the user can mend is one line, not a traceback."""
+    """Runs a command; an error the user can mend is one line and exit code 2, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        app(arguments)
-    except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
+        code = app((sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except (UsageError, ArithmeticError, ValueError, OSError, RuntimeError) as error:
         if _first_to_fail():
-            print(f"sla-ref: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+            print(f"sla-ref: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if code == 130 and _first_to_fail():  # newer versions of typer return it
+        print("sla-ref: interrupted", file=sys.stderr)
+    raise SystemExit(code or 0)

@@ -16,11 +16,11 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
     Where the output is no terminal, a bar would not show: each loss is printed as a line instead.
     """
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
     with bar:
@@ -31,6 +31,6 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
             if loss is not None:
                 bar.update(task, note=f"loss {loss:.4f}")
                 if not console.is_terminal:
-                    console.print(f"{title}: step {done} of {total}, loss {loss:.4f}")
+                    console.print(f"{title}: step {done} of {total}, loss {loss:.4f}", soft_wrap=True)
 
         yield tick

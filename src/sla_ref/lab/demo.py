@@ -8,9 +8,7 @@ and a report. The shipped long fine-tune shows where more steps lead.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,16 @@ import sla_ref
 from .. import analysis
 from ..files import new_folder, whole
 from . import evaluate, figures, flow
+from .config import TrainConfig
 from .console import progress_bar
 from .data import NO_DIGIT
 from .machine import machine
 from .model import VideoTransformer, with_attention
-from .train import TrainConfig, train
+from .runs import named_objective
+from .train import Objective, train
 from .weights import load_weights
 
+RATIOS = {"critical_ratio": 0.05, "negligible_ratio": 0.10}
 TOP_SHARE = 0.08  # of all weights of a map; in the paper's map 8.1 % were above the mean
 
 
@@ -47,25 +48,34 @@ def run(
     clips: int,
     samples: int,
     sample_steps: int,
-    ratios: tuple[float, float] = (0.05, 0.10),
 ) -> dict[str, Any]:
-    """Runs everything and returns what it wrote to `out`/report.json."""
+    """Runs everything and returns what it wrote to `out`/report.json.
+
+    Raises ValueError where the teacher's attention is not full, or the student is not of its size.
+    """
     started = time.perf_counter()
     teacher, teacher_card = load_weights(teacher_path, device)
     shipped, shipped_card = load_weights(student_path, device)
-    new_folder(out)
+    loss = named_objective(objective, teacher, config)
+    if teacher.config.attention != "full":
+        raise ValueError(f"teacher must have full attention, but {teacher_path} has {teacher.config.attention}")
+    sizes = [(model.config.frames, model.config.size) for model in (teacher, shipped)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"student must be for the teacher's frames and size, {sizes[0]}, got {sizes[1]}")
+    long_steps = shipped_card["training"]["steps"]
     data = evaluate.held_out(teacher, clips)
+    new_folder(out)
     console.print(
         f"A video model of {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
-        f"{teacher.config.tokens} tokens a clip, on {machine(device)['device']}.\n"
+        f"{teacher.config.tokens} tokens a clip, on {machine(device)['device']}.\n",
+        soft_wrap=True,
     )
 
     layers = _look(teacher, data, console)
-    console.print(_maps_table(layers))
-    console.print("Shares of weights; stable rank of the map, of its largest weights, of the rest.\n")
+    _print_table(console, _maps_table(layers))
+    console.print("Shares of weights; stable rank of the map, of its largest weights, of the rest.\n", soft_wrap=True)
 
-    changes = {"critical_ratio": ratios[0], "negligible_ratio": ratios[1]}
-    swapped = with_attention(teacher, "sla", **changes)
+    swapped = with_attention(teacher, "sla", **RATIOS)
     classes, title = _classes(swapped, teacher, data)
     figures.class_maps(out / "block_classes.png", classes, title)
 
@@ -80,12 +90,9 @@ def run(
     losses: dict[str, list[float]] = {}
     tuned: dict[str, VideoTransformer] = {}
     for arm, name in (("sparse", "sparse only"), ("sla", "SLA")):
-        tuned[arm] = with_attention(teacher, arm, **changes)
-        losses[arm] = _finetune(
-            tuned[arm], teacher if objective == "teacher" else None, config, f"fine-tuning: {name}", console
-        )
+        tuned[arm] = with_attention(teacher, arm, **RATIOS)
+        losses[arm] = _finetune(tuned[arm], loss, config, f"fine-tuning: {name}", console)
         add(f"{name}, {config.steps} steps", tuned[arm])
-    long_steps = shipped_card["training"]["steps"]
     add(f"SLA, shipped, {long_steps} steps", shipped)
 
     models = {
@@ -101,17 +108,19 @@ def run(
     figures.overview(out / "overview.png", few, captions[:2], classes, title)
 
     console.print()
-    console.print(_result_table(rows, clips))
-    console.print("Loss and distance to the teacher: mean squares over the predicted velocity.")
-    console.print("GFLOPs: all attention, one forward of one clip. Sparsity: 1 - critical share.")
+    _print_table(console, _result_table(rows, clips))
+    console.print(
+        "Loss and distance to the teacher: mean squares over the predicted velocity.\n"
+        "GFLOPs: all attention, one forward of one clip. Sparsity: 1 - critical share.",
+        soft_wrap=True,
+    )
     report = {
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(device),
         "backend": sla_ref.get_backend(),
         "seed": config.seed,
-        "fine_tuning": {"objective": objective, **asdict(config)},
-        "critical_ratio": ratios[0],
-        "negligible_ratio": ratios[1],
+        "fine_tuning": {"objective": objective, **config.recipe()},
+        **RATIOS,
         "held_out_clips": clips,
         "attention_maps": layers,
         "results": rows,
@@ -123,7 +132,6 @@ def run(
     console.print(
         f"\n{report['seconds']:.0f} s. In {out}: {', '.join(sorted(path.name for path in out.iterdir()))}",
         soft_wrap=True,
-        highlight=False,
     )
     return report
 
@@ -191,25 +199,18 @@ def _row(
 
 
 def _finetune(
-    model: VideoTransformer,
-    teacher: VideoTransformer | None,
-    config: TrainConfig,
-    title: str,
-    console: Console,
+    model: VideoTransformer, objective: Objective, config: TrainConfig, title: str, console: Console
 ) -> list[float]:
     """Trains in place; returns the mean losses of every ten steps."""
     losses: list[float] = []
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        progress_bar(console, title, config.steps) as tick,
-    ):
+    with progress_bar(console, title, config.steps) as tick:
 
         def follow(step: int, loss: float | None) -> None:
             if loss is not None:
                 losses.append(loss)
             tick(step, loss)
 
-        train(model, config, Path(scratch), teacher=teacher, log_every=10, tick=follow)
+        train(model, config, objective=objective, log_every=10, tick=follow)
     return losses
 
 
@@ -236,6 +237,11 @@ def _sample(
         with progress_bar(console, f"sampling: {name}", steps) as tick:
             videos[name] = flow.sample(model.eval(), noise, labels, steps, tick).cpu()
     return videos
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Whole, where rich would cut figures off: a narrow terminal wraps its lines."""
+    Console(width=max(console.width, 80), file=console.file, quiet=console.quiet).print(table)
 
 
 def _maps_table(layers: list[dict[str, float]]) -> Table:

@@ -25,6 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+# What torchrun tells each process. One name alone may be a leftover in somebody's environment.
+LAUNCH = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(seconds=45)  # who waits longer for the other ranks gives up
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -38,7 +40,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     Raises:
         ValueError: device names one GPU, or there are more processes than GPUs.
     """
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not _launched() or dist.is_initialized():
         yield device
         return
     if device.type == "cuda":
@@ -49,7 +51,8 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
             raise ValueError(f"nproc-per-node must be at most the number of GPUs here, {gpus}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    # gloo for `any_rank` even where there are GPUs: what is asked on the CPU does not wait for them.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield device
     except RuntimeError as error:
@@ -67,6 +70,10 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()  # nobody hangs up while another rank still listens
         dist.destroy_process_group()
+
+
+def _launched() -> bool:
+    return all(name in environ for name in LAUNCH)
 
 
 def rank() -> int:
@@ -96,6 +103,15 @@ def mean(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value / count()
+
+
+def any_rank(said: bool) -> bool:
+    """Whether one of the ranks says so."""
+    if not dist.is_initialized():
+        return said
+    answer = torch.tensor(float(said))
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return bool(answer)
 
 
 def wrap(model: nn.Module, fsdp: bool) -> nn.Module:
@@ -138,7 +154,7 @@ def load_whole_state(
 
 def first_to_fail() -> bool:
     """Whether no other process of this torchrun has failed before, so that one error is printed and not its echoes."""
-    if not dist.is_torchelastic_launched():
+    if not _launched():
         return True
     store, *_ = next(dist.rendezvous("env://"))
     return store.add("sla_ref/failed", 1) == 1

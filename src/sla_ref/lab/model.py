@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arms import ArmOptions, make_arm
+from .config import check_limits, option
 from .data import CLASSES, NO_DIGIT, MovingDigits
 
 PATCH = 4
@@ -27,19 +28,20 @@ PATCH = 4
 class ModelConfig:
     """Everything that is needed to build a model. N = frames * (size / 4)^2 tokens."""
 
-    frames: int = 16
-    size: int = 32
+    frames: int = option(16, "Frames of a clip.", least=1)
+    size: int = option(32, "Height and width of a frame, in pixels.", least=16)
     pairs: float = 0.0  # of the clips it is for: the share that shows two digits
     backdrop: float = 0.0  # of those clips: how bright a background may be
-    width: int = 128
-    depth: int = 4
-    heads: int = 2
-    attention: str = "full"
-    critical_ratio: float = 0.05
-    negligible_ratio: float = 0.10
-    block: int = 16
+    width: int = option(128, "Width of the model.", least=2)
+    depth: int = option(4, "Blocks of the model.", least=1)
+    heads: int = option(2, "Attention heads.", least=1)
+    attention: str = option("full", "full, sla, sparse, linear or l+s.")
+    critical_ratio: float = option(0.05, "Share of critical blocks.")
+    negligible_ratio: float = option(0.10, "Share of negligible blocks.")
+    block: int = option(16, "Tokens of a block.", least=1)
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if self.size % PATCH:
             raise ValueError(f"size must be a multiple of {PATCH}, got {self.size}")
         if self.width % (2 * self.heads):

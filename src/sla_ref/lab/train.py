@@ -1,11 +1,11 @@
 """One training loop, for the teacher and for fine-tuning; an interrupted run resumes without loss.
 
-All parameters are trained with AdamW on a one-cycle schedule, on clips made as they are needed. The
-loss is the flow loss, or with a teacher (the "white box" recipe) the distance to its prediction.
+All parameters are trained with AdamW on a one-cycle schedule, on clips made as they are needed. What is minimised is an
+objective: the flow loss, or the distance to a teacher's prediction (the "white box" recipe).
 
-A run lives in one folder: `checkpoint.pt` (all that is needed to go on) and `metrics.jsonl` (one line
-per `log_every` steps: step, mean loss since the last line, learning rate, seconds). On one CPU an
-interrupted and resumed run ends with the same bits as an uninterrupted one.
+A run lives in one folder: `checkpoint.pt` (all that is needed to go on) and `metrics.jsonl` (one line per `log_every`
+steps: step, mean loss since the last line, learning rate, seconds). On one CPU an interrupted and resumed run ends with
+the same bits as an uninterrupted one.
 
 Under torchrun each process trains on its share of the same batches; rank 0 writes. A checkpoint is that of one
 process, so a run may go on with another number of them.
@@ -13,130 +13,135 @@ process, so a run may go on with another number of them.
 
 from __future__ import annotations
 
-import json
-import pickle
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..files import new_folder, whole
+from ..files import append_line, run_folder
 from . import distributed, flow
+from .checkpoint import keep_lines, read_checkpoint, write_checkpoint
+from .config import TrainConfig
 from .model import VideoTransformer
 
-PRECISIONS = ("float32", "bfloat16")
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """What decides the outcome of a run, next to the model it starts from."""
+class Batch(NamedTuple):
+    """Noisy clips x (B, F, S, S), time (B,), labels (B, 2), and the velocity to find, shaped as x."""
 
-    steps: int = 12_000
-    batch: int = 64
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    clip_norm: float = 1.0
-    seed: int = 0
-    precision: str = "float32"
+    x: Tensor
+    time: Tensor
+    labels: Tensor
+    velocity: Tensor
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+# The loss of a model, which is called with x, time and labels, on a batch.
+Objective = Callable[[Callable[..., Any], Batch], Tensor]
+
+
+def flow_loss(model: Callable[..., Any], batch: Batch) -> Tensor:
+    """Mean squared error of the velocity."""
+    predicted = model(batch.x, batch.time, batch.labels)
+    return F.mse_loss(predicted.float(), batch.velocity.float())
+
+
+def distance_to(teacher: Callable[..., Any]) -> Objective:
+    """The objective "white box": the mean squared difference to the teacher's prediction."""
+
+    def loss(model: Callable[..., Any], batch: Batch) -> Tensor:
+        with torch.no_grad():
+            target = teacher(batch.x, batch.time, batch.labels)
+        return flow_loss(model, batch._replace(velocity=target))
+
+    return loss
 
 
 def train(
     model: VideoTransformer,
     config: TrainConfig,
-    out: Path,
+    out: Path | None = None,
     *,
-    teacher: nn.Module | None = None,
-    resume: bool = False,
-    compiled: bool = False,
-    fsdp: bool = False,
+    objective: Objective = flow_loss,
+    about: Mapping[str, str] | None = None,
     log_every: int = 50,
     save_every: int = 500,
     tick: Callable[[int, float | None], object] = lambda step, loss: None,
 ) -> None:
-    """Trains `model` in place on its device and leaves a checkpoint in `out`.
+    """Trains `model` in place on its device and leaves a checkpoint in `out`; without `out` nothing is written.
 
     `tick(step, loss)` is called after each step; loss is None except where a metrics line is written.
-    Without `resume`, `out` must be new or empty. With it, `out` must hold a checkpoint of the same
-    configuration. A KeyboardInterrupt saves a checkpoint before it goes on its way; not with several processes, which
-    it reaches at different steps.
+    Without `config.resume`, `out` must be new or empty. With it, `out` must hold a checkpoint of the same recipe, model
+    and `about`, which names what else decides the outcome, the objective for one.
 
-    With several processes `config.batch` is the sum of their shares. With `fsdp` they share out parameters and
+    SIGINT (Ctrl-C) and SIGTERM, however often they come, let the step end and save a checkpoint; then KeyboardInterrupt
+    is raised, on every rank. In another thread than the main one, Python lets nobody listen to signals.
+
+    With several processes `config.batch` is the sum of their shares. With `config.fsdp` they share out parameters and
     optimizer states too (FSDP2), else only the batch (DDP).
 
     Raises:
-        ValueError: the processes cannot share out the batch evenly, or `fsdp` without torchrun.
+        FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or something is in `out`.
+        FloatingPointError: the loss is infinite or NaN.
+        RuntimeError: another run is using `out`.
+        ValueError: the processes cannot share out the batch evenly, `fsdp` without torchrun, or a checkpoint that is
+            damaged or of another run.
     """
     distributed.check_batch(config.batch)
-    device, first = next(model.parameters()).device, distributed.rank() == 0
-    forward: Callable[..., Any] = distributed.wrap(model, fsdp)
-    target: Callable[..., Any] | None = teacher
-    run = _Run(model, config, device)
-    checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
-    if resume:
-        run.load(checkpoint)
-    if first:
-        if resume:
-            _keep_lines(metrics, run.step)
-        else:
-            new_folder(out)
-    if compiled:
-        forward, target = torch.compile(forward), teacher and torch.compile(teacher)
-    model.train()
-
-    loss_sum, since, started = torch.zeros((), device=device), run.step, time.perf_counter()
-    try:
-        while run.step < config.steps:
-            loss = run.advance(forward, target)
-            loss_sum += loss  # stays on the device: reading it each step would stall a GPU
-            mean = None
+    if config.resume and (out is None or not (out / CHECKPOINT).is_file()):
+        raise FileNotFoundError(f"resume needs a checkpoint, but there is no {(out or Path()) / CHECKPOINT}")
+    run = Run(model, config, objective, about)
+    folder = out if distributed.rank() == 0 else None
+    stop = False
+    with nullcontext() if folder is None else run_folder(folder, config.resume), _noted_signals() as noted:
+        if out is not None and config.resume:
+            run.load(out / CHECKPOINT)
+            if folder is not None:
+                keep_lines(folder / METRICS, run.step)
+        model.train()
+        while run.step < config.steps and not stop:
+            run.advance()
+            loss = None
             if run.step % log_every == 0 or run.step == config.steps:
-                mean = distributed.mean(loss_sum).item() / (run.step - since)
-                if not mean < float("inf"):
-                    raise FloatingPointError(f"the loss at step {run.step} is {mean}")
-                now = time.perf_counter()
-                line = {
-                    "step": run.step,
-                    "loss": mean,
-                    "learning_rate": run.optimizer.param_groups[0]["lr"],
-                    "seconds": round(now - started, 3),
-                }
-                if first:
-                    with metrics.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
-                loss_sum.zero_()
-                since, started = run.step, now
-            tick(run.step, mean)
-            if run.step % save_every == 0 or run.step == config.steps:
-                run.save(checkpoint)
-    except KeyboardInterrupt:
-        if distributed.count() == 1:
-            run.save(checkpoint)
-        raise
+                line = run.log_line()
+                loss = line["loss"]
+                if folder is not None:
+                    append_line(folder / METRICS, line)
+            tick(run.step, loss)
+            stop = distributed.any_rank(bool(noted))
+            if out is not None and (stop or run.step % save_every == 0 or run.step == config.steps):
+                run.save(out / CHECKPOINT)
+    if stop or noted:
+        raise KeyboardInterrupt
 
 
-class _Run:
+class Run:
     """The state of a run: all that a checkpoint holds, and the one step that changes it."""
 
-    def __init__(self, model: VideoTransformer, config: TrainConfig, device: torch.device) -> None:
-        self.model, self.config, self.device = model, config, device
+    def __init__(
+        self,
+        model: VideoTransformer,
+        config: TrainConfig,
+        objective: Objective = flow_loss,
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.config, self.objective, self.about = model, config, objective, about or {}
+        self.device = next(model.parameters()).device
+        self.forward: Callable[..., Any] = distributed.wrap(model, config.fsdp)
+        if config.compile:
+            self.forward = torch.compile(self.forward)
         self.step = 0
         self.data = model.config.clips("train", config.seed)
-        self.noise = torch.Generator(device).manual_seed(config.seed)
+        self.noise = torch.Generator(self.device).manual_seed(config.seed)
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,
@@ -151,79 +156,108 @@ class _Run:
             pct_start=config.warmup,
             cycle_momentum=False,
         )
+        # Since the last line of metrics: the sum of losses, the step, and when it was.
+        self.loss_sum = torch.zeros((), device=self.device)  # on the device: reading it each step would stall a GPU
+        self.logged, self.started = 0, time.perf_counter()
 
-    def advance(self, forward: Callable[..., Any], teacher: Callable[..., Any] | None) -> Any:
+    def advance(self) -> Tensor:
         """One step; returns its loss, on this process's share of the batch, as a tensor on the device."""
-        clip, labels = self.data.batch(self.config.batch, self.device)
-        noise = torch.randn(clip.shape, generator=self.noise, device=self.device)
-        moment = torch.rand(len(clip), generator=self.noise, device=self.device)
-        clip, labels, noise, moment = (distributed.share(each) for each in (clip, labels, noise, moment))
-        x = flow.noised(clip, noise, moment)
+        batch = self.next_batch()
         half = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            if teacher is None:
-                target = flow.velocity(clip, noise)
-            else:
-                with torch.no_grad():
-                    target = teacher(x, moment, labels)
-            predicted = forward(x, moment, labels)
-        loss = F.mse_loss(predicted.float(), target.float())
+            loss = self.objective(self.forward, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.scheduler.step()
+        self.loss_sum += loss.detach()
         self.step += 1
         return loss.detach()
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to continue this run."""
-        return {
-            **{f"model.{key}": value for key, value in asdict(self.model.config).items()},
-            **asdict(self.config),
-            "device": self.device.type,
-        }
+    def next_batch(self) -> Batch:
+        """This process's share of the next clips, with noise."""
+        clip, labels = self.data.batch(self.config.batch, self.device)
+        noise = torch.randn(clip.shape, generator=self.noise, device=self.device)
+        moment = torch.rand(len(clip), generator=self.noise, device=self.device)
+        clip, labels, noise, moment = (distributed.share(each) for each in (clip, labels, noise, moment))
+        return Batch(flow.noised(clip, noise, moment), moment, labels, flow.velocity(clip, noise))
 
-    def save(self, path: Path) -> None:
+    def log_line(self) -> dict[str, Any]:
+        """What to note of the steps since the last line, which are forgotten then."""
+        mean, now = distributed.mean(self.loss_sum).item() / (self.step - self.logged), time.perf_counter()
+        if not mean < float("inf"):
+            raise FloatingPointError(f"the loss at step {self.step} is {mean}")
+        rate, seconds = self.optimizer.param_groups[0]["lr"], round(now - self.started, 3)
+        self.loss_sum.zero_()
+        self.logged, self.started = self.step, now
+        return {"step": self.step, "loss": mean, "learning_rate": rate, "seconds": seconds}
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on, as one process has it, on rank 0; every rank takes part."""
         model, optimizer = distributed.whole_state(self.model, self.optimizer)
-        if distributed.rank() > 0:
-            return
-        state = {
-            "identity": self._identity(),
+        return {
+            # What must be the same for a checkpoint to continue this run.
+            "identity": {
+                **{f"model.{key}": value for key, value in asdict(self.model.config).items()},
+                **self.config.recipe(),
+                **self.about,
+                "device": self.device.type,
+            },
             "step": self.step,
             "model": model,
             "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "clips": self.data.generator.get_state(),
             "noise": self.noise.get_state(),
+            "loss_sum": distributed.mean(self.loss_sum),
+            "logged": self.logged,
+            "seconds": time.perf_counter() - self.started,
         }
-        with whole(path) as temporary:
-            torch.save(state, temporary)
+
+    def save(self, path: Path) -> None:
+        """Rank 0 writes the checkpoint; every rank takes part."""
+        state = self.state()
+        if distributed.rank() == 0:
+            write_checkpoint(path, state)
 
     def load(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"resume needs a checkpoint, but there is no {path}")
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            identity = state["identity"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"checkpoint {path} is damaged: {error}") from error
-        for key, value in self._identity().items():
-            if identity.get(key) != value:
-                raise ValueError(
-                    f"checkpoint {path} was made with {key} = {identity.get(key)}, got {value}; "
-                    "a resumed run must keep it"
-                )
-        self.step = state["step"]
+        """Goes back to where a run of the same identity was saved; ValueError where the file is not of one."""
+        state = read_checkpoint(path, self.state(), whole=distributed.rank() == 0)
+        self.step, self.logged = state["step"], state["logged"]
+        if not 0 <= self.logged <= self.step <= self.config.steps or self.step != state["scheduler"]["last_epoch"]:
+            raise ValueError(f"checkpoint {path} is damaged: its step {self.step} cannot be")
+        for name, generator in (("clips", self.data.generator), ("noise", self.noise)):
+            try:
+                generator.set_state(state[name])
+            except RuntimeError as error:
+                raise ValueError(f"checkpoint {path} is damaged: {name} is no generator's state") from error
         distributed.load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.data.generator.set_state(state["clips"].cpu())
-        self.noise.set_state(state["noise"].cpu())
+        self.loss_sum.copy_(state["loss_sum"])
+        self.started = time.perf_counter() - state["seconds"]
 
 
-def _keep_lines(path: Path, step: int) -> None:
-    """Drops the metrics of steps that a resumed run will take again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    with whole(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """A list to which SIGINT and SIGTERM are added when they come, instead of what they do otherwise.
+
+    One that is ignored stays ignored, as for a job in the background.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if not noted:
+            os.write(2, b"\nstopping after this step\n")  # printing is not safe here
+        noted.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

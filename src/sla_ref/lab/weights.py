@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,16 @@ def round_to_half(model: VideoTransformer) -> None:
 
 def save_weights(path: Path, model: VideoTransformer, card: dict[str, Any]) -> None:
     """Stores the model in float16; `card` is anything JSON can hold and comes back on loading."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: weight.detach().half().cpu().contiguous() for name, weight in model.state_dict().items()}
     metadata = {
         "config": json.dumps(asdict(model.config)),
         "card": json.dumps(card),
-        "sha256": _checksum(tensors),
+        "sha256": checksum(tensors),
     }
     with whole(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))  # Python's own files say why they cannot be written
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[VideoTransformer, dict[str, Any]]:
@@ -65,7 +66,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[VideoT
     absent = sorted({"config", "card", "sha256"} - metadata.keys())
     if absent:
         raise DamagedWeights(f"weights file {path} lacks {', '.join(absent)} in its metadata")
-    if _checksum(tensors) != metadata["sha256"]:
+    if checksum(tensors) != metadata["sha256"]:
         raise DamagedWeights(f"weights file {path} is damaged: its checksum does not match")
     try:
         model = VideoTransformer(ModelConfig(**json.loads(metadata["config"])))
@@ -76,9 +77,10 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[VideoT
     return model.to(device), card
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of all tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

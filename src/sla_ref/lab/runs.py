@@ -1,4 +1,4 @@
-"""The two long jobs: training a teacher, and fine-tuning it with another attention.
+"""The two long runs: training a teacher, and fine-tuning it with another attention.
 
 Each leaves a folder with `checkpoint.pt`, `metrics.jsonl` and, at the end, the weights in float16 with
 a card that holds the held-out loss of exactly these rounded weights. With several processes all of them train, and
@@ -7,7 +7,6 @@ rank 0 does the rest alone.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +14,36 @@ import torch
 from rich.console import Console
 
 from . import distributed, evaluate
+from .config import TrainConfig
 from .console import progress_bar
 from .machine import machine
 from .model import ModelConfig, VideoTransformer, with_attention
-from .train import TrainConfig, train
-from .weights import load_weights, round_to_half, save_weights
+from .train import Objective, distance_to, flow_loss, train
+from .weights import checksum, load_weights, round_to_half, save_weights
 
 OBJECTIVES = ("flow", "teacher")
 DATA = "moving digits made from scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
 
 
+def named_objective(name: str, teacher: VideoTransformer, config: TrainConfig) -> Objective:
+    """The objective of that name; ValueError if there is none."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    if name == "flow":
+        return flow_loss
+    return distance_to(torch.compile(teacher) if config.compile else teacher)
+
+
 def train_teacher(
-    model: ModelConfig,
-    config: TrainConfig,
-    out: Path,
-    device: torch.device,
-    console: Console,
-    *,
-    clips: int,
-    resume: bool = False,
-    compiled: bool = False,
-    fsdp: bool = False,
+    model: ModelConfig, config: TrainConfig, out: Path, device: torch.device, console: Console, *, clips: int
 ) -> Path:
     """Trains a model from scratch; returns the path of its weights file."""
     torch.manual_seed(config.seed)  # the initial weights
-    fresh = VideoTransformer(model).to(device)
-    return _run(fresh, None, "flow", config, out, console, clips=clips, resume=resume, compiled=compiled, fsdp=fsdp)
+    return _run(VideoTransformer(model).to(device), None, "flow", config, out, console, clips)
 
 
 def finetune(
     source: Path,
-    attention: str,
     changes: dict[str, Any],
     objective: str,
     config: TrainConfig,
@@ -54,27 +52,13 @@ def finetune(
     console: Console,
     *,
     clips: int,
-    resume: bool = False,
-    compiled: bool = False,
-    fsdp: bool = False,
 ) -> Path:
-    """Loads the weights `source`, swaps the attention, trains; returns the new weights file."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    """Loads the weights `source`, swaps the attention, trains; returns the new weights file.
+
+    `changes` is what `with_attention` takes: attention, critical_ratio, negligible_ratio, block.
+    """
     teacher, _ = load_weights(source, device)
-    student = with_attention(teacher, attention, **changes)
-    return _run(
-        student,
-        teacher,
-        objective,
-        config,
-        out,
-        console,
-        clips=clips,
-        resume=resume,
-        compiled=compiled,
-        fsdp=fsdp,
-    )
+    return _run(with_attention(teacher, **changes), teacher, objective, config, out, console, clips)
 
 
 def _run(
@@ -84,29 +68,20 @@ def _run(
     config: TrainConfig,
     out: Path,
     console: Console,
-    *,
     clips: int,
-    resume: bool,
-    compiled: bool,
-    fsdp: bool,
 ) -> Path:
     attention = model.config.attention
     path = out / f"{attention}.safetensors"
     if path.exists():
         raise FileExistsError(f"{path} is there already: the run in this folder is finished")
     device = next(model.parameters()).device
+    loss = flow_loss if teacher is None else named_objective(objective, teacher, config)
+    about = {"objective": objective}
+    if teacher is not None:
+        about["teacher"] = f"weights with sha256 {checksum(teacher.state_dict())}"
     data = evaluate.held_out(model, clips)
     with progress_bar(console, f"training, {attention} attention", config.steps) as tick:
-        train(
-            model,
-            config,
-            out,
-            teacher=teacher if objective == "teacher" else None,
-            resume=resume,
-            compiled=compiled,
-            fsdp=fsdp,
-            tick=tick,
-        )
+        train(model, config, out, objective=loss, about=about, tick=tick)
     weights = distributed.whole_weights(model)
     first = distributed.rank() == 0
     distributed.leave()
@@ -120,7 +95,7 @@ def _run(
     card: dict[str, Any] = {
         "data": DATA,
         "objective": objective,
-        "training": asdict(config),
+        "training": config.recipe(),
         "machine": machine(device),
         "held_out_loss": evaluate.held_out_loss(prediction, data),
         "held_out_clips": clips,
@@ -130,5 +105,5 @@ def _run(
             card["distance"] = evaluate.distance(prediction, evaluate.predict(teacher, data, tick=tick))
     save_weights(path, model, card)
     console.print_json(data=card)
-    console.print(f"weights: {path}", highlight=False, soft_wrap=True)
+    console.print(f"weights: {path}", soft_wrap=True)
     return path

@@ -1,0 +1,56 @@
+"""The options of a training run. They are written down here alone: the command line makes its flags of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def option(default: Any, help: str, *, least: int | None = None, most: int | None = None, decides: bool = True) -> Any:
+    """A field of a dataclass that is a flag, too: `help` is its line in `--help`, `least` and `most` its limits.
+
+    With `decides=False` it has no say in what comes out of a run.
+    """
+    return dataclasses.field(default=default, compare=decides, metadata={"help": help, "least": least, "most": most})
+
+
+def check_limits(config: Any) -> None:
+    """ValueError where a field of a dataclass is outside the limits that its `option` sets."""
+    for field in dataclasses.fields(config):
+        value, least, most = getattr(config, field.name), field.metadata.get("least"), field.metadata.get("most")
+        if least is not None and value < least:
+            raise ValueError(f"{field.name} must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise ValueError(f"{field.name} must be at most {most}, got {value}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train a model."""
+
+    steps: int = option(12_000, "Training steps.", least=1)
+    batch: int = option(64, "Clips per step, of all processes together.", least=1)
+    learning_rate: float = option(2e-3, "Peak of the one-cycle schedule.")
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip_norm: float = 1.0
+    seed: int = option(0, "Decides clips, noise and initial weights.", least=0, most=2**64 - 1)
+    precision: str = option("float32", "float32, or bfloat16 for autocast.")
+    compile: bool = option(False, "Run the model through torch.compile.", decides=False)
+    fsdp: bool = option(False, "Under torchrun: split the parameters too (FSDP2), not only the clips.", decides=False)
+    resume: bool = option(False, "Go on from the checkpoint in --out.", decides=False)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the outcome of a run, next to the model that it starts from: all but how it is computed."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
