@@ -16,11 +16,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from lesson import measured, show_source
 
 import sla_ref
 from sla_ref.lab import evaluate, flow, train
 from sla_ref.lab.data import MovingDigits
-from sla_ref.lab.lesson import measured, show_source
 from sla_ref.lab.model import with_attention
 from sla_ref.lab.weights import STUDENT, TEACHER, load_weights
 
