@@ -277,13 +277,13 @@ for layer, (block, tokens) in enumerate(zip(shipped.blocks, inputs, strict=True)
 
 # %% tags=["exercise"]
 def white_box_loss(student, teacher, x, time, labels):
-    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B, 2); no gradient to teacher."""
+    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B,); no gradient to teacher."""
     ...
 
 
 # %% tags=["solution"]
 def white_box_loss(student, teacher, x, time, labels):
-    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B, 2); no gradient to teacher."""
+    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B,); no gradient to teacher."""
     with torch.no_grad():
         target = teacher(x, time, labels)
     return F.mse_loss(student(x, time, labels), target)

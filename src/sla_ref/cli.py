@@ -109,7 +109,6 @@ def train_teacher(
     clips: Clips = 1024,
     size: Annotated[int, typer.Option(help="Height and width of a frame, in pixels.")] = 32,
     frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
-    pairs: Annotated[float, typer.Option(help="Share of clips that show two digits.")] = 0.0,
     width: Annotated[int, typer.Option(help="Width of the model.")] = 128,
     depth: Annotated[int, typer.Option(help="Blocks of the model.")] = 4,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 2,
@@ -122,7 +121,7 @@ def train_teacher(
 
     with _training(device) as (where, output):
         jobs.train_teacher(
-            ModelConfig(frames=frames, size=size, pairs=pairs, width=width, depth=depth, heads=heads),
+            ModelConfig(frames=frames, size=size, width=width, depth=depth, heads=heads),
             TrainConfig(
                 steps=steps,
                 batch=batch,
