@@ -22,51 +22,46 @@ def test_clips_depend_on_seed_and_split_only():
     assert not torch.equal(again.batch(6)[0], first)  # the stream goes on
     assert not torch.equal(data.MovingDigits("train", 8).batch(6)[0], first)
     assert not torch.equal(data.MovingDigits("held_out", 7).batch(6)[0], first)
-    assert labels.shape == (6, data.SLOTS)
+    assert labels.shape == (6,)
 
 
 @pytest.mark.parametrize(("size", "frames"), [(32, 16), (64, 4)])
 def test_shape_and_range(size, frames):
-    clips, labels = data.MovingDigits("train", 0, size=size, frames=frames, pairs=0.5).batch(32)
+    clips, labels = data.MovingDigits("train", 0, size=size, frames=frames).batch(32)
     assert clips.shape == (32, frames, size, size)
     assert clips.dtype == torch.float32
     assert clips.amin() == -1
     assert 0.8 < clips.amax() <= 1
-    one = labels[:, 1] == data.NO_DIGIT
-    assert 0 < one.sum() < 32
-    assert (labels[:, 0] < 10).all()
-    # Two digits show more ink than one, and no digit ever leaves the frame.
+    assert labels.amin() >= 0 and labels.amax() < data.DIGITS
     ink = (clips + 1).sum(dim=(2, 3))
-    assert ink[~one].mean() > 1.3 * ink[one].mean()
-    assert (ink > 0).all()
-    torch.testing.assert_close(ink[one].amin(1), ink[one].amax(1), rtol=0.15, atol=0)
-
-
-@pytest.mark.parametrize(("pairs", "share"), [(0.0, 0.0), (1.0, 1.0)])
-def test_pairs_is_the_share_of_clips_with_two_digits(pairs, share):
-    _, labels = data.MovingDigits("train", 0, frames=1, pairs=pairs).batch(50)
-    assert (labels[:, 1] != data.NO_DIGIT).float().mean() == share
+    torch.testing.assert_close(ink.amin(1), ink.amax(1), rtol=0.15, atol=0)  # no digit ever leaves the frame
 
 
 def test_a_digit_at_rest_is_the_bilinear_upscaling_of_its_image():
     digits = data.MovingDigits("train", 0)
-    ink = torch.zeros(1, data.SLOTS, 8, 8)
-    ink[0, 0] = digits.images[3]
-    frame = digits._render(ink, torch.full((1, data.SLOTS, 1, 2), 8.0))[0, 0]
-    expected = torch.nn.functional.interpolate(ink[:, :1], scale_factor=2, mode="bilinear")[0, 0]
+    ink = digits.images[3:4]
+    frame = digits._render(ink, torch.full((1, 1, 2), 8.0))[0, 0]
+    expected = torch.nn.functional.interpolate(ink[None], scale_factor=2, mode="bilinear")[0, 0]
     # torch repeats the border where ours fades out, so compare one pixel further in.
     torch.testing.assert_close((frame[9:23, 9:23] + 1) / 2, expected[1:-1, 1:-1])
 
 
 def test_paths_are_straight_and_bounce():
     digits = data.MovingDigits("train", 0, frames=64)
-    corner = digits._paths(torch.rand(20, data.SLOTS, 5, generator=torch.Generator().manual_seed(0)))
+    corner = digits._paths(torch.rand(40, 4, generator=torch.Generator().manual_seed(0)))
     assert corner.amin() >= 0
     assert corner.amax() <= 16
-    speed = corner.diff(dim=2).abs()
-    fastest = speed.amax(dim=2, keepdim=True)
+    speed = corner.diff(dim=1).abs()
+    fastest = speed.amax(dim=1, keepdim=True)
     assert ((speed - fastest).abs() < 1e-4).float().mean() > 0.8  # the same speed but at a bounce
-    assert (corner.diff(dim=2).sign().diff(dim=2) != 0).any()
+    assert (corner.diff(dim=1).sign().diff(dim=1) != 0).any()
+
+
+def test_a_backdrop_is_one_level_per_clip_and_changes_nothing_else():
+    plain, backed = (data.MovingDigits("train", 5, backdrop=level).batch(4)[0] for level in (0.0, 0.5))
+    level = backed.amin(dim=(1, 2, 3), keepdim=True)
+    assert level.amax() < 0 and len(level.unique()) == 4
+    assert torch.equal(backed, plain.maximum(level))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +70,7 @@ def test_paths_are_straight_and_bounce():
         ({"split": "test"}, "split must be one of train, held_out, got 'test'"),
         ({"split": "train", "size": 8}, "size must be at least 16, got 8"),
         ({"split": "train", "frames": 0}, "frames must be at least 1, got 0"),
-        ({"split": "train", "pairs": 2}, "pairs must be between 0 and 1, got 2"),
+        ({"split": "train", "backdrop": 2}, "backdrop must be between 0 and 1, got 2"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

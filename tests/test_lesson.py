@@ -4,10 +4,10 @@ import importlib.util
 import inspect
 from types import SimpleNamespace
 
+import lesson
 import pytest
 
 import sla_ref
-from sla_ref.lab import lesson
 
 
 def test_prints_each_source_with_its_place(capsys):

@@ -211,7 +211,7 @@ def test_maths_is_mathml_in_its_own_font(browser, address):
 def test_figures_take_the_colour_of_the_text(browser, address):
     colours = []
     for dark in (False, True):
-        browser.open(f"{address}/tutorials/reference/paper_vs_code.html", width=1280, height=900, dark=dark)
+        browser.open(f"{address}/tutorials/paper_vs_code.html", width=1280, height=900, dark=dark)
         colours.append(
             browser.evaluate(
                 "getComputedStyle(document.querySelector('.figure svg [style*=currentColor]')).stroke + '/' +"

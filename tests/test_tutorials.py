@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 from needs import SITE
 
-from tools.build_tutorials import ROOT, SCRIPTS, BuildError, build_in_process, read_cells
-
-TUTORIALS = sorted(SCRIPTS.rglob("*.py"))
+from tools.build_tutorials import LESSON, ROOT, TUTORIALS, BuildError, build_in_process, read_cells
 
 SCRIPT = '''\
 # %% [markdown]
@@ -25,7 +23,7 @@ SCRIPT = '''\
 import matplotlib.pyplot as plt
 
 from sla_ref import reference
-from sla_ref.lab.lesson import show_source
+from lesson import show_source
 
 print("before")
 show_source(reference.combine)
@@ -69,6 +67,16 @@ def build(folder: Path, text: str) -> tuple[int, str]:
     return build_in_process(write(folder, text), folder / "out")
 
 
+def run_script(script: Path, folder: Path) -> None:
+    """As a plain script, from that folder."""
+    python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    for switch in ("TRITON_INTERPRET", "NUMBA_ENABLE_CUDASIM"):  # a tutorial that needs one sets it itself
+        environment.pop(switch, None)
+    done = subprocess.run([sys.executable, script], env=environment, cwd=folder, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tutorial")
@@ -110,8 +118,18 @@ def test_the_solution_is_folded_and_comes_last(page):
 def test_downloads(built, page):
     assert "[script](01_lesson.py)" in page and "[notebook](01_lesson.ipynb)" in page
     assert (built / "01_lesson.py").read_text(encoding="utf-8") == SCRIPT
+    assert "[lesson.py](lesson.py)" in page and (built / "lesson.py").read_bytes() == LESSON.read_bytes()
     cells = json.loads((built / "01_lesson.ipynb").read_text(encoding="utf-8"))["cells"]
     assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "code", "markdown", "code", "code", "code"]
+
+
+def test_a_downloaded_tutorial_runs_in_a_folder_of_its_own(built):
+    """It needs what its page offers, and no clone."""
+    script = built.parent / "download" / "01_lesson.py"
+    script.parent.mkdir()
+    for name in ("01_lesson.py", "lesson.py"):
+        (script.parent / name).write_bytes((built / name).read_bytes())
+    run_script(script, built.parent)
 
 
 def test_the_same_bytes_again(built, tmp_path):
@@ -164,16 +182,9 @@ def test_runs_as_a_plain_script(script: Path, tmp_path):
 
     What `make docs` has run since the package and the tutorial last changed does not run again, but for the first.
     """
-    page = SITE / "tutorials" / script.relative_to(SCRIPTS).with_suffix(".html")
-    sources = [script, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks" / "results").rglob("*.json")]
+    page = SITE / "tutorials" / f"{script.stem}.html"
+    sources = [script, LESSON, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks" / "results").rglob("*.json")]
     if script != TUTORIALS[0] and page.exists() and page.stat().st_mtime > max(p.stat().st_mtime for p in sources):
         pytest.skip("make docs ran it as it is now")
-    python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
-    for switch in ("TRITON_INTERPRET", "NUMBA_ENABLE_CUDASIM"):  # a tutorial that needs one sets it itself
-        environment.pop(switch, None)
-    done = subprocess.run(
-        [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_script(script, tmp_path)
     assert list(tmp_path.iterdir()) == [], "a tutorial leaves no files behind"

@@ -2,8 +2,8 @@
 
 A tutorial is a script in jupytext's percent format. Its cells run from top to bottom in one namespace, each tutorial in
 a process of its own, two at a time. The page gets the text, the code, what the code printed, the sources it showed and
-its figures; beside the page lie the script and a notebook to download. Whatever raises, a failing assert too, fails the
-build, which names the script's line.
+its figures; beside the page lie, to download, the script, a notebook and `lesson.py`, which both import. Whatever
+raises, a failing assert too, fails the build, which names the script's line.
 
 An exercise is four cells: the task in a text cell, then code cells with the tags "exercise" (a stub), "solution" and
 "check". The check must fail on the stub and pass on the solution; the page folds the solution.
@@ -32,11 +32,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from sla_ref.files import whole
-from sla_ref.lab import lesson
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tutorials"
 PAGES = ROOT / "docs" / "tutorials"
+LESSON = SCRIPTS / "lesson.py"
+TUTORIALS = sorted(set(SCRIPTS.glob("*.py")) - {LESSON})
 AT_A_TIME = 2
 
 INK = "#0f0e0d"  # stands in a figure for the colour of the text around it, which the reader's theme decides
@@ -67,6 +68,10 @@ STYLE = {
         INK,
     ),
 }
+
+
+sys.path.insert(0, str(SCRIPTS))  # where a tutorial finds its helper; Python does the same for a plain script
+import lesson  # noqa: E402
 
 
 class BuildError(Exception):
@@ -229,7 +234,8 @@ def folded(title: str, body: str) -> str:
 
 def downloads(script: Path) -> str:
     notebook = f"[notebook]({script.stem}.ipynb){{ download }}"
-    return f"Download: [script]({script.name}){{ download }} · {notebook}\n{{ .download }}\n"
+    needed = f"[{LESSON.name}]({LESSON.name}){{ download }}"
+    return f"Download: [script]({script.name}){{ download }} · {notebook}, each with {needed}\n{{ .download }}\n"
 
 
 def notebook_of(script: Path) -> str:
@@ -245,11 +251,12 @@ def notebook_of(script: Path) -> str:
 
 
 def build(script: Path, folder: Path) -> None:
-    """Writes the page, the script and the notebook of a tutorial."""
-    files = {".md": render(script), ".py": script.read_text(encoding="utf-8"), ".ipynb": notebook_of(script)}
+    """Writes the page, the script and the notebook of a tutorial, and the helper that it imports."""
+    files = {f"{script.stem}.md": render(script), f"{script.stem}.ipynb": notebook_of(script)}
+    files |= {each.name: each.read_text(encoding="utf-8") for each in (script, LESSON)}
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in files.items():
-        with whole(folder / f"{script.stem}{suffix}") as path:
+    for name, text in files.items():
+        with whole(folder / name) as path:
             path.write_text(text, encoding="utf-8")
 
 
@@ -266,7 +273,7 @@ def build_in_process(script: Path, folder: Path) -> tuple[int, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the tutorials and write their pages.")
-    parser.add_argument("scripts", nargs="*", type=Path, help="all below tutorials/ if none is named")
+    parser.add_argument("scripts", nargs="*", type=Path, help="all of tutorials/ if none is named")
     parser.add_argument("--out", type=Path, default=PAGES, help="where the pages go")
     parser.add_argument("--here", action="store_true", help="one script, in this process")
     arguments = parser.parse_args()
@@ -278,14 +285,11 @@ def main() -> int:
             print(error)
             return 1
         return 0
-    scripts = [path.resolve() for path in arguments.scripts] or sorted(SCRIPTS.rglob("*.py"))
-    folders = [
-        arguments.out / path.parent.relative_to(SCRIPTS) if path.is_relative_to(SCRIPTS) else arguments.out
-        for path in scripts
-    ]
+    scripts = [path.resolve() for path in arguments.scripts] or TUTORIALS
     failed = 0
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        for script, (status, said) in zip(scripts, pool.map(build_in_process, scripts, folders), strict=True):
+        done = pool.map(lambda script: build_in_process(script, arguments.out), scripts)
+        for script, (status, said) in zip(scripts, done, strict=True):
             print(f"{'built' if status == 0 else 'FAILED'} {script.name}")
             if status:
                 print(said, file=sys.stderr)

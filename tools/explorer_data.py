@@ -44,7 +44,7 @@ def attention_inputs() -> tuple[ModelConfig, Tensor, list[tuple[Tensor, Tensor, 
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(evaluate.HELD_OUT_SEED))
     time = torch.tensor(TIMES)
     x = flow.noised(clip, noise, time)
-    return config, x, evaluate.attention_inputs(teacher, x, time, labels.expand(len(time), -1))
+    return config, x, evaluate.attention_inputs(teacher, x, time, labels.expand(len(time)))
 
 
 def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dict[str, Any]:

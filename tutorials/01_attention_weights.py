@@ -22,11 +22,11 @@
 # %%
 import matplotlib.pyplot as plt
 import torch
+from lesson import show_source
 from torch.nn.functional import scaled_dot_product_attention
 
 from sla_ref import analysis
 from sla_ref.lab import evaluate, weights
-from sla_ref.lab.lesson import show_source
 
 teacher, card = weights.load_weights(weights.TEACHER)
 clips = evaluate.held_out(teacher, 4)

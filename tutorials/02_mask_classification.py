@@ -19,13 +19,13 @@
 # %%
 import matplotlib.pyplot as plt
 import torch
+from lesson import show_source
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 import sla_ref
 from sla_ref import analysis, block_map, reference
 from sla_ref.lab import evaluate, weights
-from sla_ref.lab.lesson import show_source
 
 teacher, card = weights.load_weights(weights.TEACHER)
 clips = evaluate.held_out(teacher, 4)

@@ -23,11 +23,11 @@
 # %%
 import matplotlib.pyplot as plt
 import torch
+from lesson import show_source
 
 import sla_ref
 from sla_ref import SparseLinearAttention, analysis, feature_maps, reference, testing
 from sla_ref.lab import evaluate, weights
-from sla_ref.lab.lesson import show_source
 from sla_ref.lab.model import with_attention
 
 generator = torch.Generator().manual_seed(0)

@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
+from lesson import show_source
 
 from sla_ref import reference, testing
 from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
 from sla_ref.backends import pytorch
-from sla_ref.lab.lesson import show_source
 
 # %% [markdown]
 # ## One head to work on

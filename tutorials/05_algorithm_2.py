@@ -12,11 +12,11 @@ import math
 
 import matplotlib.pyplot as plt
 import torch
+from lesson import show_source
 
 import sla_ref
 from sla_ref import reference, testing
 from sla_ref.backends import pytorch
-from sla_ref.lab.lesson import show_source
 
 # %% [markdown]
 # ## What is asked for

@@ -29,11 +29,11 @@ import matplotlib.pyplot as plt
 import torch
 import triton
 import triton.language as tl
+from lesson import show_source
 
 from sla_ref import testing
 from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
 from sla_ref.backends import pytorch, triton_fused
-from sla_ref.lab.lesson import show_source
 
 assert triton.knobs.runtime.interpret, "the cells below look into running kernels: leave TRITON_INTERPRET unset, or 1"
 

@@ -28,11 +28,11 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from lesson import show_source
 from numba import cuda, float32
 
 from sla_ref import testing
 from sla_ref.backends import numba_cuda, pytorch, triton_fused
-from sla_ref.lab.lesson import show_source
 
 assert numba_cuda.SIMULATED, "Numba was imported before the variable was set: start again in a fresh Python"
 

@@ -24,12 +24,12 @@ from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
+from lesson import measured, show_source
 
 import sla_ref
 from sla_ref import analysis
 from sla_ref.backends import pytorch
 from sla_ref.lab import evaluate, states, weights
-from sla_ref.lab.lesson import measured, show_source
 
 N, D, BLOCK = 32760, 128, 64
 T = -(-N // BLOCK)

@@ -16,11 +16,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from lesson import measured, show_source
 
 import sla_ref
 from sla_ref.lab import evaluate, flow, train
 from sla_ref.lab.data import MovingDigits
-from sla_ref.lab.lesson import measured, show_source
 from sla_ref.lab.model import with_attention
 from sla_ref.lab.weights import STUDENT, TEACHER, load_weights
 
@@ -278,13 +278,13 @@ for layer, (block, tokens) in enumerate(zip(shipped.blocks, inputs, strict=True)
 
 # %% tags=["exercise"]
 def white_box_loss(student, teacher, x, time, labels):
-    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B, 2); no gradient to teacher."""
+    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B,); no gradient to teacher."""
     ...
 
 
 # %% tags=["solution"]
 def white_box_loss(student, teacher, x, time, labels):
-    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B, 2); no gradient to teacher."""
+    """Mean squared difference of predictions at x (B, F, S, S), time (B,), labels (B,); no gradient to teacher."""
     with torch.no_grad():
         target = teacher(x, time, labels)
     return F.mse_loss(student(x, time, labels), target)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lesson import show_source
 
 import sla_ref
 from sla_ref import protocol, testing
 from sla_ref.backends import pytorch
-from sla_ref.lab.lesson import show_source
 
 # %% [markdown]
 # ## What is asked for

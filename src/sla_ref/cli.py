@@ -119,13 +119,13 @@ def demo(
     from .lab import demo as lab_demo
     from .lab import weights
 
-    with _using(backend):
+    with using(backend):
         lab_demo.run(
             out or Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"),
             teacher or weights.TEACHER,
             student or weights.STUDENT,
             config,
-            _device(device),
+            find_device(device),
             console,
             objective=objective,
             clips=clips,
@@ -169,77 +169,8 @@ def finetune(
 
     changes = {name: getattr(model, name) for name in ATTENTION}
     source = teacher or weights.TEACHER
-    with _training(device, out) as (where, output), _using(backend):
+    with _training(device, out) as (where, output), using(backend):
         runs.finetune(source, changes, objective, config, out, where, output, clips=clips)
-
-
-experiments = typer.Typer(help="The paper's experiments on the lab's model.", no_args_is_help=True)
-app.add_typer(experiments, name="experiments")
-Results = Annotated[
-    Path | None, typer.Option(help="Folder of the measured lines. Default: benchmarks/results/experiments.")
-]
-
-
-@experiments.command("run")
-def experiments_run(
-    names: Annotated[list[str] | None, typer.Argument(help="Experiments; all if left out.")] = None,
-    setting: Annotated[str, typer.Option(help="n1024, n4096, wide or quick.")] = "n1024",
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds on a CPU: --setting quick, one seed.")] = False,
-    seeds: Annotated[str | None, typer.Option(help="Default: 0,1,2; with --quick 0.")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="Only this case; repeat it for several.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of a fine-tune. Default: the setting's.", min=1)] = None,
-    batch: Annotated[int | None, typer.Option(help="Clips per step. Default: the setting's.", min=1)] = None,
-    jobs: Annotated[int, typer.Option(help="Cases at a time, each in a process of its own.", min=1)] = 1,
-    minutes: Annotated[float | None, typer.Option(help="Start no new case after so many.", min=0)] = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    graph: Annotated[bool, typer.Option(help="On a GPU, record a training step once and replay it.")] = True,
-    out: Results = None,
-    work: Annotated[Path, typer.Option(help="Folder of trained teachers and classifiers.")] = Path("runs/experiments"),
-    commit: Annotated[str | None, typer.Option(help="Of this code, where there is no git.")] = None,
-) -> None:
-    """Measure what is not measured yet: a line of JSON for every case and seed. The same command goes on."""
-    _require(LAB)
-    from dataclasses import replace
-
-    from .lab.experiments import EXPERIMENTS, Context, find_setting
-    from .lab.experiments.runner import RESULTS, run
-
-    chosen = find_setting("quick" if quick else setting)
-    chosen = replace(chosen, steps=steps or chosen.steps, batch=batch or chosen.batch)
-    numbers = seeds or ("0" if quick else "0,1,2")
-    if not all(part.strip().isdecimal() for part in numbers.split(",")):
-        raise ValueError(f"seeds must be numbers with commas between them, got {numbers!r}")
-    where = _device(device)
-    with _using(backend):
-        run(
-            names or list(EXPERIMENTS),
-            chosen,
-            [int(part) for part in numbers.split(",")],
-            out or (Path("runs/experiments-quick") if quick else RESULTS),
-            Context(where, work, graph),
-            console,
-            cases=case,
-            jobs=jobs,
-            commit=commit,
-            minutes=minutes,
-        )
-
-
-@experiments.command("report")
-def experiments_report(
-    results: Results = None,
-    docs: Annotated[Path, typer.Option(help="Folder of experiments.md; figures go to experiments/ in it.")] = Path(
-        "docs"
-    ),
-) -> None:
-    """Put tables and figures of all measured lines into the documentation."""
-    _require(LAB)
-    from .lab.experiments.report import report
-    from .lab.experiments.runner import RESULTS
-
-    for path in report(results or RESULTS, docs):
-        console.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -318,7 +249,8 @@ def _require(modules: tuple[str, ...], extra: str = "lab") -> None:
         raise RuntimeError(f"this command needs {', '.join(missing)}, not installed here:\n{install}")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is cuda where there is one. Raises ValueError if it is not here."""
     import torch
 
     if name == "auto":
@@ -334,7 +266,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _using(backend: str | None) -> AbstractContextManager[object]:
+def using(backend: str | None) -> AbstractContextManager[object]:
+    """The backend for the block; None leaves what is set."""
     import sla_ref
 
     return nullcontext() if backend is None else sla_ref.use_backend(backend)
@@ -349,7 +282,7 @@ def _training(device: str, out: Path) -> Iterator[tuple[torch.device, Console]]:
     from .lab import distributed
     from .lab.train import CHECKPOINT
 
-    with distributed.process_group(_device(device)) as where:
+    with distributed.process_group(find_device(device)) as where:
         output = console if distributed.rank() == 0 else Console(quiet=True)
         try:
             yield where, output

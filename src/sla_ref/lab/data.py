@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 SPLITS = ("train", "held_out")
-SLOTS = 2  # a clip shows one or two digits
-NO_DIGIT = 10  # the label of an empty slot
-CLASSES = 11
+DIGITS = 10
 
 
 @cache
@@ -38,45 +36,29 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
 class MovingDigits:
     """An endless stream of clips; the same seed gives the same clips on every device.
 
-    What a clip shows is drawn on the CPU; the pixels are made on the device that asks for them. Each
+    What a clip shows is drawn on the CPU; the pixels are made on the device that asks for them. A
     digit is half a frame wide, starts anywhere and moves in a straight line, reflected at the borders.
-    A share `pairs` of the clips shows two digits; where they overlap, the darker ink wins. With a `backdrop`, each clip
-    has a grey background of one level, drawn from [-1, 2 backdrop - 1]: something that all of its tokens share.
+    With a `backdrop`, each clip has a grey background of one level, drawn from [-1, 2 backdrop - 1]:
+    something that all of its tokens share.
     """
 
-    def __init__(
-        self,
-        split: str,
-        seed: int,
-        *,
-        size: int = 32,
-        frames: int = 16,
-        pairs: float = 0.0,
-        backdrop: float = 0.0,
-    ) -> None:
-        for name, share in (("pairs", pairs), ("backdrop", backdrop)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {share}")
+    def __init__(self, split: str, seed: int, *, size: int = 32, frames: int = 16, backdrop: float = 0.0) -> None:
+        if not 0 <= backdrop <= 1:
+            raise ValueError(f"backdrop must be between 0 and 1, got {backdrop}")
         for name, value, least in (("size", size, 16), ("frames", frames, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.images, self.labels = digit_images(split)
-        self.size, self.frames, self.pairs, self.backdrop = size, frames, pairs, backdrop
+        self.size, self.frames, self.backdrop = size, frames, backdrop
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """The next `count` clips (count, frames, size, size) and their labels (count, SLOTS).
-
-        The label of the second slot is NO_DIGIT in clips of one digit.
-        """
-        chosen = torch.randint(len(self.images), (count, SLOTS), generator=self.generator)
-        draws = torch.rand(count, SLOTS, 5, generator=self.generator)
-        shown = torch.ones(count, SLOTS, dtype=torch.bool)
-        shown[:, 1] = draws[:, 1, 4] < self.pairs
-        labels = self.labels[chosen].where(shown, torch.tensor(NO_DIGIT))
-        ink = self.images[chosen] * shown[:, :, None, None]  # (count, SLOTS, 8, 8)
-
-        ink, draws, labels = (each.to(device, non_blocking=True) for each in (ink, draws, labels))
+        """The next `count` clips (count, frames, size, size) and the digits that they show (count,), int64."""
+        # More is drawn than is used: these are the clips that the shipped weights and all measured figures are of.
+        chosen = torch.randint(len(self.images), (count, 2), generator=self.generator)[:, 0]
+        draws = torch.rand(count, 2, 5, generator=self.generator)[:, 0, :4]
+        drawn = (self.images[chosen], draws, self.labels[chosen])
+        ink, draws, labels = (each.to(device, non_blocking=True) for each in drawn)
         clips = self._render(ink, self._paths(draws))
         if self.backdrop:  # drawn only where it is asked for: without it, the clips of a seed stay what they were
             level = 2 * self.backdrop * torch.rand(count, 1, 1, 1, generator=self.generator) - 1
@@ -84,7 +66,7 @@ class MovingDigits:
         return clips, labels
 
     def _paths(self, draws: Tensor) -> Tensor:
-        """Where each digit's upper left corner is, in pixels: (count, SLOTS, frames, 2)."""
+        """Where each digit's upper left corner is, in pixels: (count, frames, 2)."""
         room = self.size / 2  # the digit fills the other half
         start = draws[..., 0:2] * room
         angle = draws[..., 2] * 2 * torch.pi
@@ -100,9 +82,8 @@ class MovingDigits:
         digit = self.size / 2
         pixel = torch.arange(self.size, device=ink.device) + 0.5
         # Place of each frame pixel on the 8 x 8 grid, then its weights on the two nearest grid lines.
-        place = (pixel - corner[..., None]) * (8 / digit) - 0.5  # (count, SLOTS, frames, 2, size)
+        place = (pixel - corner[..., None]) * (8 / digit) - 0.5  # (count, frames, 2, size)
         grid = torch.arange(8, device=ink.device)
         weights = (1 - (place[..., None] - grid).abs()).clamp(min=0)
-        rows, columns = weights.unbind(dim=3)  # (count, SLOTS, frames, size, 8) each
-        layers = rows @ ink[:, :, None] @ columns.mT
-        return layers.amax(dim=1) * 2 - 1
+        rows, columns = weights.unbind(dim=2)  # (count, frames, size, 8) each
+        return rows @ ink[:, None] @ columns.mT * 2 - 1

@@ -25,7 +25,6 @@ from ..files import new_folder, whole
 from . import evaluate, figures, flow
 from .config import TrainConfig
 from .console import progress_bar
-from .data import NO_DIGIT
 from .machine import machine
 from .model import VideoTransformer, with_attention
 from .runs import named_objective
@@ -223,7 +222,7 @@ def _sample(
     console: Console,
 ) -> dict[str, Tensor]:
     """Clips of the digits 0, 1, ... from every model, from the same noise."""
-    labels = torch.tensor([[digit, NO_DIGIT] for digit in range(samples)], device=device)
+    labels = torch.arange(samples, device=device)
     shape = next(iter(models.values())).config
     noise = torch.randn(
         samples,

@@ -24,7 +24,7 @@ HELD_OUT_SEED = 1_000_003  # of clips, noise and times; the same for every model
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Noisy clips x (n, F, S, S), time (n,), labels (n, 2) and the velocity to find, on the CPU."""
+    """Noisy clips x (n, F, S, S), time (n,), labels (n,) and the velocity to find, on the CPU."""
 
     x: Tensor
     time: Tensor

@@ -2,9 +2,8 @@
 
 Kept from Wan: patches of (1, 4, 4), rotary embedding over frame, row and column, RMS norm of query
 and key, adaLN-zero with one shared time projection and a learned table per block, heads of 64, tokens
-in raster order. Left out: the text encoder and its cross-attention, and the VAE. Instead, the digits a
-clip shows are class labels: the embeddings of its one or two digits are added to the time embedding.
-The sum does not depend on the order of the digits, and an empty slot adds nothing.
+in raster order. Left out: the text encoder and its cross-attention, and the VAE. Instead, the digit that
+a clip shows is a class label, whose embedding is added to the time embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from .arms import ArmOptions, make_arm
 from .config import check_limits, option
-from .data import CLASSES, NO_DIGIT, MovingDigits
+from .data import DIGITS, MovingDigits
 
 PATCH = 4
 
@@ -30,8 +29,7 @@ class ModelConfig:
 
     frames: int = option(16, "Frames of a clip.", least=1)
     size: int = option(32, "Height and width of a frame, in pixels.", least=16)
-    pairs: float = 0.0  # of the clips it is for: the share that shows two digits
-    backdrop: float = 0.0  # of those clips: how bright a background may be
+    backdrop: float = 0.0  # of the clips it is for: how bright a background may be
     width: int = option(128, "Width of the model.", least=2)
     depth: int = option(4, "Blocks of the model.", least=1)
     heads: int = option(2, "Attention heads.", least=1)
@@ -57,7 +55,7 @@ class ModelConfig:
 
     def clips(self, split: str, seed: int) -> MovingDigits:
         """The stream of clips that such a model is for."""
-        return MovingDigits(split, seed, size=self.size, frames=self.frames, pairs=self.pairs, backdrop=self.backdrop)
+        return MovingDigits(split, seed, size=self.size, frames=self.frames, backdrop=self.backdrop)
 
 
 def rotary_angles(frames: int, side: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -142,7 +140,7 @@ class VideoTransformer(nn.Module):
         self.config = config
         self.patch_embedding = nn.Linear(PATCH * PATCH, width)
         self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.label_embedding = nn.Embedding(CLASSES, width, padding_idx=NO_DIGIT)
+        self.label_embedding = nn.Embedding(DIGITS, width)
         self.time_projection = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
@@ -157,16 +155,17 @@ class VideoTransformer(nn.Module):
         self.register_buffer("sine", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """x (B, frames, size, size), time (B,) in [0, 1], labels (B, 2) -> velocity, shaped as x."""
+        """x (B, frames, size, size), time (B,) in [0, 1], labels (B,) -> velocity, shaped as x."""
         expected = (self.config.frames, self.config.size, self.config.size)
         if x.shape[1:] != expected:
             raise ValueError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        if labels.shape != x.shape[:1]:
+            raise ValueError(f"labels must be ({len(x)},), one per clip, got {tuple(labels.shape)}")
         width, side = self.config.width, self.config.size // PATCH
         tokens = x.unflatten(3, (side, PATCH)).unflatten(2, (side, PATCH)).transpose(3, 4)
         tokens = self.patch_embedding(tokens.flatten(4).flatten(1, 3))  # (B, N, width)
 
-        condition = self.time_embedding(time_features(time, width))
-        condition = condition + self.label_embedding(labels).sum(dim=1)
+        condition = self.time_embedding(time_features(time, width)) + self.label_embedding(labels)
         modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, width))
         for block in self.blocks:
             tokens = block(tokens, modulation, self.cosine, self.sine)

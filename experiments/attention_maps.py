@@ -8,42 +8,65 @@ clips.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ... import analysis
-from .. import evaluate, flow
-from ..data import MovingDigits
-from ..evaluate import HeldOut
-from ..model import VideoTransformer
-from . import Context, Experiment, Setting
+from sla_ref import analysis
+from sla_ref.lab import evaluate, flow
+from sla_ref.lab.evaluate import HeldOut
+from sla_ref.lab.model import VideoTransformer
+
+from .fine_tuning import find_teacher
+from .setting import Context, Experiment, Setting
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the flow: 0 is the clip, 1 is noise
 CLIPS = 4  # whose maps are looked at, per time; 4 layers and 2 heads make 32 maps of them
 LARGE_SHARE, SMALL_SHARE = 0.081, 0.45  # the paper's shares of its map
 RANK_SHARE = 0.08
-ITERATIONS = (
-    30  # stable ranks are right to about 1e-5 with these; all eigenvalues of a map of N 4096 would take too long
-)
+ITERATIONS = 30  # make stable ranks right to about 1e-5; all eigenvalues of a map of N 4096 would take too long
+
+Figures = dict[str, Tensor]
 
 
 def noisy_clips(model: VideoTransformer, seed: int, times: Tensor) -> HeldOut:
     """One held-out clip per time of `times` (n,), with noise; the seed decides which."""
-    config = model.config
-    data = MovingDigits(
-        "held_out", evaluate.HELD_OUT_SEED + 1 + seed, size=config.size, frames=config.frames, pairs=config.pairs
-    )
+    data = model.config.clips("held_out", evaluate.HELD_OUT_SEED + 1 + seed)
     clip, labels = data.batch(len(times))
     noise = torch.randn(clip.shape, generator=data.generator)
     return HeldOut(flow.noised(clip, noise, times), times, labels, flow.velocity(clip, noise))
 
 
-def map_figures(weights: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """What the paper says of one map, for each of the maps `weights` (..., N, N) with their `value` (..., N, D).
+def of_all_layers(
+    model: VideoTransformer, data: HeldOut, clips: int, figures: Callable[[Tensor, Tensor, Tensor], Figures]
+) -> Figures:
+    """What `figures` says of query, key and value of each layer, stacked; of one clip at a time: a map is N x N."""
+    device = next(model.parameters()).device
+    found: dict[str, list[Tensor]] = {}
+    for clip in range(min(clips, len(data.x))):
+        inputs = (each[clip : clip + 1].to(device) for each in (data.x, data.time, data.labels))
+        for layer in evaluate.attention_inputs(model, *inputs):
+            for name, figure in figures(*layer).items():
+                found.setdefault(name, []).append(figure.double().cpu())
+    return {name: torch.stack(each) for name, each in found.items()}
+
+
+def mean_and_bounds(figures: Figures) -> dict[str, float]:
+    """Each figure's mean over clips, layers and heads, and its smallest and largest value."""
+    values: dict[str, float] = {}
+    for name, each in figures.items():
+        values |= {name: each.mean().item(), f"{name}_min": each.min().item(), f"{name}_max": each.max().item()}
+    return values
+
+
+def map_figures(query: Tensor, key: Tensor, value: Tensor) -> Figures:
+    """What the paper says of one map, for each of the maps of query, key and value (..., N, D).
 
     Errors are relative L1 errors of the output P V, with the rows normalised anew. Two are of the map's own bands, two
     of the paper's shares of the weights, whatever their size.
     """
+    weights, value = analysis.attention_weights(query, key), value.float()
     keys = weights.shape[-1]
     above, below = analysis.weight_bands(weights)
     large, _ = analysis.split_top(weights, LARGE_SHARE)
@@ -64,34 +87,15 @@ def map_figures(weights: Tensor, value: Tensor) -> dict[str, Tensor]:
     }
 
 
-def mean_and_bounds(figures: dict[str, Tensor]) -> dict[str, float]:
-    """Each figure's mean over clips, layers and heads, and its smallest and largest value."""
-    values: dict[str, float] = {}
-    for name, each in figures.items():
-        values |= {name: each.mean().item(), f"{name}_min": each.min().item(), f"{name}_max": each.max().item()}
-    return values
-
-
 def _cases(setting: Setting) -> list[str]:
     return [f"t = {time}" for time in TIMES]
 
 
-def _prepare(setting: Setting, context: Context) -> None:
-    context.teacher(setting)
-
-
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
     time = TIMES[_cases(setting).index(case)]
-    teacher = context.teacher(setting)
-    data = noisy_clips(teacher, seed, torch.full((min(CLIPS, setting.clips),), time))
-    found: dict[str, list[Tensor]] = {}
-    for clip in range(len(data.x)):
-        inputs = (each[clip : clip + 1].to(context.device) for each in (data.x, data.time, data.labels))
-        for query, key, value in evaluate.attention_inputs(teacher, *inputs):
-            for name, figure in map_figures(analysis.attention_weights(query, key), value.float()).items():
-                found.setdefault(name, []).append(figure.double().cpu())
-        context.tick(clip + 1, None)
-    return mean_and_bounds({name: torch.stack(figures) for name, figures in found.items()})
+    teacher = find_teacher(setting, context)
+    data = noisy_clips(teacher, seed, torch.full((CLIPS,), time))
+    return mean_and_bounds(of_all_layers(teacher, data, CLIPS, map_figures))
 
 
 EXPERIMENT = Experiment(
@@ -99,6 +103,5 @@ EXPERIMENT = Experiment(
     "Are few attention weights large and most small, and has the rest a low rank?",
     _cases,
     _measure,
-    _prepare,
-    shown="stable_rank_rest",
+    "stable_rank_rest",
 )

@@ -15,9 +15,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...files import whole
-from . import EXPERIMENTS, Experiment, Setting
-from .runner import read_lines
+from sla_ref.files import whole
+
+from . import EXPERIMENTS
+from .run import read_lines
+from .setting import SETTINGS, Experiment
 
 Line = dict[str, Any]
 
@@ -74,13 +76,11 @@ def report(results: Path, docs: Path) -> list[Path]:
         temporary.write_text(text, encoding="utf-8")
     written = [page]
     for (name, setting), lines in groups.items():
-        figure = _figure(EXPERIMENTS[name], lines)
-        if figure is not None:
-            path = docs / _figure_path(name, setting)
-            path.parent.mkdir(exist_ok=True)
-            with whole(path) as temporary, matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-                figure.savefig(temporary, format="svg", metadata={"Date": None})
-            written.append(path)
+        path = docs / _figure_path(name, setting)
+        path.parent.mkdir(exist_ok=True)
+        with whole(path) as temporary, matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+            _figure(EXPERIMENTS[name], lines).savefig(temporary, format="svg", metadata={"Date": None})
+        written.append(path)
     return written
 
 
@@ -116,9 +116,8 @@ def _block(experiment: Experiment, setting: str, lines: list[Line]) -> str:
     if experiment.paired:
         parts.append(_paired_table(experiment, lines))
     parts.append(_about(experiment, lines))
-    if experiment.shown:
-        path = _figure_path(experiment.name, setting)
-        parts.append(f"![{experiment.question} {_title(experiment.shown)} of every case and seed]({path})\n")
+    path = _figure_path(experiment.name, setting)
+    parts.append(f"![{experiment.question} {_title(experiment.shown)} of every case and seed]({path})\n")
     return "\n".join(parts)
 
 
@@ -130,15 +129,10 @@ def _figure_path(name: str, setting: str) -> str:
 
 
 def _cases(experiment: Experiment, lines: list[Line]) -> list[str]:
-    """The measured cases in the experiment's order."""
-    order = _planned(experiment, lines)
+    """The measured cases in the experiment's order; what it does not know any more comes last."""
     measured = dict.fromkeys(line["case"] for line in lines)
-    return [case for case in order if case in measured] + [case for case in measured if case not in order]
-
-
-def _planned(experiment: Experiment, lines: list[Line]) -> list[str]:
-    sizes = dict(lines[0]["sizes"])
-    return list(experiment.cases(Setting(**sizes | {"tile": tuple(sizes["tile"])})))
+    planned = [case for case in experiment.cases(SETTINGS[lines[0]["setting"]]) if case in measured]
+    return list(dict.fromkeys([*planned, *measured]))
 
 
 def _values(lines: Iterable[Line], case: str, name: str) -> dict[int, float]:
@@ -198,23 +192,15 @@ def _missing_seeds(lines: list[Line], case: str) -> str:
 
 
 def _paired_table(experiment: Experiment, lines: list[Line]) -> str:
-    """What the first arm's figure is above each other arm's, seed by seed.
-
-    An arm that a condition does not have is that of the nearest condition above that has it. One that it has and that
-    is not measured yet stays open: another condition's figures would be no pair.
-    """
-    conditions, arms = _conditions(experiment, lines)
-    planned = _planned(experiment, lines)
-
-    def difference(condition: str, arm: str) -> str:
-        first = _values(lines, f"{condition}: {arms[0]}", experiment.shown)
-        above = (f"{each}: {arm}" for each in reversed(conditions[: conditions.index(condition) + 1]))
-        other = _values(lines, next((case for case in above if case in planned), ""), experiment.shown)
-        return _spread(first[seed] - other[seed] for seed in first if seed in other)
-
-    others = arms[1:]
-    rows = ([condition, *(difference(condition, arm) for arm in others)] for condition in conditions)
-    return _rows([f"{_title(experiment.shown)}, paired by seed", *(f"{arms[0]}, minus {arm}" for arm in others)], rows)
+    """What the first arm's figure is above each other arm's, seed by seed, where a condition has both."""
+    conditions, (first, *others) = _conditions(experiment, lines)
+    rows = []
+    for condition in conditions:
+        of_arm = [_values(lines, f"{condition}: {arm}", experiment.shown) for arm in (first, *others)]
+        differences = [[of_arm[0][seed] - other[seed] for seed in of_arm[0] if seed in other] for other in of_arm[1:]]
+        if any(differences):
+            rows.append([condition, *map(_spread, differences)])
+    return _rows([f"{_title(experiment.shown)}, paired by seed", *(f"{first}, minus {arm}" for arm in others)], rows)
 
 
 def _conditions(experiment: Experiment, lines: list[Line]) -> tuple[list[str], list[str]]:
@@ -233,7 +219,7 @@ def _about(experiment: Experiment, lines: list[Line]) -> str:
     )
     versions = all_of(f"torch {line['versions']['torch']}, Triton {line['versions']['triton']}" for line in lines)
     commits = all_of(line["commit"][:12] for line in lines)
-    jobs = all_of(str(line["jobs"]) for line in lines)
+    jobs = all_of(str(line.get("jobs", 1)) for line in lines)
     training = (
         f"{sizes['steps']} steps of {sizes['batch']} clips where a row does not say otherwise, learning rate "
         f"{sizes['learning_rate']:g}, {sizes['clips']} held-out clips. "
@@ -260,16 +246,17 @@ def _wall(lines: list[Line]) -> float:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(experiment: Experiment, lines: list[Line]) -> Figure | None:
-    if not experiment.shown:
-        return None
+def _figure(experiment: Experiment, lines: list[Line]) -> Figure:
     with matplotlib.rc_context(STYLE):
-        if any(CURVE.fullmatch(name) for line in lines for name in line["values"]):
-            return _curves(experiment, lines)
-        return _dots(experiment, lines)
+        figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(experiment.question, fontsize=11)
+        curves = any(CURVE.fullmatch(name) for line in lines for name in line["values"])
+        (_curves if curves else _dots)(experiment, lines, figure, axes)
+    return figure
 
 
-def _dots(experiment: Experiment, lines: list[Line]) -> Figure:
+def _dots(experiment: Experiment, lines: list[Line], figure: Figure, axes: Axes) -> None:
     """A row per case, or per condition with a mark per arm: a small mark per seed, a line at their mean."""
     if experiment.paired:
         rows, arms = _conditions(experiment, lines)
@@ -277,8 +264,7 @@ def _dots(experiment: Experiment, lines: list[Line]) -> Figure:
     else:
         rows, arms = [case for case in _cases(experiment, lines) if _values(lines, case, experiment.shown)], [""]
         cases = {(row, ""): row for row in rows}
-    figure = Figure(figsize=(6.8, 0.9 + 0.34 * len(rows) * max(1, len(arms) / 2)), layout="constrained")
-    axes: Axes = figure.subplots()
+    figure.set_figheight(0.9 + 0.34 * len(rows) * max(1, len(arms) / 2))
     for number, arm in enumerate(arms):
         colour, marker = SERIES[number % len(SERIES)]
         shift = 0.25 * (number - (len(arms) - 1) / 2)
@@ -293,16 +279,12 @@ def _dots(experiment: Experiment, lines: list[Line]) -> Figure:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(_title(experiment.shown))
-    axes.set_title(experiment.question, fontsize=11)
     if len(arms) > 1:
         figure.legend(loc="outside lower center", ncols=len(arms))
-    return figure
 
 
-def _curves(experiment: Experiment, lines: list[Line]) -> Figure:
+def _curves(experiment: Experiment, lines: list[Line], figure: Figure, axes: Axes) -> None:
     """The loss of every case over steps: a line through the means, a band from the lowest to the highest seed."""
-    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
-    axes: Axes = figure.subplots()
     for number, case in enumerate(_cases(experiment, lines)):
         colour, marker = SERIES[number % len(SERIES)]
         names = {name for line in lines if line["case"] == case for name in line["values"]}
@@ -314,7 +296,5 @@ def _curves(experiment: Experiment, lines: list[Line]) -> Figure:
         axes.fill_between(steps, [min(each) for each in seen], [max(each) for each in seen], color=colour, alpha=0.2)
     axes.set_xlabel("fine-tuning steps")
     axes.set_ylabel("held-out loss")
-    axes.set_title(experiment.question, fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
-    return figure

@@ -1,4 +1,7 @@
-"""What the tutorials show: functions from their source, figures from result files. No lesson holds a copy that ages."""
+"""What the tutorials show: functions from their source, figures from result files. No lesson holds a copy that ages.
+
+A tutorial imports it as the module that lies in the same folder.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[1]
+import sla_ref
+
+PACKAGE = Path(sla_ref.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,12 @@ def source_of(thing: Callable[..., object] | type) -> Source:
 
 
 def measured(name: str) -> dict[str, Any]:
-    """What a benchmark wrote: `benchmarks/results/{name}.json` of the clone that this is run or was installed from.
+    """What a benchmark wrote: `benchmarks/results/{name}.json` of the clone that this file or the working folder is in.
 
     Raises:
         FileNotFoundError: there is no such clone, or no such file in it.
     """
-    for folder in (Path.cwd(), *Path.cwd().parents, *PACKAGE.parents):
+    for folder in (Path.cwd(), *Path.cwd().parents, *Path(__file__).parents):
         file = folder / "benchmarks" / "results" / f"{name}.json"
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import Context, Experiment, Setting
-from .students import Recipe, build, fine_tune, losses
+from .fine_tuning import find_teacher, fine_tune, losses
+from .recipe import Recipe, build
+from .setting import Context, Experiment, Setting
 
 RECIPES = {
     "Proj alone, flow loss": Recipe(trained="proj_l"),
@@ -14,18 +15,17 @@ RECIPES = {
 POINTS = 8  # of a curve
 
 
-def measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
+def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
     """Loss and distance along the way, and the first step looked at where half of the gap was closed.
 
     The gap is that between the untrained student's held-out loss and the teacher's. A recipe that does not get
     there has no such figure.
     """
-    recipe, teacher = RECIPES[case], context.teacher(setting)
+    recipe, teacher = RECIPES[case], find_teacher(setting, context)
     student = build(recipe, teacher, setting, seed)
     start = losses(student, teacher, setting)["held_out_loss"]
     half = (start + losses(teacher, teacher, setting)["held_out_loss"]) / 2
-    steps = recipe.steps(setting)
-    points = {round(steps * point / POINTS) for point in range(1, POINTS + 1)}
+    points = {round(recipe.steps(setting) * point / POINTS) for point in range(1, POINTS + 1)}
     values = {"loss_at_0": start}
 
     def watch(step: int) -> None:
@@ -38,17 +38,11 @@ def measure(case: str, seed: int, setting: Setting, context: Context) -> dict[st
     return losses(student, teacher, setting) | values
 
 
-def prepare(setting: Setting, context: Context) -> None:
-    """The teacher."""
-    context.teacher(setting)
-
-
 EXPERIMENT = Experiment(
     "recipes",
     "What should be fine-tuned, and towards what?",
     lambda setting: list(RECIPES),
-    measure,
-    prepare,
-    shown="held_out_loss",
+    _measure,
+    "held_out_loss",
     fine_tunes=True,
 )

@@ -8,18 +8,18 @@
 #
 # "SLA-1" is the branch of that name at commit 325cc75, "main" the branch main at d973e55. What is said about them was
 # read in their code. The functions below are written anew from it, on top of the
-# [specification](../../api.md#the-specification).
+# [specification](../api.md#the-specification).
 
 # %%
 import matplotlib.pyplot as plt
 import torch
+from lesson import show_source
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 import sla_ref
 from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
 from sla_ref.feature_maps import softmax as phi
-from sla_ref.lab.lesson import show_source
 
 torch.manual_seed(0)
 B, H, N, D, block = 1, 1, 640, 32, 32

@@ -5,18 +5,21 @@ The softmax of a small vector is nearly flat. Were it so here, every query would
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .. import evaluate
-from ..arms import LinearOnly
-from . import Context, Experiment, Setting
-from .motivation import CLIPS, TIMES, mean_and_bounds, noisy_clips
+from sla_ref.lab.arms import LinearOnly
+
+from .attention_maps import CLIPS, TIMES, Figures, mean_and_bounds, noisy_clips, of_all_layers
+from .fine_tuning import find_teacher
+from .setting import Context, Experiment, Setting
 
 TEMPERATURES = {f"temperature {temperature:g}": temperature for temperature in (1.0, 4.0, 16.0)}
 
 
-def figures(query: Tensor, key: Tensor, value: Tensor, temperature: float) -> dict[str, Tensor]:
+def figures(query: Tensor, key: Tensor, value: Tensor, *, temperature: float) -> Figures:
     """Of each head of each clip (B, H), from query, key and value (B, H, N, D), with φ(x) = softmax(temperature x).
 
     `features_in_use` is exp(entropy) of φ(query) and φ(key) as a share of D, mean over tokens: 1 is flat, 1/D is one
@@ -31,18 +34,10 @@ def figures(query: Tensor, key: Tensor, value: Tensor, temperature: float) -> di
 
 
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
-    teacher = context.teacher(setting)
+    teacher = find_teacher(setting, context)
     data = noisy_clips(teacher, seed, torch.tensor(TIMES).repeat(CLIPS)[: setting.clips])
-    inputs = (each.to(context.device) for each in (data.x, data.time, data.labels))
-    layers = [
-        figures(query, key, value, TEMPERATURES[case])
-        for query, key, value in evaluate.attention_inputs(teacher, *inputs)
-    ]
-    return mean_and_bounds({name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
-
-
-def _prepare(setting: Setting, context: Context) -> None:
-    context.teacher(setting)
+    of_case = partial(figures, temperature=TEMPERATURES[case])
+    return mean_and_bounds(of_all_layers(teacher, data, len(data.x), of_case))
 
 
 EXPERIMENT = Experiment(
@@ -50,6 +45,5 @@ EXPERIMENT = Experiment(
     "Are the features of the linear branch flat, and the branch an average of V?",
     lambda setting: list(TEMPERATURES),
     _measure,
-    _prepare,
-    shown="from_average",
+    "from_average",
 )

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import sla_ref
+from sla_ref import analysis
+from sla_ref.lab import evaluate
+from sla_ref.lab.model import VideoTransformer, with_attention
+from sla_ref.lab.weights import STUDENT, load_weights
 
-from ... import analysis
-from .. import evaluate
-from ..model import VideoTransformer, with_attention
-from ..weights import STUDENT, load_weights
-from . import Context, Experiment, Setting
-from .motivation import TIMES, noisy_clips
+from .attention_maps import TIMES, Figures, noisy_clips, of_all_layers
+from .fine_tuning import find_teacher
+from .setting import Context, Experiment, Setting
 
 CRITICAL_RATIOS = (0.025, 0.05, 0.1, 0.2)
 NEGLIGIBLE_RATIO = 0.1
@@ -94,7 +95,7 @@ def with_choice(model: VideoTransformer, choose: Choice) -> VideoTransformer:
 
 def map_figures(
     query: Tensor, key: Tensor, value: Tensor, block_map: sla_ref.BlockMap, compared: dict[str, Choice]
-) -> dict[str, Tensor]:
+) -> Figures:
     """Of each map of query, key, value (B, H, N, D): recall, mass of each class and error of the sparse branch.
 
     The error is the relative L1 error of O^s [Eq. 4] beside full attention.
@@ -106,13 +107,13 @@ def map_figures(
     figures = {}
     for name, choose in compared.items():
         labels = best if choose is oracle else choose(query, key, block_map)
-        figures[f"recall_{name}"] = analysis.critical_recall(labels, best)
+        if choose is not oracle:  # its recall is 1 by definition
+            figures[f"recall_{name}"] = analysis.critical_recall(labels, best)
         for label, held in analysis.class_mass(mass, labels).items():
             figures[f"{analysis.CLASS_NAMES[label]}_mass_{name}"] = held
         sparse = sla_ref.sparse_linear_attention(query, key, value, block_map=replace(block_map, labels=labels)).sparse
         figures[f"sparse_error_{name}"] = analysis.relative_l1(sparse.float(), full)
-    del figures["recall_oracle"]  # 1 by definition
-    return figures
+    return figures | {"critical_share": torch.tensor(1 - block_map.sparsity)}
 
 
 def arms(setting: Setting) -> dict[str, tuple[int, float]]:
@@ -130,16 +131,12 @@ def _cases(setting: Setting) -> list[str]:
     """The shipped student is one of them where it has the setting's size."""
     student, _ = load_weights(STUDENT)
     fits = setting.model == replace(student.config, attention="full")
-    return [*arms(setting), *([STUDENT_CASE] if fits else [])]
-
-
-def _prepare(setting: Setting, context: Context) -> None:
-    context.teacher(setting)
+    return [*arms(setting), *[STUDENT_CASE] * fits]
 
 
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
     """Figures of maps are means over layers, heads and clips, as many of each time; the losses are of more clips."""
-    teacher = context.teacher(setting)
+    teacher = find_teacher(setting, context)
     if case == STUDENT_CASE:
         sla, _ = load_weights(STUDENT, context.device)
         looked_at = sla
@@ -147,35 +144,21 @@ def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[s
         block, ratio = arms(setting)[case]
         changes = {"block": block, "critical_ratio": ratio, "negligible_ratio": NEGLIGIBLE_RATIO}
         sla, looked_at = with_attention(teacher, "sla", **changes), teacher
-    config = sla.config
+    config, compared = sla.config, choices(seed)
     data = noisy_clips(teacher, seed, torch.tensor(TIMES).repeat(setting.clips)[: setting.clips])
 
-    compared = choices(seed)
-    found: dict[str, list[Tensor]] = {}
-    for clip in range(min(MAP_CLIPS, setting.clips)):
-        inputs = (each[clip : clip + 1].to(context.device) for each in (data.x, data.time, data.labels))
-        for query, key, value in evaluate.attention_inputs(looked_at, *inputs):
-            block_map = sla_ref.classify_blocks(
-                query, key, config.critical_ratio, config.negligible_ratio, block_q=config.block, block_k=config.block
-            )
-            for name, figure in map_figures(query, key, value, block_map, compared).items():
-                found.setdefault(name, []).append(figure.double().cpu())
-        context.tick(clip + 1, None)
-    values = {name: torch.stack(figures).mean().item() for name, figures in found.items()}
-    values["critical_share"] = 1 - block_map.sparsity
+    def of_layer(query: Tensor, key: Tensor, value: Tensor) -> Figures:
+        block_map = sla_ref.classify_blocks(
+            query, key, config.critical_ratio, config.negligible_ratio, block_q=config.block, block_k=config.block
+        )
+        return map_figures(query, key, value, block_map, compared)
 
-    for name, choose in compared.items():
-        prediction = evaluate.predict(with_choice(sla, choose), data)
-        values[f"held_out_loss_{name}"] = evaluate.held_out_loss(prediction, data)
-    values["held_out_loss_teacher"] = evaluate.held_out_loss(evaluate.predict(teacher, data), data)
+    found = of_all_layers(looked_at, data, MAP_CLIPS, of_layer)
+    values = {name: figure.mean().item() for name, figure in found.items()}
+    models = {name: with_choice(sla, choose) for name, choose in compared.items()} | {"teacher": teacher}
+    for name, model in models.items():
+        values[f"held_out_loss_{name}"] = evaluate.held_out_loss(evaluate.predict(model, data), data)
     return values
 
 
-EXPERIMENT = Experiment(
-    "choice",
-    "Does the classification choose well?",
-    _cases,
-    _measure,
-    _prepare,
-    shown="recall_pooled",
-)
+EXPERIMENT = Experiment("choice", "Does the classification choose well?", _cases, _measure, "recall_pooled")
