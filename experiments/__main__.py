@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
         print(f"experiments: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ goes on where it was. Runs with different seeds write different files: they may 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 import sla_ref
-from sla_ref.files import whole
+from sla_ref.files import append_line, whole
 from sla_ref.lab.machine import machine
 
 from . import EXPERIMENTS
@@ -41,17 +40,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
     return found
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Adds a line, in place of a torn one; it is on the disk when this returns."""
-    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
-        with whole(path) as temporary:
-            temporary.write_bytes(text[: text.rfind(b"\n") + 1])
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def run(
@@ -130,12 +118,15 @@ def _wanted(names: list[str], setting: Setting, seeds: list[int], cases: list[st
 
 
 def _measured(path: Path, sizes: dict[str, Any]) -> list[str]:
-    """The cases in a file; ValueError if it is of other sizes."""
+    """The cases in a file, which loses a torn last line; ValueError if it is of other sizes."""
     lines = read_lines(path)
     for line in lines:
         if line["sizes"] != sizes:
             differ = {key: value for key, value in line["sizes"].items() if sizes.get(key) != value}
             raise ValueError(f"out holds {path.name}, measured with {differ}; name another folder")
+    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+        with whole(path) as temporary:
+            temporary.write_bytes(text[: text.rfind(b"\n") + 1])
     return [line["case"] for line in lines]
 
 

@@ -25,6 +25,14 @@ def test_clips_depend_on_seed_and_split_only():
     assert labels.shape == (6,)
 
 
+def test_the_clips_of_a_seed_are_those_that_the_shipped_weights_were_judged_by():
+    digits = data.MovingDigits("held_out", 1_000_003)
+    digits.batch(4)
+    clips, labels = digits.batch(6)
+    assert labels.tolist() == [3, 7, 7, 2, 5, 7]
+    assert clips.argmax() == 20850 and clips.mean().item() == pytest.approx(-0.8619137, abs=1e-5)
+
+
 @pytest.mark.parametrize(("size", "frames"), [(32, 16), (64, 4)])
 def test_shape_and_range(size, frames):
     clips, labels = data.MovingDigits("train", 0, size=size, frames=frames).batch(32)

@@ -14,8 +14,9 @@ import torch
 
 from sla_ref.lab.checkpoint import read_checkpoint, write_checkpoint
 from sla_ref.lab.config import TrainConfig
+from sla_ref.lab.graph import unchanged
 from sla_ref.lab.model import ModelConfig, VideoTransformer, with_attention
-from sla_ref.lab.train import distance_to, flow_loss, train
+from sla_ref.lab.train import Run, distance_to, flow_loss, train
 
 TINY = ModelConfig(frames=2, size=16, width=32, depth=2, heads=2, block=8)
 CONFIG = TrainConfig(steps=9, batch=4, learning_rate=1e-2)
@@ -292,6 +293,52 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(made, CONFIG, tmp_path / "run", log_every=1)
 
 
+def test_a_part_of_the_parameters_has_a_rate_of_its_own():
+    """AdamW's first step is as long as its rate, but for what it decays."""
+    made = model()
+    before, one_step = weights(made), replace(CONFIG, steps=1, weight_decay=0.0)
+    train(made, one_step, rates={"out.weight": 10.0})
+    moved = {name: (weight - before[name]).abs().amax().item() for name, weight in weights(made).items()}
+    rate = moved["out.bias"]
+    assert 0 < rate <= CONFIG.learning_rate
+    assert moved["out.weight"] == pytest.approx(10 * rate, rel=0.01)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_steps_that_are_tried_before_a_recording_leave_no_trace(steps_before):
+    """Neither in a fresh run nor in one that goes on."""
+    run = Run(model(), CONFIG)
+    for _ in range(steps_before):
+        run.advance()
+
+    def state() -> list[torch.Tensor]:
+        moments = [value for each in run.optimizer.state.values() for value in each.values()]
+        return [each.detach().clone() for each in (*run.model.parameters(), *moments)]
+
+    before, batch = state(), run.next_batch()
+    with unchanged(run.model, run.optimizer):
+        run.learn(*batch)
+        assert any(not torch.equal(a, b) for a, b in zip(before, state(), strict=False))
+    after = state()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False))
+    assert not any(each.any() for each in after[len(before) :])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_run_ends_where_one_of_single_steps_does():
+    made = {graph: model().cuda() for graph in (False, True)}
+    for graph, each in made.items():
+        train(each, replace(CONFIG, graph=graph))
+    single, recorded = (weights(each) for each in made.values())
+    for name, weight in single.items():
+        torch.testing.assert_close(recorded[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_needs_a_gpu():
+    with pytest.raises(ValueError, match="graph needs one process on a GPU, got 1 on cpu"):
+        train(model(), replace(CONFIG, graph=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -302,6 +349,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"seed": 2**64}, "seed must be at most 18446744073709551615, got 18446744073709551616"),
         ({"precision": "fp8"}, "precision must be one of float32, bfloat16, got 'fp8'"),
+        ({"graph": True, "compile": True}, "graph, compile and fsdp must not go together"),
     ],
 )
 def test_bad_settings_are_named(change, message):

@@ -42,6 +42,7 @@ class TrainConfig:
     precision: str = option("float32", "float32, or bfloat16 for autocast.")
     compile: bool = option(False, "Run the model through torch.compile.", decides=False)
     fsdp: bool = option(False, "Under torchrun: split the parameters too (FSDP2), not only the clips.", decides=False)
+    graph: bool = option(False, "On a GPU, record a step once and replay it (CUDA graph).", decides=False)
     resume: bool = option(False, "Go on from the checkpoint in --out.", decides=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +51,8 @@ class TrainConfig:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.graph and (self.compile or self.fsdp):
+            raise ValueError("graph, compile and fsdp must not go together, got graph and another one")
 
     def recipe(self) -> dict[str, Any]:
         """What decides the outcome of a run, next to the model that it starts from: all but how it is computed."""

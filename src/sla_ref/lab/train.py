@@ -31,13 +31,14 @@ from ..files import append_line, run_folder
 from . import distributed, flow
 from .checkpoint import keep_lines, read_checkpoint, write_checkpoint
 from .config import TrainConfig
+from .graph import RecordedStep
 from .model import VideoTransformer
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
 class Batch(NamedTuple):
-    """Noisy clips x (B, F, S, S), time (B,), labels (B, 2), and the velocity to find, shaped as x."""
+    """Noisy clips x (B, F, S, S), time (B,), labels (B,), and the velocity to find, shaped as x."""
 
     x: Tensor
     time: Tensor
@@ -73,6 +74,7 @@ def train(
     *,
     objective: Objective = flow_loss,
     about: Mapping[str, str] | None = None,
+    rates: Mapping[str, float] | None = None,
     log_every: int = 50,
     save_every: int = 500,
     tick: Callable[[int, float | None], object] = lambda step, loss: None,
@@ -86,6 +88,9 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM, however often they come, let the step end and save a checkpoint; then KeyboardInterrupt
     is raised, on every rank. In another thread than the main one, Python lets nobody listen to signals.
 
+    Parameters that want no gradient stay as they are. `rates` gives those with a certain part in their names a learning
+    rate of their own, in units of the others'.
+
     With several processes `config.batch` is the sum of their shares. With `config.fsdp` they share out parameters and
     optimizer states too (FSDP2), else only the batch (DDP).
 
@@ -93,13 +98,13 @@ def train(
         FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or something is in `out`.
         FloatingPointError: the loss is infinite or NaN.
         RuntimeError: another run is using `out`.
-        ValueError: the processes cannot share out the batch evenly, `fsdp` without torchrun, or a checkpoint that is
-            damaged or of another run.
+        ValueError: the processes cannot share out the batch evenly, `fsdp` without torchrun, `graph` without a GPU or
+            with several, or a checkpoint that is damaged or of another run.
     """
     distributed.check_batch(config.batch)
     if config.resume and (out is None or not (out / CHECKPOINT).is_file()):
         raise FileNotFoundError(f"resume needs a checkpoint, but there is no {(out or Path()) / CHECKPOINT}")
-    run = Run(model, config, objective, about)
+    run = Run(model, config, objective, about, rates)
     folder = out if distributed.rank() == 0 else None
     stop = False
     with nullcontext() if folder is None else run_folder(folder, config.resume), _noted_signals() as noted:
@@ -133,25 +138,37 @@ class Run:
         config: TrainConfig,
         objective: Objective = flow_loss,
         about: Mapping[str, str] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.config, self.objective, self.about = model, config, objective, about or {}
         self.device = next(model.parameters()).device
+        if config.graph and (self.device.type != "cuda" or distributed.count() > 1):
+            raise ValueError(f"graph needs one process on a GPU, got {distributed.count()} on {self.device}")
         self.forward: Callable[..., Any] = distributed.wrap(model, config.fsdp)
         if config.compile:
             self.forward = torch.compile(self.forward)
         self.step = 0
         self.data = model.config.clips("train", config.seed)
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
+        groups: dict[float, list[nn.Parameter]] = {}  # by peak of the learning rate
+        for name, parameter in model.named_parameters():
+            factor = next((rate for part, rate in (rates or {}).items() if part in name), 1.0)
+            groups.setdefault(config.learning_rate * factor, []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
+            # A recorded step reads its rate from the device; a number would be recorded with it.
+            [
+                {"params": members, "lr": torch.tensor(peak, device=self.device) if config.graph else peak}
+                for peak, members in groups.items()
+            ],
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
             fused=True,
+            capturable=config.graph,
         )
+        self.recorded: RecordedStep | None = None
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
-            max_lr=config.learning_rate,
+            max_lr=list(groups),
             total_steps=config.steps + 1,  # it counts the rate before the first step, too
             pct_start=config.warmup,
             cycle_momentum=False,
@@ -163,16 +180,24 @@ class Run:
     def advance(self) -> Tensor:
         """One step; returns its loss, on this process's share of the batch, as a tensor on the device."""
         batch = self.next_batch()
-        half = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            loss = self.objective(self.forward, batch)
+        if self.config.graph and self.recorded is None:
+            self.recorded = RecordedStep(self.learn, batch, self.model, self.optimizer)
+        loss = (self.recorded or self.learn)(*batch)
+        self.scheduler.step()
+        self.loss_sum += loss
+        self.step += 1
+        return loss
+
+    def learn(self, *batch: Tensor) -> Tensor:
+        """One step of the optimizer on a `Batch`; returns the loss. It may be recorded: nothing in it reads data."""
+        # The cache of cast weights would outlive the recording of a graph.
+        half, cache = self.config.precision == "bfloat16", not self.config.graph
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half, cache_enabled=cache):
+            loss = self.objective(self.forward, Batch(*batch))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
-        self.scheduler.step()
-        self.loss_sum += loss.detach()
-        self.step += 1
         return loss.detach()
 
     def next_batch(self) -> Batch:
@@ -188,7 +213,7 @@ class Run:
         mean, now = distributed.mean(self.loss_sum).item() / (self.step - self.logged), time.perf_counter()
         if not mean < float("inf"):
             raise FloatingPointError(f"the loss at step {self.step} is {mean}")
-        rate, seconds = self.optimizer.param_groups[0]["lr"], round(now - self.started, 3)
+        rate, seconds = float(self.optimizer.param_groups[0]["lr"]), round(now - self.started, 3)
         self.loss_sum.zero_()
         self.logged, self.started = self.step, now
         return {"step": self.step, "loss": mean, "learning_rate": rate, "seconds": seconds}
