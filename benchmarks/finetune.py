@@ -138,7 +138,7 @@ def main(
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

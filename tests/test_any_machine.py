@@ -15,7 +15,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
-    path for name in ("src", "tests", "tools", "tutorials", "benchmarks") for path in (ROOT / name).rglob("*.py")
+    path
+    for name in ("src", "tests", "tools", "tutorials", "benchmarks", "experiments")
+    for path in (ROOT / name).rglob("*.py")
 ]
 
 

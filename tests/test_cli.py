@@ -147,13 +147,17 @@ def test_an_interrupted_finetune_goes_on_with_resume(capsys, monkeypatch, tmp_pa
 
 def test_ctrl_c_while_torch_is_loading_is_one_line(tmp_path):
     """A torch that is interrupted when it is imported stands for the seconds that the real one takes."""
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), str(Path(sla_ref.__file__).parents[1])])
     command = [sys.executable, "-m", "sla_ref", "backends"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", check=False, env=os.environ | {"PYTHONPATH": path}
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "sla-ref: interrupted\n")
     script = [sys.executable, "-c", "import sla_ref"]  # somebody else's program
-    done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        script, capture_output=True, encoding="utf-8", check=False, env=os.environ | {"PYTHONPATH": path}
+    )
     assert "Traceback" in done.stderr and "sla-ref" not in done.stderr.splitlines()[-1]
 
 

@@ -80,7 +80,7 @@ def test_a_measured_case_is_not_run_again_and_a_torn_line_is(tmp_path, context, 
     assert counted[2:] == [("a", 1)] and len(read_lines(path)) == 1
     path.write_text(whole + whole[:30], encoding="utf-8")  # a torn line after a good one
     assert start(tmp_path, context, cases=["a"]) == 0
-    assert path.read_text() == whole
+    assert path.read_text(encoding="utf-8") == whole
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path, context, counted):
@@ -358,7 +358,7 @@ def test_figures_show_every_seed(tmp_path):
 
 
 def test_the_committed_page_is_what_the_committed_lines_give():
-    page = (ROOT / "docs" / "experiments.md").read_text()
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert fill(page, read_results(RESULTS)) == page
     for name, setting in read_results(RESULTS):
         assert (ROOT / "docs" / "experiments" / f"{name}.{setting}.svg").is_file()

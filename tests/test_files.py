@@ -15,7 +15,7 @@ from sla_ref.lab.weights import save_weights
 
 def write_text(path):
     with whole(path) as temporary:
-        temporary.write_text("x" * 10_000)
+        temporary.write_text("x" * 10_000, encoding="utf-8")
 
 
 def write_weights(path):
@@ -46,16 +46,16 @@ def full_disk():
 @WRITERS
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, write):
     path = tmp_path / "file"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     with pytest.raises(OSError, match=r"the file cannot be written: .*: '.*/file'$"), full_disk():
         write(path)
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 @WRITERS
 def test_a_folder_that_is_missing_or_a_file_is_one_line(tmp_path, write):
-    (tmp_path / "note").write_text("mine")
+    (tmp_path / "note").write_text("mine", encoding="utf-8")
     for folder, kind in (("none", FileNotFoundError), ("note", NotADirectoryError)):
         with pytest.raises(kind, match=rf"the file cannot be written: .*/{folder}/file'$"):
             write(tmp_path / folder / "file")

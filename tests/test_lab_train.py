@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     with pytest.raises(SystemError):
         train(model(), CONFIG, tmp_path / "killed", log_every=1, save_every=4, tick=kill)
     assert len(lines(tmp_path / "killed")) == 7
-    (tmp_path / "killed" / ".checkpoint.pt.1.part").write_text("half")
+    (tmp_path / "killed" / ".checkpoint.pt.1.part").write_text("half", encoding="utf-8")
     resumed = model()
     train(resumed, replace(CONFIG, resume=True), tmp_path / "killed", log_every=1)
     for name, weight in weights(whole).items():
@@ -270,7 +270,9 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_locks_nothing(tmp_p
         "import sys, time; from sla_ref.files import run_folder; from pathlib import Path\n",
     )
     script += "with run_folder(Path(sys.argv[1]), False): print('locked', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, encoding="utf-8"
+    ) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
         with pytest.raises(RuntimeError, match="out must be a folder that no other run is using"):
             train(model(), CONFIG, folder)

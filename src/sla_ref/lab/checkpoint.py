@@ -86,4 +86,4 @@ def keep_lines(path: Path, step: int) -> None:
     if damaged:
         warnings.warn(f"{path}: {damaged} damaged line(s) dropped", stacklevel=2)
     with files.whole(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
