@@ -133,6 +133,6 @@ def _measured(path: Path, sizes: dict[str, Any]) -> list[str]:
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.strip() or "unknown"
     except FileNotFoundError:
         return "unknown"

@@ -126,6 +126,10 @@ def strided_output(run, inputs):
     return saved._replace(out_sparse=saved.out_sparse.transpose(1, 2).contiguous().transpose(1, 2))
 
 
+def crash(run, inputs):
+    raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
 def noise(run, inputs):
     saved = run(inputs)
     return saved._replace(out_sparse=saved.out_sparse * (1 + 1e-7 * torch.rand_like(saved.out_sparse)))
@@ -191,8 +195,9 @@ FORWARD_FAULTS = {
     half_precision_sums: {"lse"},
     leave_rows_unwritten: {"sparse"},
     read_beside_the_tokens: {"sparse"},
-    wrong_dtype: {"form of lse"},
-    strided_output: {"form of sparse"},
+    wrong_dtype: {"runs"},
+    strided_output: {"runs"},
+    crash: {"runs"},
     noise: {"repeats bit for bit"},
     scribble_on_inputs: {"inputs are left as they were"},
 }
