@@ -1,9 +1,10 @@
-"""docs/performance.md shows what the files in benchmarks/results say."""
+"""docs/performance.md and the figures of other pages show what the files in benchmarks/results say."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -13,6 +14,7 @@ GPU = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text(encod
 WAN = json.loads((ROOT / "benchmarks" / "results" / "wan.json").read_text(encoding="utf-8"))["arms"]
 BACKENDS = json.loads((ROOT / "benchmarks" / "results" / "backends.json").read_text(encoding="utf-8"))
 CPU = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+EXPERIMENTS = ROOT / "benchmarks" / "results" / "experiments"
 
 
 def gpu_row(name: str, row: dict) -> str:
@@ -80,3 +82,21 @@ def test_the_page_on_wan_has_its_figures():
     dense, sla = WAN["SDPA, cuDNN"], WAN["SLA 128x64"]
     assert f"forward takes {sla['forward']:.0f} ms instead of {dense['forward']:.0f}" in page
     assert f"step {sla['training_step'] / 1000:.2f} s instead of {dense['training_step'] / 1000:.2f}" in page
+
+
+def test_the_home_page_has_its_figures():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    dense, sla = GPU["sdpa_cudnn"], GPU["layer"]["128x64"]
+    assert f"{dense['forward'] / sla['forward']:.1f} times as fast as cuDNN's attention forward" in page
+    assert f"{dense['forward_backward'] / sla['forward_backward']:.1f} times forward and backward" in page
+    lines = [
+        line
+        for path in sorted(EXPERIMENTS.glob("main.n1024.*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    sla, same, more, full = (
+        fmean(row["values"]["held_out_loss"] for row in map(json.loads, lines) if row["case"] == case)
+        for case in ("SLA (paper)", "sparse only, 5 %", "sparse only, 15 %", "full attention")
+    )
+    words = f"held-out loss {sla:.4f}, against {same:.4f} for sparse attention at the same 5 %, {more:.4f} at 15 %"
+    assert f"{words}, and {full:.4f} for full attention" in " ".join(page.split())

@@ -173,6 +173,19 @@ def inline_svg(figure: matplotlib.figure.Figure, name: str) -> str:
     return '<div class="figure">\n' + re.sub(r"\s*\n\s*", "\n", svg).strip() + "\n</div>\n"
 
 
+def with_drawings(text: str) -> str:
+    """Text with the drawings of tools/draw.py in the page, where their ink is the text's; a caption in italics follows.
+
+    In the script, and so in the notebook, a drawing is an ordinary image, found from the folder of the tutorials.
+    """
+
+    def draw(match: re.Match[str]) -> str:
+        svg = (ROOT / "docs" / "images" / f"{match[1]}.svg").read_text(encoding="utf-8").strip()
+        return f'<div class="figure drawing" data-search-exclude>\n{svg}\n</div>\n\n{match[2]}\n{{ .caption }}'
+
+    return re.sub(r"^!\[[^\]]*\]\(\.\./docs/images/([\w-]+)\.svg\)\n\n\*([^*]+)\*$", draw, text, flags=re.MULTILINE)
+
+
 def fenced(text: str, language: str) -> str:
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     return f"{fence} {language}\n{text.rstrip()}\n{fence}\n"
@@ -187,7 +200,7 @@ def render(script: Path) -> str:
     for number, cell in enumerate(read_cells(script), start=1):
         try:
             if cell.kind == "markdown":
-                page.append(cell.text + "\n")
+                page.append(with_drawings(cell.text) + "\n")
             elif cell.tag == "solution":
                 solution = cell  # runs when its check has failed on the stub
             elif cell.tag == "check":

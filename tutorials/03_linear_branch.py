@@ -19,6 +19,10 @@
 # $$\sum_j \big(\phi(q) \cdot \phi(k_j)\big) v_j = \phi(q) \underbrace{\sum_j \phi(k_j)^\top v_j}_{h, \; D \times D}.$$
 #
 # Both sides are the same product of three matrices, bracketed in two ways.
+#
+# ![The same product, bracketed in two ways](../docs/images/brackets.svg)
+#
+# *Both brackets give the same product, and only the left one makes a matrix that grows with the square of $N$.*
 
 # %%
 import matplotlib.pyplot as plt
@@ -73,6 +77,10 @@ for name in ("softmax", "elu", "relu"):
 # The output divides by the sum of the weights, so that each row is an average of values [Eq. 5]:
 #
 # $$O^l_i = \frac{\phi(Q_i) H_i}{\phi(Q_i) Z_i}.$$
+#
+# ![States of the marginal blocks, summed](../docs/images/states.svg)
+#
+# *A state is made once for each key block, and each query block adds up those of its marginal blocks.*
 
 # %%
 block_map = sla_ref.classify_blocks(query, key, 0.2, 0.3, block_q=BLOCK, block_k=BLOCK)
@@ -254,6 +262,11 @@ assert left["Proj fitted"][3] > 0.9
 # good part of the error in the first three layers, and next to nothing in the last. This is the least it can do. In
 # fine-tuning, all other weights move too: queries, keys and values, so that the branch is given something worth adding
 # ([9. Fine-tuning](09_fine_tuning.md)).
+#
+# ![Two rows that Proj treats alike](../docs/images/proj.svg)
+#
+# *Proj sees $O^l$ and not $\alpha$, so two rows that differ only in $\alpha$ get the same correction, which cannot be
+# right for both.*
 
 # %%
 figure, panel = plt.subplots(figsize=(7, 3.3), layout="constrained")

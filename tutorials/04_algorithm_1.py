@@ -132,6 +132,10 @@ z = [phi.sum(0) for phi in phi_K]  # [Alg. 1 L4]
 # Together: a query block walks along its row of the map and at each key block does one of three things. The function
 # below gives back its five quantities after each block, so that they can be watched. Slices make the partial last block
 # no special case.
+#
+# ![The walk of a query block along its row](../docs/images/row.svg)
+#
+# *Each key block changes one of the two groups of running quantities, or none.*
 
 
 # %%

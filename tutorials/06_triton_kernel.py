@@ -289,7 +289,12 @@ assert (block_map.kv_num_blocks == capacity).all()
 # %% [markdown]
 # The number of steps is now read from memory, and so is the place of each tile. That is all that sparse means here:
 # what is not on the list is never touched. At the end come the two outputs of the sparse branch, $O^s = O / l$ and $L =
-# m + \log l$.
+# m + \log l$. The package's kernel, compiled for an H100, keeps its tiles in these places:
+#
+# ![The way of the tiles through a GPU's memory](../docs/images/memory.svg)
+#
+# *Only tiles move: $Q_i$ comes once, a pair $K_j$, $V_j$ in each step, and all that goes back is one tile of $O$ and
+# its $L$.*
 
 
 # %%
@@ -514,6 +519,10 @@ assert (large + 1) - large == 0 and (large - large) + 1 == 1
 # So the package does the second, and results repeat bit for bit. A column needs a list of its own, the transpose of
 # `kv_indices`. Columns differ in length, and one long column would make a table of equal rows large, so all lists stand
 # one behind the other: the list of key block $j$ is `q_indices[q_offsets[j] : q_offsets[j + 1]]`.
+#
+# ![The walks of the kernels over the critical blocks](../docs/images/walks.svg)
+#
+# *Whoever owns a row or a column reads the critical blocks on its list and is the only one that writes its result.*
 
 # %%
 q_offsets, q_indices = block_map.q_offsets[0, 0], block_map.q_indices[0, 0]

@@ -15,6 +15,10 @@
 #
 # $$H_i = \sum_{j : M_{ij} = 0} h_j.$$
 #
+# ![States of the marginal blocks, summed](../docs/images/states.svg)
+#
+# *Every query block makes a sum of its own, over nearly all states.*
+#
 # Done pair by pair, this is $T_q T_k$ times the marginal share, at $D^2$ numbers each. It grows with $N^2$, as full
 # attention does, if only with a small factor. At Wan's 480p the additions are 14 % on top of what the critical blocks
 # cost.
