@@ -306,15 +306,15 @@ def test_python_m_is_the_same_program():
 
 @pytest.mark.parametrize(("stack", "code"), [(0, 0), (16, 1)])
 def test_kernels_exits_with_one_where_a_kernel_uses_stack(capsys, monkeypatch, stack, code):
-    """The compilation itself is tested in test_kernels.py."""
+    """The compilation itself is tested in test_compiled.py."""
     pytest.importorskip("triton")
-    from sla_ref import kernels
+    from sla_ref import compiled
 
     def report(target, *, backend, dtype, head_dim, block_q, block_k):
         sizes = (str(dtype), head_dim, block_q, block_k)
-        return [kernels.KernelReport(backend, "forward", target, *sizes, 4, 128, stack, 0, 1024, 2048, "wgmma.bf16")]
+        return [compiled.KernelReport(backend, "forward", target, *sizes, 4, 128, stack, 0, 1024, 2048, "wgmma.bf16")]
 
-    monkeypatch.setattr(kernels, "report", report)
+    monkeypatch.setattr(compiled, "report", report)
     with pytest.raises(SystemExit) as end:
         cli.main(["kernels", "--target", "sm_90"])
     assert end.value.code == code

@@ -33,11 +33,11 @@ def test_a_compiled_kernel_is_the_function_it_was_made_of(attribute):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the extra triton")
 def test_a_triton_kernel():
-    from sla_ref.backends import triton_fused
+    from sla_ref.backends.triton import forward_kernel
 
-    source = lesson.source_of(triton_fused._forward_kernel)
-    assert source.caption == "sla_ref/backends/triton_fused.py, _forward_kernel"
-    assert source.code.startswith("@triton.jit") and "[Alg. 1 L16]" in source.code
+    source = lesson.source_of(forward_kernel)
+    assert source.caption == "sla_ref/backends/triton/__init__.py, forward_kernel"
+    assert source.code.startswith("@triton.jit") and "[Alg. 1 L7-L16]" in source.code
 
 
 def test_what_has_no_source_raises_before_anything_is_shown(capsys):

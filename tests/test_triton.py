@@ -10,16 +10,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from faults import with_fault
+from faults import Fault, with_fault
 
 from sla_ref import backends, testing
 from sla_ref.block_map import BlockMap
+from sla_ref.protocol import Inputs
 
 pytestmark = pytest.mark.backend("triton")
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if (reason := backends.list_backends()["triton"]) is not None:
     pytest.skip(reason, allow_module_level=True)
-triton_fused = backends.load("triton")
+triton = backends.load("triton")
+labels, launch, linear, tokens = triton.labels, triton.launch, triton.linear, triton.tokens
 
 SIZES = {"query_length": 70, "key_length": 150, "head_dim": 16, "heads": 1}
 SMALL = {**SIZES, "block_q": 32, "block_k": 32, "labels": "random"}
@@ -27,11 +29,11 @@ SMALL = {**SIZES, "block_q": 32, "block_k": 32, "labels": "random"}
 
 
 def run(problem: testing.Problem) -> testing.Results:
-    return testing.run_backend(triton_fused, problem)
+    return testing.run_backend(triton, problem)
 
 
-def run_softmax(problem: testing.Problem) -> testing.Results:
-    return testing.run_softmax(triton_fused, problem)
+def run_default_phi(problem: testing.Problem) -> testing.Results:
+    return run(problem.default_phi())
 
 
 def assert_right(problem: testing.Problem, results: testing.Results | None = None) -> None:
@@ -39,102 +41,138 @@ def assert_right(problem: testing.Problem, results: testing.Results | None = Non
     testing.assert_within(results or run(problem), exact, testing.error_budget(problem, exact))
 
 
+def same_bits(one: testing.Results, other: testing.Results) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 # --- the checker is checked: a fault planted in each kernel is caught -------------------------------------------------
 
-FAULTS = {  # what is wrong: the line, what it becomes, a result in which it must show
-    "lists: a critical block is dropped": (
-        "critical = (label == 1)",
-        "critical = (label == 1) & (inner > 0)[None, :]",
+FAULTS = {
+    "lists: a critical block is dropped": Fault(
+        "labels.py",
+        "lists_kernel",
+        "critical = (label == IS_CRITICAL)",
+        "critical = (label == IS_CRITICAL) & (inner > 0)[None, :]",
         "sparse",
     ),
-    "lists: negligible counts as critical": ("critical = (label == 1)", "critical = (label != 0)", "sparse"),
-    "weights: negligible counts as marginal": ("tl.where(label == 0, weight", "tl.where(label <= 0, weight", "linear"),
-    "states: Z is skipped": (
+    "lists: negligible counts as critical": Fault(
+        "labels.py",
+        "lists_kernel",
+        "critical = (label == IS_CRITICAL)",
+        "critical = (label != IS_MARGINAL)",
+        "sparse",
+    ),
+    "weights: negligible counts as marginal": Fault(
+        "labels.py",
+        "weights_kernel",
+        "tl.where(label == IS_MARGINAL, weight",
+        "tl.where(label <= IS_MARGINAL, weight",
+        "linear",
+    ),
+    "states: Z is skipped": Fault(
+        "linear.py",
+        "states_kernel",
         "COLUMNS * COLUMNS + columns, z.to(",
         "COLUMNS * COLUMNS + columns, (0 * z).to(",
         "linear",
     ),
-    "states: h counts twice, z once": ("_dot(tl.trans(phi), V), 0.0)", "2 * _dot(tl.trans(phi), V), 0.0)", "linear"),
-    "sums: the weights of another block": (
-        "tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))",
-        "tl.load(weights + (out[:, None] * out_stride + (inner ^ 1)[None, :] * in_stride))",
-        "linear",
+    "states: h counts twice, z once": Fault(
+        "linear.py", "states_kernel", "dot(tl.trans(phi), V), 0.0)", "2 * dot(tl.trans(phi), V), 0.0)", "linear"
     ),
-    "forward: the tail is not masked": ("    if PARTIAL:", "    if False:", "sparse"),
-    "forward: O is not rescaled": ("O * shrink[:, None])  # [Alg. 1 L11]", "O)  # [Alg. 1 L11]", "sparse"),
-    "forward: lse in base 2": ("(m + tl.log2(l)) * LN_2", "(m + tl.log2(l))", "lse"),
-    "forward: phi(Q) H is not divided": ("O / denominator[:, None])\n", "O)\n", "linear"),
-    "dq: D^s is forgotten": ("dS = P * (dP - delta[:, None])", "dS = P * dP", "grad_query"),
-    "dkdv: scale is forgotten in dK": ("dK *= scale", "dK *= 1", "grad_key"),
-    "dkdv: dV is overwritten": ("    dV += _load_slab(grad_value,", "    _ = _load_slab(grad_value,", "grad_value"),
-    "dkdv: one query block too few": ("- start) * STEPS", "- start) * STEPS - 1", "grad_key"),
-    "linear query: Z is skipped in dQ^phi": ("- delta[:, None] * Z[None, :]", "", "grad_phi_query"),
-    "linear query: dZ has the wrong sign": ("dZ = -tl.sum(", "dZ = tl.sum(", "grad_phi_key"),
-    "linear key: dz is skipped": ("+ dz[None, :]", "", "grad_phi_key"),
+    "sums: the weights of another block": Fault(
+        "linear.py", "sums_kernel", "inner[None, :] * in_stride", "(inner ^ 1)[None, :] * in_stride", "linear"
+    ),
+    "softmax: the tail is not masked": Fault("sparse.py", "scores", "    if PARTIAL:", "    if False:", "sparse"),
+    "softmax: O is not rescaled": Fault("sparse.py", "softmax_step", "run.O * shrink[:, None]", "run.O", "sparse"),
+    "softmax: lse in base 2": Fault(
+        "sparse.py", "sparse_rows", "(run.m + tl.log2(l)) * LN_2", "(run.m + tl.log2(l))", "lse"
+    ),
+    "linear rows: phi(Q) H is not divided": Fault(
+        "linear.py", "linear_rows", "O / denominator[:, None]", "O", "linear"
+    ),
+    "dq: Ds is forgotten": Fault("sparse.py", "dq_step", "(dP - rows.Ds[:, None])", "dP", "grad_query"),
+    "dq: the gradient of lse is forgotten": Fault(
+        "sparse.py", "dq_kernel", "Ds -= tl.load(grad_lse", "_ = tl.load(grad_lse", "grad_query"
+    ),
+    "dkdv: scale is forgotten in dK": Fault("sparse.py", "dkdv_kernel", "dK *= scale", "dK *= 1", "grad_key"),
+    "dkdv: dV is overwritten": Fault(
+        "sparse.py", "dkdv_kernel", "dV += load_slab(grad_value,", "_ = load_slab(grad_value,", "grad_value"
+    ),
+    "dkdv: one query block too few": Fault(
+        "sparse.py", "dkdv_kernel", "- start) * STEPS", "- start) * STEPS - 1", "grad_key"
+    ),
+    "grad sums: Z is skipped in dQ^phi": Fault(
+        "linear.py", "grad_sums_kernel", "- Dl[:, None] * Z[None, :]", "", "grad_phi_query"
+    ),
+    "grad sums: dZ has the wrong sign": Fault(
+        "linear.py", "grad_sums_kernel", "dZ = -tl.sum(", "dZ = tl.sum(", "grad_phi_key"
+    ),
+    "grad keys: dz is skipped": Fault("linear.py", "grad_keys_kernel", "+ dz[None, :]", "", "grad_phi_key"),
 }
-SOFTMAX_FAULTS = {  # the same, in the form that computes phi by itself
-    "softmax: keys past the end have features": (
-        "tl.where((first + tl.arange(0, ROWS) < length)[:, None], phi, 0.0)",
-        "phi",
+DEFAULT_PHI_FAULTS = {  # the same, where the kernels compute phi by themselves
+    "phi: keys past the end have features": Fault(
+        "tokens.py",
+        "load_phi",
+        "tl.where((phi.first + tl.arange(0, ROWS) < phi.tokens.length)[:, None], tile, 0.0)",
+        "tile",
         "linear",
     ),
-    "softmax: features that are padding count": (
-        'tl.where((feature + tl.arange(0, FEATURES) < D)[None, :], tokens, float("-inf"))',
-        "tokens",
+    "phi: features that are padding count": Fault(
+        "tokens.py",
+        "exponentials",
+        'tl.where((feature + tl.arange(0, FEATURES) < head.D)[None, :], x, float("-inf"))',
+        "x",
         "linear",
     ),
-    "linear query: the gradient of softmax is skipped": ("weight if SOFTMAX else", "", "grad_query"),
-    "linear key: phi . dphi is forgotten": ("(dphi - along[:, None])", "dphi", "grad_key"),
-    "dq: the linear branch's share is overwritten": (
-        "dQ += _load_slab(grad_query",
-        "_ = _load_slab(grad_query",
-        "grad_query",
+    "grad sums: the gradient of softmax is skipped": Fault(
+        "linear.py", "grad_sums_kernel", "weight if plan.SOFTMAX else", "", "grad_query"
     ),
-    "dkdv: the linear branch's share is overwritten": (
-        "dK += _load_slab(grad_key",
-        "_ = _load_slab(grad_key",
-        "grad_key",
+    "grad keys: phi . dphi is forgotten": Fault(
+        "linear.py", "grad_keys_kernel", "(dphi - along[:, None])", "dphi", "grad_key"
+    ),
+    "dq: the linear branch's share is overwritten": Fault(
+        "sparse.py", "dq_kernel", "dQ += load_slab(grad_query", "_ = load_slab(grad_query", "grad_query"
+    ),
+    "dkdv: the linear branch's share is overwritten": Fault(
+        "sparse.py", "dkdv_kernel", "dK += load_slab(grad_key", "_ = load_slab(grad_key", "grad_key"
     ),
 }
+
+
+def assert_caught(problem: testing.Problem, fault: Fault, tmp_path) -> None:
+    results = testing.run_backend(with_fault(triton, tmp_path, fault), problem)
+    with pytest.raises(AssertionError, match=rf"FAIL {fault.where} "):
+        assert_right(problem, results)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, tmp_path, device: str) -> None:
-    old, new, where = FAULTS[fault]
-    problem = testing.make_problem(**SMALL, device=device)
-    exact = testing.oracle(problem)
-    budget = testing.error_budget(problem, exact)
-    results = testing.run_backend(with_fault(triton_fused, tmp_path, old, new), problem)
-    caught = [check.name for check in testing._compare(results, exact, budget) if not check.passed]
-    assert where in caught, f"caught in {caught}"
+    assert_caught(testing.make_problem(**SMALL, device=device), FAULTS[fault], tmp_path)
 
 
-@pytest.mark.parametrize("fault", SOFTMAX_FAULTS)
+@pytest.mark.parametrize("fault", DEFAULT_PHI_FAULTS)
 def test_planted_fault_in_the_form_with_softmax_is_caught(fault: str, tmp_path, device: str) -> None:
-    old, new, where = SOFTMAX_FAULTS[fault]
-    problem = testing.make_problem(**{**SMALL, "head_dim": 24}, device=device)
-    results = testing.run_softmax(with_fault(triton_fused, tmp_path, old, new), problem)
-    caught = [check.name for check in testing._compare(results, *testing._softmax_budget(problem)) if not check.passed]
-    assert where in caught, f"caught in {caught}"
+    problem = testing.make_problem(**{**SMALL, "head_dim": 24}, device=device).default_phi()
+    assert_caught(problem, DEFAULT_PHI_FAULTS[fault], tmp_path)
 
 
 def test_without_a_fault_all_is_right(tmp_path, device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
-    assert_right(
-        problem, testing.run_backend(with_fault(triton_fused, tmp_path, "import math", "import math"), problem)
-    )
+    assert_right(problem, testing.run_backend(with_fault(triton, tmp_path, None), problem))
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", ["random", "critical", "negligible"])
-def test_lists_are_those_of_the_map(labels: str, device: str) -> None:
-    block_map = testing.make_problem(**{**SMALL, "heads": 2, "labels": labels}, device=device).block_map
-    counts, kv_indices = triton_fused._kv_lists(block_map)
-    offsets, q_indices = triton_fused._q_lists(block_map)
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_lists_are_those_of_the_map(case: testing.Case, device: str) -> None:
+    """What the kernels walk is what `BlockMap` shows."""
+    block_map = testing.make_problem(**case.arguments, device=device).inputs.block_map
+    counts, kv_indices = labels.key_lists(block_map)
+    offsets, q_indices = labels.query_lists(block_map)
     assert torch.equal(counts, block_map.kv_num_blocks)
     assert torch.equal(offsets, block_map.q_offsets)
+    assert kv_indices.shape == block_map.kv_indices.shape and q_indices.shape == block_map.q_indices.shape
     listed = torch.arange(block_map.max_critical, device=device) < counts[..., None]
     assert torch.equal(kv_indices[listed], block_map.kv_indices[listed])
     listed = torch.arange(q_indices.shape[-1], device=device) < offsets[..., -1:]
@@ -143,9 +181,9 @@ def test_lists_are_those_of_the_map(labels: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_weights_are_powers_of_two_near_one_over_the_number_of_marginal_blocks(dtype: torch.dtype, device: str) -> None:
-    problem = testing.make_problem(**{**SMALL, "key_length": 1500}, device=device, dtype=dtype)
-    marginal = (problem.block_map.labels == 0).flatten(0, 1)
-    weights = triton_fused._weights(problem.query, problem.block_map)
+    block_map = testing.make_problem(**{**SMALL, "key_length": 1500}, device=device).inputs.block_map
+    marginal = (block_map.labels == 0).flatten(0, 1)
+    weights = labels.marginal_weights(block_map, dtype)
     rows, columns = marginal.shape[1:]
     assert not weights[:, rows:].any() and not weights[:, :, columns:].any()
     weights = weights[:, :rows, :columns]
@@ -157,34 +195,35 @@ def test_weights_are_powers_of_two_near_one_over_the_number_of_marginal_blocks(d
 
 
 def test_tiles_read_by_descriptor_give_the_same_bits(monkeypatch) -> None:
-    if not triton_fused._INTERPRETED and triton_fused._architecture() < 90:
-        pytest.skip("this GPU has no tensor memory accelerator")
+    if not launch.INTERPRETED and not launch.reads_shared_memory():
+        pytest.skip("on this GPU the kernels use no tensor memory accelerator")
     for dtype in (torch.float16, torch.bfloat16):
-        problem = testing.make_problem(**SMALL, dtype=dtype, device="cpu" if triton_fused._INTERPRETED else "cuda")
+        problem = testing.make_problem(**SMALL, dtype=dtype, device="cpu" if launch.INTERPRETED else "cuda")
         runs = []
         for fit in (True, False):
-            monkeypatch.setattr(triton_fused, "_descriptors_fit", lambda *tensors, fit=fit: fit)
+            monkeypatch.setattr(tokens, "descriptors_fit", lambda *tensors, fit=fit: fit)
             runs.append(run(problem))
         assert_right(problem, runs[0])
-        assert testing._same_bits(*(results.values() for results in runs))
+        assert same_bits(*runs)
 
 
 def test_heads_in_chunks(monkeypatch, device: str) -> None:
     problem = testing.make_problem(**{**SMALL, "heads": 2}, device=device)
     whole = run(problem)
-    monkeypatch.setattr(triton_fused, "_head_chunks", lambda *args: [(0, 1), (1, 1)])
-    assert testing._same_bits(whole.values(), run(problem).values())
+    monkeypatch.setattr(linear, "chunks_of_heads", lambda *args: [(0, 1), (1, 1)])
+    assert same_bits(whole, run(problem))
 
 
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (16, 16)])
 @pytest.mark.parametrize(("per_query_block", "tensors"), [(1, 4), (2, 2)])
 def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int], per_query_block: int, tensors: int) -> None:
     query = torch.empty(2, 12, 32760, 128, dtype=torch.bfloat16, device="meta")
-    labels = torch.empty(2, 12, *(math.ceil(32760 / block) for block in blocks), dtype=torch.int8, device="meta")
-    block_map = BlockMap(labels, *blocks, 32760, 32760, 25)
-    chunks = triton_fused._head_chunks(query, block_map, per_query_block, tensors)
+    shape = (2, 12, *(math.ceil(32760 / block) for block in blocks))
+    block_map = BlockMap(torch.empty(shape, dtype=torch.int8, device="meta"), *blocks, 32760, 32760, 25)
+    call = launch.Call(Inputs(query, query, query, None, None, block_map, 1.0))
+    chunks = linear.chunks_of_heads(call, per_query_block, tensors)
     assert [head for first, heads in chunks for head in range(first, first + heads)] == list(range(24))
-    states = labels.shape[3] + per_query_block * labels.shape[2]
+    states = shape[3] + per_query_block * shape[2]
     assert chunks[0][1] * states * 130 * 128 <= tensors * query.numel()
 
 
@@ -192,14 +231,13 @@ def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int], per_query
 
 
 def test_nan_goes_where_the_mathematics_puts_it(device: str) -> None:
-    problem = testing.make_problem(**{**SMALL, "heads": 1, "query_length": 96}, device=device)
+    inputs = testing.make_problem(**{**SMALL, "heads": 1, "query_length": 96}, device=device).inputs
     labels = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, -1, 0], [-1, -1, 1, 1, -1]], dtype=torch.int8, device=device)
-    block_map = replace(problem.block_map, labels=labels[None, None], _num_critical=None)
-    key, phi_key = problem.key.clone(), problem.phi_key.clone()
+    block_map = replace(inputs.block_map, labels=labels[None, None], _num_critical=None)
+    key, phi_key = inputs.key.clone(), inputs.phi_key.clone()
     key[0, 0, 40] = math.nan  # in key block 1: marginal to query block 0, critical to 1, negligible to 2
     phi_key[0, 0, 40] = math.inf
-    problem = problem._replace(key=key, phi_key=phi_key, block_map=block_map)
-    saved = triton_fused.forward(*problem.inputs, problem.block_map, problem.scale)
+    saved = triton.forward(inputs._replace(key=key, phi_key=phi_key, block_map=block_map))
     row = torch.arange(96, device=device) // 32
     assert torch.equal(saved.out_linear[0, 0].isnan(), (row == 0)[:, None].expand(96, 16))
     assert torch.equal(saved.out_sparse[0, 0].isnan(), (row == 1)[:, None].expand(96, 16))
@@ -211,24 +249,23 @@ def test_float16_holds_sums_that_would_overflow(device: str) -> None:
     problem = testing.make_problem(
         **{**SMALL, "key_length": 3000, "labels": "marginal", "feature_map": "relu"}, dtype=torch.float16, device=device
     )
-    problem = problem._replace(value=problem.value + 10, phi_key=10 * problem.phi_key)
-    exact = testing.oracle(problem)
-    linear = triton_fused.forward(*problem.inputs, problem.block_map, problem.scale).out_linear
-    assert (linear.double() - exact["linear"]).abs().max() < 0.02
+    inputs = problem.inputs._replace(value=problem.inputs.value + 10, phi_key=10 * problem.inputs.phi_key)
+    exact = testing.oracle(problem._replace(inputs=inputs))
+    assert (triton.forward(inputs).out_linear.double() - exact["linear"]).abs().max() < 0.02
 
 
 def test_any_strides(device: str) -> None:
     problem = testing.make_problem(**SMALL, device=device)
-    tokens_last = [tensor.mT.contiguous().mT for tensor in problem[:7]]  # the last dimension is not the dense one
-    assert tokens_last[0].stride(3) != 1
-    assert testing._same_bits(run(problem).values(), run(type(problem)(*tokens_last, *problem[7:])).values())
-    expanded = problem._replace(key=problem.key[:, :, :1].expand_as(problem.key))
-    assert_right(expanded)
+    inputs = problem.inputs
+    features_first = [tensor.mT.contiguous().mT for tensor in inputs[:5]]  # the last dimension is not the dense one
+    assert features_first[0].stride(3) != 1
+    assert same_bits(run(problem), run(problem._replace(inputs=Inputs(*features_first, *inputs[5:]))))
+    assert_right(problem._replace(inputs=inputs._replace(key=inputs.key[:, :, :1].expand_as(inputs.key))))
 
 
 def test_huge_strides_between_tokens() -> None:
     view = torch.empty(1, device="meta").as_strided((1, 1, 4, 16), (1, 1, 2**24, 1))
-    assert triton_fused._view(view)[1:] == (0, 0, 16)
+    assert tokens.strided(view)[1:] == (0, 0, 16)
 
 
 @pytest.mark.parametrize(
@@ -241,22 +278,21 @@ def test_huge_strides_between_tokens() -> None:
     ],
 )
 def test_says_what_it_cannot_take(change: dict, word: str, device: str) -> None:
-    problem = testing.make_problem(**{**SMALL, **change}, device=device)
-    assert word in triton_fused.unsupported(problem.query, problem.block_map)
+    inputs = testing.make_problem(**{**SMALL, **change}, device=device).inputs
+    assert word in triton.unsupported(inputs.query, inputs.block_map)
     with pytest.raises(ValueError, match=word):
-        backends.choose("triton", problem.query, problem.block_map)
+        backends.choose("triton", inputs.query, inputs.block_map)
 
 
 def test_takes_only_tensors_of_its_device() -> None:
-    problem = testing.make_problem(**SMALL)
-    elsewhere = problem.query.to("meta")
-    assert "meta" in triton_fused.unsupported(elsewhere, problem.block_map)
+    inputs = testing.make_problem(**SMALL).inputs
+    assert "meta" in triton.unsupported(inputs.query.to("meta"), inputs.block_map)
 
 
 def test_usable_without_gpu_only_in_the_interpreter(monkeypatch) -> None:
-    monkeypatch.setattr(triton_fused, "_INTERPRETED", False)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "TRITON_INTERPRET=1" in triton_fused.unavailable()
+    assert "TRITON_INTERPRET=1" in triton.unavailable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 6 GB")
@@ -266,10 +302,9 @@ def test_more_than_two_to_the_31_elements() -> None:
     small = torch.randn(1, 2, 2000, 16, dtype=torch.float16, device="cuda")
     buffer[:, :, -2000:] = small
     labels = torch.randint(-1, 2, (1, 2, 16, 16), dtype=torch.int8, device="cuda")
-    query = buffer[:, :, -2000:]
     block_map = BlockMap(labels, 128, 128, 2000, 2000)
-    far = triton_fused.forward(query, query, query, query, query, block_map, 0.25)
-    near = triton_fused.forward(small, small, small, small, small, block_map, 0.25)
+    far = triton.forward(Inputs(*[buffer[:, :, -2000:]] * 5, block_map, 0.25))
+    near = triton.forward(Inputs(*[small] * 5, block_map, 0.25))
     assert torch.equal(far.out_sparse, near.out_sparse)
     assert torch.equal(far.out_linear, near.out_linear)
 
@@ -277,8 +312,8 @@ def test_more_than_two_to_the_31_elements() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("block_q", [64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("run", [run, run_softmax], ids=["phi given", "softmax inside"])
-def test_long_sequences_are_right_and_repeat(run, head_dim: int, block_q: int) -> None:
+@pytest.mark.parametrize("default_phi", [False, True], ids=["phi given", "phi = softmax"])
+def test_long_sequences_are_right_and_repeat(default_phi: bool, head_dim: int, block_q: int) -> None:
     """At Wan's length thousands of programs share the GPU: a race that small cases never lose shows here.
 
     The oracle would be N x N; the torch backend, on the same numbers in float32, stands in for it.
@@ -293,11 +328,12 @@ def test_long_sequences_are_right_and_repeat(run, head_dim: int, block_q: int) -
         dtype=torch.bfloat16,
         device="cuda",
     )
+    if default_phi:
+        problem = problem.default_phi()
     first = run(problem)
     for _ in range(5):
-        assert testing._same_bits(first.values(), run(problem).values())
-    form = testing.run_softmax if run is run_softmax else testing.run_backend
-    expected = form(backends.load("torch"), problem.to(torch.float32))
+        assert same_bits(first, run(problem))
+    expected = testing.run_backend(backends.load("torch"), problem.to(torch.float32))
     for name, values in first.items():
         error = (values.float() - expected[name]).square().mean().sqrt()
         assert error <= 0.02 * expected[name].square().mean().sqrt(), name

@@ -27,7 +27,7 @@ SOURCES = ROOT / "src" / "sla_ref"
 RUNGS = {
     "reference": ["reference.py"],
     "torch": ["block_map.py", "backends/pytorch.py", "module.py"],
-    "Triton": ["backends/triton_fused.py"],
+    "Triton": [f"backends/triton/{room}.py" for room in ("__init__", "sparse", "linear", "labels")],
     "Numba": ["backends/numba_cuda.py"],
 }
 

@@ -4,8 +4,8 @@
 # A GPU kernel is a function that thousands of programs run at once, each on a tile of its own. Triton writes such
 # functions in Python, and its interpreter runs them on a CPU, where they can be stopped and looked into. Here a kernel
 # of three lines grows into the sparse branch, and its running $m$, $l$ and $O$ are printed between blocks. Then come
-# the package's own kernels. Afterwards you will be able to read `sla_ref/backends/triton_fused.py`, and know what a run
-# in the interpreter proves and what it cannot show.
+# the package's own kernels. Afterwards you will be able to read `sla_ref/backends/triton/`, and know what a run in the
+# interpreter proves and what it cannot show.
 #
 # Builds on: [4. Algorithm 1](04_algorithm_1.md), [5. Algorithm 2](05_algorithm_2.md)
 #
@@ -33,7 +33,10 @@ from lesson import show_source
 
 from sla_ref import testing
 from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
-from sla_ref.backends import pytorch, triton_fused
+from sla_ref.backends import pytorch
+from sla_ref.backends import triton as backend
+from sla_ref.backends.triton import labels as of_labels
+from sla_ref.backends.triton import launch, linear, sparse, tokens
 
 assert triton.knobs.runtime.interpret, "the cells below look into running kernels: leave TRITON_INTERPRET unset, or 1"
 
@@ -182,8 +185,8 @@ problem = testing.make_problem(
     negligible_ratio=0.25,
     seed=2,
 )
-query, key, value, phi_query, phi_key = (in_nan(tensor[0, 0]) for tensor in problem.inputs)  # (120, 16) each
-block_map, scale = problem.block_map, problem.scale
+query, key, value, phi_query, phi_key = (in_nan(tensor[0, 0]) for tensor in problem.inputs[:5])  # (120, 16) each
+block_map, scale = problem.inputs.block_map, problem.inputs.scale
 labels = block_map.labels[0, 0]  # (8, 8): 1 critical, 0 marginal, -1 negligible
 print(labels.numpy())
 
@@ -344,24 +347,24 @@ assert [j for j, *_ in trace] == block_map.kv_indices[0, 0, 3].tolist()
 # Not a number of the NaN around the inputs got in, and both outputs are those of the `torch` backend:
 
 # %%
-saved = pytorch.forward(*problem.inputs, block_map, scale)
+saved = pytorch.forward(problem.inputs)
 torch.testing.assert_close(out, saved.out_sparse[0, 0])
 torch.testing.assert_close(lse, saved.lse[0, 0])
 
 # %% [markdown]
 # ## The same in the package
 #
-# `sla_ref/backends/triton_fused.py` begins with helpers like ours. A tensor of tokens arrives as a `view`: a pointer
-# with the strides of batch, head and token. One launch covers all heads, so a program finds its head from its number
-# first.
+# The package's kernels are in `sla_ref/backends/triton/`, a page for each subject. `tokens.py` has helpers like ours. A
+# tensor of tokens arrives as a pointer with the strides of batch, head and token. One launch covers all heads, so a
+# program first finds its block and its head from its number, and then where that head begins.
 
 # %%
-show_source(triton_fused._dot, triton_fused._pointers, triton_fused._load_slab)
+show_source(tokens.dot, tokens.own_rows, tokens.head_of, tokens.slab_pointers, tokens.load_slab)
 
 # %% [markdown]
 # COLUMNS is D rounded up to a power of two, since a tile cannot be 96 wide; the columns that are too many are masked. A
 # slab is a part of the features, `feature` to `feature + FEATURES`, for tiles too large for the registers as a whole.
-# On GPUs that can, `_load` lets the hardware fetch a tile by itself (a descriptor, TMA) and needs no addresses.
+# On GPUs that can, `load` lets the hardware fetch a tile by itself (a descriptor, TMA) and needs no addresses.
 #
 # ### Why int64
 #
@@ -385,37 +388,37 @@ assert wide.tolist() == [head * 2**27 for head in range(20)]
 assert torch.equal(narrow[:16], wide[:16]) and narrow[16] == -(2**31)
 
 # %% [markdown]
-# Hence the `.to(tl.int64)` in `_pointers` before the products, not after. Offsets inside a tile are small and stay
+# Hence the `.to(tl.int64)` in `slab_pointers` before the products, not after. Offsets inside a tile are small and stay
 # int32, which takes half the registers.
 #
 # ### The online softmax
 #
-# `_softmax_step` is ours with three changes. It loads K and V itself. It works with powers of two, as in the second
-# exercise of tutorial 4: `scale` holds a factor $\log_2 e$. And it compares with keys past the end only if `PARTIAL`
-# says so, a constexpr: from one source the compiler makes a step with the comparison and one without.
+# `softmax_step` in `sparse.py` is ours with three changes. It loads K and V itself. It works with powers of two, as in
+# the second exercise of tutorial 4: `scale` holds a factor $\log_2 e$. And it compares with keys past the end only if
+# `PARTIAL` says so, a constexpr: from one source the compiler makes a step with the comparison and one without.
 
 # %%
-show_source(triton_fused._softmax_step, triton_fused._scores)
+show_source(sparse.softmax_step, sparse.scores)
 
 # %% [markdown]
 # The interpreter lets us put a function of our own in its place, which calls the original and looks at what it returns.
 # Row 3 of query block 3 has the same history as in our kernel, once $m$ is multiplied by $\log 2$.
 
 # %%
-LN_2 = triton_fused.LN_2.value
+LN_2 = sparse.LN_2.value
 ours = list(trace)
-original_step = triton_fused._softmax_step
+original_step = sparse.softmax_step
 
 
-def watched_step(O, l, m, Q, key, value, bh, num_heads, first_key, *rest):
-    O, l, m = original_step(O, l, m, Q, key, value, bh, num_heads, first_key, *rest)
-    watch(tl.program_id(0), number(first_key) // 16, m * LN_2, l, O)
-    return O, l, m
+def watched_step(run, Q, key, value, first_key, *rest):
+    run = original_step(run, Q, key, value, first_key, *rest)
+    watch(tl.program_id(0), number(first_key) // 16, run.m * LN_2, run.l, run.O)
+    return run
 
 
 trace.clear()
-with mock.patch.object(triton_fused, "_softmax_step", watched_step):
-    fused = triton_fused.forward(*problem.inputs, block_map, scale)
+with mock.patch.object(sparse, "softmax_step", watched_step):
+    fused = backend.forward(problem.inputs)
 print_trace()
 
 torch.testing.assert_close(torch.tensor(trace), torch.tensor(ours))
@@ -423,13 +426,13 @@ torch.testing.assert_close(torch.tensor(trace), torch.tensor(ours))
 # %% [markdown]
 # ## The linear branch, and the whole forward
 #
-# A state $h_j$, $z_j$ does not depend on a query. One program of `_states_kernel` makes one of them, and writes it as a
+# A state $h_j$, $z_j$ does not depend on a query. One program of `states_kernel` makes one of them, and writes it as a
 # row of memory: first the rows of $h_j$, then $z_j$, then two counters. `SOFTMAX` chooses between two forms: either
-# `phi_key` holds $\phi(K)$, or it holds $K$ and `_load_phi` computes the softmax on the way, so that $\phi(K)$ is never
+# `phi_key` holds $\phi(K)$, or it holds $K$ and `load_phi` computes the softmax on the way, so that $\phi(K)$ is never
 # in memory.
 
 # %%
-show_source(triton_fused._states_kernel)
+show_source(linear.states_kernel)
 
 # %% [markdown]
 # Then every query block needs $H_i = \sum_j [M_{ij} = 0]\, h_j$. All of these sums together are one matrix product,
@@ -437,7 +440,7 @@ show_source(triton_fused._states_kernel)
 # $$\underset{T_m \times T_n}{W} \;\cdot\; \underset{T_n \times (D^2 + D)}{(h, z)},$$
 #
 # and that is what GPUs are best at. A product cannot skip a block: $0 \cdot \mathrm{NaN}$ is NaN, so a single bad key
-# block would ruin all rows. Therefore `_states_kernel` writes zeros for such a block and counts it, and the rows that
+# block would ruin all rows. Therefore `states_kernel` writes zeros for such a block and counts it, and the rows that
 # do include it become NaN at the end.
 #
 # In float16 a sum over many blocks could pass 65,504, its largest number, and be infinite: 32,760 tokens with features
@@ -450,7 +453,7 @@ phi_K, V = (torch.nn.functional.pad(tensor, (0, 0, 0, 8)).view(8, 16, 16) for te
 states = torch.cat([phi_K.mT @ V, phi_K.sum(1, keepdim=True)], dim=1).flatten(1)  # (8, 16 * 16 + 16)
 marginal = (labels == 0).float()
 count = marginal.sum(1, keepdim=True)
-W = triton_fused._weights(problem.query, block_map)[0, :8, :8]  # padded with zeros to whole tiles
+W = of_labels.marginal_weights(block_map, torch.float32)[0, :8, :8]  # padded with zeros to whole tiles
 print(f"marginal blocks in a row: {int(count[0])}, weight: {W.max():.3f}")
 
 assert torch.equal(W, marginal * 2.0 ** -count.log2().floor())
@@ -472,30 +475,30 @@ assert torch.tensor(32760 * 2.5).half().isinf() and torch.tensor(32760 * 2.5 / 2
 # The matrix $W$ comes from a kernel that reads the labels. For each row it counts the zeros, and then writes.
 
 # %%
-show_source(triton_fused._weights_kernel)
+show_source(of_labels.weights_kernel)
 
 # %% [markdown]
 # Now the whole forward. Where our grid had a program for each query block, here a block may be cut into several
 # programs of ROWS rows, and a key block into steps of KEYS keys: smaller tiles for GPUs with less room. Lists ascend,
 # so only a list's last block can be the partial one, and the loop over all others goes without the comparison. A query
-# block without a critical block gets `sparse = 0` and `lse = -inf`. Below that, the linear branch: $\phi(Q_i) H_i$ and
-# $\phi(Q_i) Z_i$, slab by slab.
+# block without a critical block gets `sparse = 0` and `lse = -inf`. The linear branch is a function of its own:
+# $\phi(Q_i) H_i$ and $\phi(Q_i) Z_i$, slab by slab. The kernel runs one after the other.
 
 # %%
-show_source(triton_fused._forward_kernel)
+show_source(backend.forward_kernel, sparse.sparse_rows, linear.linear_rows)
 
 # %% [markdown]
 # `do_not_specialize` above the kernel needs a word. Triton compiles a kernel once for each combination of constexpr
 # values, and by default also once for integers that are divisible by 16 and once for those that are not, since the
 # former may allow wider loads. The 32,760 tokens of a video at 480p are not divisible by 16, and 32,768 are. Named in
 # `do_not_specialize`, lengths are just numbers, and all sequences run the same binary. So what was tested at one length
-# is what runs at another, and a new length does not have to be compiled. `tests/test_kernels.py` compares the binaries.
+# is what runs at another, and a new length does not have to be compiled. `tests/test_compiled.py` compares binaries.
 #
 # Its outputs are those of the `torch` backend, also with the softmax inside. NumPy may warn of a division by zero here:
 # rows past the end have a denominator of 0, and are not stored.
 
 # %%
-inside = triton_fused.forward_softmax(*problem.inputs[:3], block_map, scale)
+inside = backend.forward(problem.inputs._replace(phi_query=None, phi_key=None))
 torch.testing.assert_close(tuple(fused), tuple(saved))
 torch.testing.assert_close(tuple(inside), tuple(saved))
 
@@ -532,47 +535,50 @@ for j, column in enumerate(columns):
     assert column == (labels[:, j] == 1).nonzero().flatten().tolist()
 
 # %%
-show_source(triton_fused._backward_dkdv_kernel)
+show_source(sparse.dkdv_kernel)
 
 # %% [markdown]
-# K and V are loaded once and stay; Q and dO come and go. `row_lse` and `row_delta` hold $L$ and $D^s$ of each row, left
-# there by the kernel that makes $dQ$. The rest is lines 9 to 12 of Algorithm 2.
+# K and V are loaded once and stay; Q and dO come and go. `scratch` holds $L$ and $D^s$ of each row, left there by the
+# kernel that makes $dQ$. The rest is lines 9 to 12 of Algorithm 2.
 #
-# Which tiles does each kernel read? Let us ask. Two functions of the package are replaced by ones that write down what
-# they are called with: `_launch`, which starts a kernel, and `_load`, with which the sparse branch reads tiles. A
-# third, `_store_slab`, writes tiles of outputs and tells us whether each is written once.
+# Which tiles does each kernel read? Let us ask. A launcher starts the kernels, and ours writes down their names. Two
+# functions of the package are replaced by ones that write down what they are called with: `load`, with which the sparse
+# branch reads tiles, and `store`, which writes tiles of outputs and tells us whether each is written once.
 
 # %%
 reads, writes = defaultdict(lambda: defaultdict(list)), Counter()
-launch, load, store_slab = triton_fused._launch, triton_fused._load, triton_fused._store_slab
+load, store = tokens.load, tokens.store
 running = []
 
 
-def recorded_launch(kernel, *args, **options):
-    running.append(kernel.fn.__name__)
-    launch(kernel, *args, **options)
+class WatchfulLauncher(launch.Launcher):
+    def start(self, kernel, programs, *args, **options):
+        running.append(kernel.fn.__name__)
+        super().start(kernel, programs, *args, **options)
 
 
-def recorded_load(view, bh, num_heads, first, *rest):
+def recorded_load(head, first, *rest):
     reads[running[-1]][number(tl.program_id(0))].append(number(first) // 16)
-    return load(view, bh, num_heads, first, *rest)
+    return load(head, first, *rest)
 
 
-def recorded_store(view, bh, num_heads, first, length, feature, *rest):
-    writes[len(running), *map(number, (view[0], bh, first, feature))] += 1
-    store_slab(view, bh, num_heads, first, length, feature, *rest)
+def recorded_store(head, first, feature, tile):
+    writes[len(running), *map(number, (head.data, first, feature))] += 1
+    store(head, first, feature, tile)
 
 
-with mock.patch.multiple(triton_fused, _launch=recorded_launch, _load=recorded_load, _store_slab=recorded_store):
-    triton_fused.forward(*problem.inputs, block_map, scale)
-    gradients = triton_fused.backward(
-        problem.grad_sparse, problem.grad_linear, *problem.inputs, fused, block_map=block_map, scale=scale
-    )
+grads = (problem.grad_sparse, problem.grad_linear, problem.grad_lse)
+with (
+    launch.launch_with(WatchfulLauncher()),
+    mock.patch.multiple(backend, load=recorded_load, store=recorded_store),
+    mock.patch.multiple(sparse, load=recorded_load, store=recorded_store),
+    mock.patch.object(linear, "store", recorded_store),
+):
+    backend.forward(problem.inputs)
+    gradients = backend.backward(*grads, problem.inputs, fused)
 print(f"{len(running)} launches, {len(writes)} tiles of outputs, each written {max(writes.values())} time")
 
-expected = pytorch.backward(
-    problem.grad_sparse, problem.grad_linear, *problem.inputs, saved, block_map=block_map, scale=scale
-)
+expected = pytorch.backward(*grads, problem.inputs, saved)
 torch.testing.assert_close(tuple(gradients), tuple(expected))
 assert set(writes.values()) == {1}
 
@@ -582,15 +588,15 @@ assert set(writes.values()) == {1}
 # critical pairs and no other: the left one has a program for each row, the right one for each column.
 
 # %%
-along_rows = {i: tiles[1::2] for i, tiles in reads["_forward_kernel"].items()}
-down_columns = {j: tiles[2::2] for j, tiles in reads["_backward_dkdv_kernel"].items()}
+along_rows = {i: tiles[1::2] for i, tiles in reads["forward_kernel"].items()}
+down_columns = {j: tiles[2::2] for j, tiles in reads["dkdv_kernel"].items()}
 assert along_rows == {i: block_map.kv_indices[0, 0, i].tolist() for i in range(8)}
 assert down_columns == dict(enumerate(columns))
 
 style = {label: {"facecolor": CLASS_COLOURS[label], "alpha": 0.45, "lw": 0} for label in (1, 0, -1)}
 style[-1]["hatch"] = "///"
 figure, panels = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True, layout="constrained")
-for panel, title in zip(panels, ("_forward_kernel", "_backward_dkdv_kernel"), strict=True):
+for panel, title in zip(panels, ("forward_kernel", "dkdv_kernel"), strict=True):
     for i in range(8):
         for j in range(8):
             panel.add_patch(plt.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **style[int(labels[i, j])]))
@@ -630,7 +636,7 @@ assert total.item() == 100
 # The interpreter calls it right, because there is never more than one program. No run in it can find a race, however
 # often it is repeated.
 #
-# This package had one, and not even in its source. Look at the loop of the linear branch in `_forward_kernel`. Its
+# This package had one, and not even in its source. Look at the loop in `linear_rows`. Its
 # $\phi(Q)$ tile goes two ways: into the sum for the denominator and into the product with $H$. In the first version
 # the compiler pipelined that loop. It fetched the tile of the next turn into shared memory while the matrix unit was at
 # work on this one, which is what pipelining is for. But this tile had one buffer only, and the fetch overwrote what the
@@ -645,7 +651,7 @@ assert total.item() == 100
 #   few stale numbers. Where atomics add floats, bits may differ anyway and the test says nothing.
 # - A small case may never lose a race. The test for this one (`tests/test_triton.py`) needs a GPU and 32,760 tokens.
 # - The flaw could be read in the compiled code, as a wait for all products *but one* before the fetch.
-#   `tests/test_kernels.py` reads it there, without a GPU.
+#   `tests/test_compiled.py` reads it there, without a GPU.
 #
 # The interpreter is also blind to tf32, as said above, to memory that is undefined instead of 0, and to everything
 # about speed: registers, shared memory, whether loads are wide.
@@ -766,7 +772,5 @@ grad_value = in_nan(torch.full((120, 16), float("nan")))
 dO = in_nan(problem.grad_sparse[0, 0])
 dv_kernel[(8,)](query, key, dO, in_nan(lse), q_offsets, q_indices, grad_value, 120, scale, D=16, BLOCK=16)
 no_linear = torch.zeros_like(problem.grad_linear)
-sparse_share = pytorch.backward(
-    problem.grad_sparse, no_linear, *problem.inputs, saved, block_map=block_map, scale=scale
-).value
+sparse_share = pytorch.backward(problem.grad_sparse, no_linear, None, problem.inputs, saved).value
 torch.testing.assert_close(grad_value, sparse_share[0, 0])

@@ -32,7 +32,8 @@ from lesson import show_source
 from numba import cuda, float32
 
 from sla_ref import testing
-from sla_ref.backends import numba_cuda, pytorch, triton_fused
+from sla_ref.backends import numba_cuda, pytorch
+from sla_ref.backends.triton.sparse import softmax_step as triton_step
 
 assert numba_cuda.SIMULATED, "Numba was imported before the variable was set: start again in a fresh Python"
 
@@ -529,15 +530,15 @@ assert set(decided_by.values()) == {"registers"}
 # The same turn of the loop in Triton:
 
 # %%
-show_source(triton_fused._softmax_step)
+show_source(triton_step)
 
 turn = inspect.getsource(inspect.unwrap(numba_cuda._forward_kernel))
 turn = turn[turn.index("for step in") : turn.index("_sum_lanes")]
 assert turn.count("cuda.syncthreads()") + turn.count("_max_lanes") == 4
-assert not re.search("barrier|shared|thread", inspect.getsource(triton_fused._softmax_step.fn))
+assert not re.search("barrier|shared|thread", inspect.getsource(triton_step.fn))
 
 # %% [markdown]
-# `tl.max(S, 1)` is `_max_lanes`. `_dot` is `_product`, and more: with 16-bit numbers it goes to the GPU's matrix units,
+# `tl.max(S, 1)` is `_max_lanes`. `dot` is `_product`, and more: with 16-bit numbers it goes to the GPU's matrix units,
 # of which `_product` knows nothing. It multiplies and adds in float32.
 #
 # ## What the simulator cannot show

@@ -201,7 +201,7 @@ def kernels(
     import torch
     from rich.table import Table
 
-    from .kernels import report
+    from .compiled import report
 
     dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
     dtype = dtype or ("float32" if backend == "numba" else "bfloat16")

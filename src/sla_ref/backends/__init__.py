@@ -31,7 +31,7 @@ ENVIRONMENT_VARIABLE = "SLA_REF_BACKEND"
 # Imported on first use: `import sla_ref` loads neither triton nor numba.
 _BUILT_IN = {
     "torch": "sla_ref.backends.pytorch",
-    "triton": "sla_ref.backends.triton_fused",
+    "triton": "sla_ref.backends.triton",
     "numba": "sla_ref.backends.numba_cuda",
 }
 _registered: dict[str, Backend] = {}  # plug-ins join when they are first loaded, so that a call does not look for them

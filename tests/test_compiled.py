@@ -11,12 +11,12 @@ from importlib.util import find_spec
 import pytest
 from needs import REQUIRED
 
-from sla_ref import kernels
+from sla_ref import compiled
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 of_triton = pytest.mark.backend("triton")
 
-PRODUCTS = {"states", "forward", "backward_linear_query", "backward_linear_key", "backward_dq", "backward_dkdv"}
+PRODUCTS = {"states", "forward", "grad_sums", "grad_keys", "dq", "dkdv"}
 PRODUCTS |= {f"{name} softmax" for name in PRODUCTS}  # the form that computes phi
 NAMES = {"lists", "weights"} | PRODUCTS
 INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
@@ -26,7 +26,7 @@ def in_its_own_process(code: str, *arguments: str, **variables: str):
     """What `code` prints, as JSON; `sys.argv[1:]` are the arguments, `variables` are added to the environment."""
     simulators = ("TRITON_INTERPRET", "NUMBA_ENABLE_CUDASIM")
     environment = {name: value for name, value in os.environ.items() if name not in simulators} | variables
-    command = [sys.executable, "-c", "import json, sys, torch\nfrom sla_ref import kernels\n" + code, *arguments]
+    command = [sys.executable, "-c", "import json, sys, torch\nfrom sla_ref import compiled\n" + code, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
@@ -34,10 +34,10 @@ def in_its_own_process(code: str, *arguments: str, **variables: str):
 
 @of_triton
 @pytest.mark.parametrize("head_dim", ["64", "128"])
-@pytest.mark.parametrize("target", kernels.TARGETS)
+@pytest.mark.parametrize("target", compiled.TARGETS)
 def test_no_kernel_spills_or_overflows_shared_memory(target: str, head_dim: str) -> None:
     code = """
-entries = [e for q in (64, 128) for e in kernels.report(sys.argv[1], head_dim=int(sys.argv[2]), block_q=q, block_k=64)]
+entries = [e for q in (64, 128) for e in compiled.report(sys.argv[1], head_dim=int(sys.argv[2]), block_q=q, block_k=64)]
 print(json.dumps([entry.as_dict() for entry in entries]))
 """
     entries = in_its_own_process(code, target, head_dim)
@@ -58,7 +58,7 @@ def test_float32_is_exact_and_16_bits_use_the_matrix_unit() -> None:
     code = """
 found = {}
 for dtype in (torch.float32, torch.float16):
-    for name, binary in kernels.compile_kernels("sm_80", dtype=dtype, head_dim=32, block_q=32, block_k=32):
+    for name, binary in compiled.compile_kernels("sm_80", dtype=dtype, head_dim=32, block_q=32, block_k=32):
         ptx = binary.asm["ptx"]
         found[str(dtype) + " " + name] = ["tf32" in ptx, "mma." in ptx, "fma.rn.f32" in ptx]
 print(json.dumps(found))
@@ -77,7 +77,7 @@ def test_one_binary_for_all_lengths() -> None:
 hashes = []
 for length in (32760, 32768, 75600):
     shape = dict(head_dim=64, block_q=64, block_k=64, length=length)
-    binaries = kernels.compile_kernels("sm_80", dtype=torch.bfloat16, **shape)
+    binaries = compiled.compile_kernels("sm_80", dtype=torch.bfloat16, **shape)
     hashes.append([binary.hash for name, binary in binaries])
 print(json.dumps(hashes))
 """
@@ -90,7 +90,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path) -> None:
     """As where the home folder belongs to somebody else."""
     code = """
 sizes = dict(head_dim=16, block_q=16, block_k=16)
-print(json.dumps([name for name, binary in kernels.compile_kernels("sm_80", dtype=torch.float16, **sizes)]))
+print(json.dumps([name for name, binary in compiled.compile_kernels("sm_80", dtype=torch.float16, **sizes)]))
 """
     (tmp_path / "file").touch()
     assert "forward" in in_its_own_process(code, TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
@@ -103,7 +103,7 @@ def test_no_product_is_in_flight_when_its_operand_is_fetched_anew() -> None:
 found = []
 for block_q in (64, 128):
     shape = dict(head_dim=128, block_q=block_q, block_k=64)
-    for name, binary in kernels.compile_kernels("sm_90", dtype=torch.bfloat16, **shape):
+    for name, binary in compiled.compile_kernels("sm_90", dtype=torch.bfloat16, **shape):
         waits = [line.strip(" \\t;") for line in binary.asm["ptx"].splitlines() if "wgmma.wait_group" in line]
         found.append([name, len(waits), [wait for wait in waits if not wait.endswith(" 0")]])
 print(json.dumps(found))
@@ -124,19 +124,19 @@ def test_a_kernel_that_spills_is_a_problem() -> None:
         "block_k": 64,
     }
     common |= {"warps": 4, "registers": 255}
-    fine = kernels.KernelReport(
+    fine = compiled.KernelReport(
         kernel="forward", **common, stack=0, spills=0, shared=1024, shared_limit=2048, instruction="mma.bf16"
     )
     assert fine.problem is None
     for change, word in (({"stack": 8}, "stack"), ({"spills": 2}, "spill"), ({"shared": 4096}, "shared memory")):
-        assert word in kernels.KernelReport(**{**fine.__dict__, **change}).problem
+        assert word in compiled.KernelReport(**{**fine.__dict__, **change}).problem
 
 
 @of_triton
 def test_unknown_target() -> None:
     code = """
 try:
-    kernels.report("sm_70")
+    compiled.report("sm_70")
 except ValueError as error:
     print(json.dumps(str(error)))
 """
@@ -172,7 +172,7 @@ def numba_in_its_own_process(code: str, *arguments: str):
 def test_numba_keeps_arrays_in_registers_and_tiles_in_shared_memory(target: str, head_dim: int, block: int) -> None:
     code = """
 target, head_dim, block = sys.argv[1], *map(int, sys.argv[2:])
-entries = kernels.report(target, backend="numba", head_dim=head_dim, block_q=block, block_k=block)
+entries = compiled.report(target, backend="numba", head_dim=head_dim, block_q=block, block_k=block)
 print(json.dumps([entry.as_dict() for entry in entries]))
 """
     entries = numba_in_its_own_process(code, target, str(head_dim), str(block))
@@ -188,7 +188,7 @@ def test_numba_computes_in_float32_alone() -> None:
     """A literal of Python among the arguments of an operation would make it float64, at a fraction of the speed."""
     code = """
 found = [[name, ".f64" in ptx, "fma.rn.f32" in ptx, "bar.sync" in ptx]
-         for name, threads, ptx in kernels.compile_numba_kernels("sm_90", head_dim=64, block_q=64, block_k=64)]
+         for name, threads, ptx in compiled.compile_numba_kernels("sm_90", head_dim=64, block_q=64, block_k=64)]
 print(json.dumps(found))
 """
     seen = numba_in_its_own_process(code)
@@ -203,7 +203,7 @@ def test_numba_takes_no_other_dtype_and_size() -> None:
 said = []
 for arguments in ({"dtype": torch.float16}, {"backend": "torch"}, {"head_dim": 160}):
     try:
-        kernels.report("sm_90", **{"backend": "numba"} | arguments)
+        compiled.report("sm_90", **{"backend": "numba"} | arguments)
     except ValueError as error:
         said.append(str(error))
 print(json.dumps(said))

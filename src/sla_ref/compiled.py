@@ -1,7 +1,7 @@
 """What a compiler makes of the kernels, without a GPU: registers, stack, spills, shared memory, matrix instructions.
 
-The launchers of a backend run as they are, on tensors without data and with a driver that names the target; instead
-of starting a kernel they compile it. So the report shows the kernels that would run on such a GPU. Triton's are the
+A backend's forward and backward run as they are, on tensors without data, with a launcher that compiles a kernel where
+another would start it. So the report shows the kernels that would run on such a GPU. Triton's are the
 very binaries; Numba leaves the last step, from PTX to a binary, to the driver, and NVIDIA's assembler stands in for it.
 """
 
@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from unittest import mock
 import torch
 
 from .block_map import BlockMap
+from .protocol import Inputs
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one program may have, by architecture."""
@@ -156,25 +158,41 @@ def _cache_folder() -> AbstractContextManager[str]:
         return tempfile.TemporaryDirectory()
 
 
-def _problem(
-    length: int, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int
-) -> tuple[torch.Tensor, BlockMap]:
+@contextmanager
+def _triton_target(architecture: int) -> Iterator[None]:
+    """Inside the `with`, triton compiles for this architecture."""
+    from triton.runtime import driver
+
+    try:
+        outer = driver.active
+    except RuntimeError:  # no GPU is here
+        outer = None
+    driver.set_active(_TargetOnly(architecture))
+    try:
+        yield
+    finally:
+        driver.set_active(outer)
+
+
+def _inputs(length: int, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Inputs:
     """Tokens and a block map without data."""
     tokens = torch.empty(1, 2, length, head_dim, dtype=dtype, device="meta")
     blocks = (1, 2, math.ceil(length / block_q), math.ceil(length / block_k))
     labels = torch.empty(blocks, dtype=torch.int8, device="meta")
-    return tokens, BlockMap(labels, block_q, block_k, length, length, 3)
+    block_map = BlockMap(labels, block_q, block_k, length, length, 3)
+    return Inputs(tokens, tokens, tokens, tokens, tokens, block_map, 0.125)
 
 
-def _forward_and_backward(backend: Any, tokens: torch.Tensor, block_map: BlockMap) -> None:
+def _forward_and_backward(backend: Any, inputs: Inputs) -> None:
     """Start every kernel of a backend once."""
-    if (reason := backend.refuses(tokens, block_map)) is not None:
+    if (reason := backend.refuses(inputs.query, inputs.block_map)) is not None:
         raise ValueError(f"the {backend.name} backend {reason}")
-    saved = backend.forward(tokens, tokens, tokens, tokens, tokens, block_map, 0.125)
-    backend.backward(tokens, tokens, tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
-    if hasattr(backend, "forward_softmax"):
-        saved = backend.forward_softmax(tokens, tokens, tokens, block_map, 0.125)
-        backend.backward_softmax(tokens, tokens, tokens, tokens, tokens, saved, block_map, 0.125)
+    saved = backend.forward(inputs)
+    backend.backward(inputs.query, inputs.query, saved.lse, inputs, saved)
+    if backend.softmax_inside:
+        inputs = inputs._replace(phi_query=None, phi_key=None)
+        saved = backend.forward(inputs)
+        backend.backward(inputs.query, inputs.query, None, inputs, saved)
 
 
 def _check_target(target: str) -> int:
@@ -194,7 +212,7 @@ def compile_kernels(
     """
     import triton
 
-    from .backends import triton_fused
+    from .backends import triton as backend
 
     architecture = _check_target(target)
     if triton.knobs.runtime.interpret:
@@ -202,18 +220,21 @@ def compile_kernels(
 
     compiled = {}
 
-    def compile_only(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        binary = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
-        name = kernel.__name__.strip("_").removesuffix("_kernel")
-        compiled[name + (" softmax" if options.get("SOFTMAX") else ""), binary.hash] = binary
+    class CompileOnly(backend.launch.Launcher):
+        def start(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+            binary = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
+            name = kernel.__name__.removesuffix("_kernel")
+            softmax = isinstance(args[-1], backend.launch.Plan) and args[-1].SOFTMAX
+            compiled[name + " softmax" * softmax, binary.hash] = binary
 
     with (
         _cache_folder() as folder,
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
-        mock.patch.object(triton.runtime.driver, "_active", _TargetOnly(architecture)),
-        mock.patch.object(triton_fused, "_launch", compile_only),
+        triton.knobs.cache.scope(),
+        _triton_target(architecture),
+        backend.launch.launch_with(CompileOnly()),
     ):
-        _forward_and_backward(triton_fused, *_problem(length, head_dim, dtype, block_q, block_k))
+        triton.knobs.cache.dir = folder
+        _forward_and_backward(backend, _inputs(length, head_dim, dtype, block_q, block_k))
     return [(name, binary) for (name, _), binary in compiled.items()]
 
 
@@ -243,7 +264,7 @@ def compile_numba_kernels(
         mock.patch.object(numba_cuda.cuda.dispatcher, "get_current_device", return_value=device),
         mock.patch.object(numba_cuda, "_launch", compile_only),
     ):
-        _forward_and_backward(numba_cuda, *_problem(length, head_dim, torch.float32, block_q, block_k))
+        _forward_and_backward(numba_cuda, _inputs(length, head_dim, torch.float32, block_q, block_k))
     return list({(name, threads): (name, threads, ptx) for name, threads, ptx in compiled.values()}.values())
 
 

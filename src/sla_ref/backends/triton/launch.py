@@ -1,0 +1,156 @@
+"""How kernels are cut into programs and started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import triton
+
+from ...protocol import Inputs
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, read by triton when a kernel is declared
+SIZES = ("first_head", "num_heads", "query_length", "key_length", "capacity")
+"""Numbers that every large kernel gets, in this order. Triton compiles no special kernel for special values of them."""
+
+# Where matrix instructions read shared memory, of which there is 227 KB. 0 is the interpreter.
+_LARGE_ARCHITECTURES = (0, 90, 100, 103)
+
+
+# --- starting a kernel -----------------------------------------------------------------------------------------------
+
+
+class Launcher:
+    """Starts kernels on the GPU in use. Another one, set by `launch_with`, may look at them or only compile them."""
+
+    @property
+    def architecture(self) -> int:
+        """90 for sm_90 and so on; 0 in the interpreter."""
+        return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+
+    def start(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        """Start a kernel on a grid of one axis: the others are limited to 65535 programs."""
+        kernel[(programs,)](*args, **options)
+
+
+_launcher = Launcher()
+
+
+@contextmanager
+def launch_with(launcher: Launcher) -> Iterator[None]:
+    """Inside the `with`, this launcher starts all kernels of the process."""
+    global _launcher
+    outer, _launcher = _launcher, launcher
+    try:
+        yield
+    finally:
+        _launcher = outer
+
+
+def start(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Start a kernel by the launcher in force."""
+    _launcher.start(kernel, programs, *args, **options)
+
+
+def reads_shared_memory() -> bool:
+    """Whether matrix instructions of the GPU in use read their operands from shared memory."""
+    return _launcher.architecture in _LARGE_ARCHITECTURES
+
+
+# --- how it is cut ---------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut and started."""
+
+    rows: int = 64  # query rows at a time
+    keys: int = 64  # keys at a time
+    features: int = 64  # rows of a state at a time; its columns, in `states_kernel`
+    warps: int = 4
+    stages: int = 2  # of the software pipeline: tiles that are on their way from memory
+    registers: int | None = None  # per thread at most: fewer may let two programs share a multiprocessor
+
+
+_EXACT = Tiles(rows=32, keys=32, features=16, stages=1)  # float32: no matrix instruction, every product in registers
+_TILES = {
+    # matrix instructions that read their operands from shared memory: sm_90, sm_100
+    "grad_sums 64 x 128": Tiles(warps=8),
+    # the same, D over 64: whole rows at a time, so that softmax computes its exponentials once
+    "states 128": Tiles(registers=128),
+    "forward 128": Tiles(features=128),
+    "grad_sums 128": Tiles(features=128, warps=8),
+    "grad_keys 128": Tiles(features=128, warps=8),
+    # the same, query blocks of 128; with all of its rows at once the forward reads K and V half as often
+    "forward 128 x 128 sm_90": Tiles(rows=128, features=128, warps=8, registers=128),
+    "grad_sums 128 x 128": Tiles(warps=8),
+    "grad_sums 128 x 128 sm_90": Tiles(features=128, warps=16),
+    # operands from registers, less shared memory: sm_80, sm_120
+    "dkdv small": Tiles(warps=8),
+    "dq small": Tiles(keys=32),
+    "grad_sums small": Tiles(features=32),
+    "states 128 small": Tiles(stages=3),
+    "forward 128 small": Tiles(keys=32, warps=8),
+    "grad_keys 128 small": Tiles(warps=8),
+    "grad_sums 128 small": Tiles(features=32, warps=8),
+}
+"""For 16 bits, where it is not `Tiles()`: by kernel, D if over 64, x block_q, architecture. The longest name counts."""
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for: its one constexpr argument."""
+
+    D: int
+    COLUMNS: int  # D rounded up, see `columns_of`
+    BLOCK_Q: int
+    BLOCK_K: int
+    ROWS: int
+    KEYS: int
+    FEATURES: int
+    SOFTMAX: bool  # whether phi is softmax, computed where phi is read
+
+
+class Call:
+    """One forward or backward: what all of its kernels have in common."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        query, key, _, phi_query, phi_key, *_ = inputs
+        self.inputs = inputs
+        self.softmax = phi_query is None  # then the kernels read Q and K where they would read phi
+        self.phi_query = query if phi_query is None else phi_query
+        self.phi_key = key if phi_key is None else phi_key
+        self.heads = query.shape[0] * query.shape[1]
+        self.columns = columns_of(query.shape[-1])
+
+    def tiles(self, kernel: str) -> Tiles:
+        """How this kernel is cut on the GPU in use."""
+        block_map = self.inputs.block_map
+        if reads_shared_memory():
+            case = f"{kernel} {self.columns} x {block_map.block_q}"
+            names = [f"{case} sm_{_launcher.architecture}", case, f"{kernel} {self.columns}"]
+        else:
+            names = [f"{kernel} {self.columns} small", f"{kernel} small"]
+        tiles = next((_TILES[name] for name in names if name in _TILES), Tiles())
+        if self.inputs.query.element_size() == 4 and not INTERPRETED:
+            tiles = _EXACT
+        return tiles._replace(
+            rows=min(tiles.rows, block_map.block_q),
+            keys=min(tiles.keys, block_map.block_k),
+            features=min(tiles.features, self.columns),
+        )
+
+    def start(self, kernel: Any, tiles: Tiles, programs: int, *args: Any, first_head: int = 0) -> None:
+        """Start a kernel on these arguments, SIZES and the plan."""
+        (_, num_heads, _, head_dim), block_map = self.inputs.query.shape, self.inputs.block_map
+        sizes = (first_head, num_heads, block_map.query_length, block_map.key_length, block_map.max_critical)
+        blocks = (block_map.block_q, block_map.block_k)
+        plan = Plan(head_dim, self.columns, *blocks, tiles.rows, tiles.keys, tiles.features, self.softmax)
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        if tiles.registers is not None:
+            options["maxnreg"] = tiles.registers
+        start(kernel, programs, *args, *sizes, plan, **options)
+
+
+def columns_of(head_dim: int) -> int:
+    """D as the kernels see it: a power of two, and at least what a matrix instruction takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())

@@ -1,0 +1,298 @@
+"""The linear branch: states of key blocks, their sums for every query block, and the way back. [Eq. 5]
+
+A state is one row of memory of (COLUMNS + 2) * COLUMNS elements in the input's dtype:
+
+    +--------------------+
+    | h_j  COLUMNS rows  |   phi(K_j)^T V_j
+    | z_j  1 row         |   column sums of phi(K_j)
+    | 1, bad, 0, 0, ...  |   how many blocks were added up, and how many of those hold a NaN or Inf
+    +--------------------+
+
+The weight of a marginal pair is not 1 but a power of two near 1 / (marginal blocks of the row): H_i and Z_i then stay
+in float16's range at any length, and the factor cancels in phi H / (phi Z) without a rounding error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .labels import WEIGHTS_TILE, marginal_weights
+from .launch import INTERPRETED, SIZES, Call, start
+from .tokens import dot, head_of, load_phi, load_slab, own_rows, phi_of, store, strided
+
+# --- parts of kernels ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def state_of(states, block, plan: tl.constexpr):
+    """Where the state of a block begins (see the picture above)."""
+    return states + block.to(tl.int64) * ((plan.COLUMNS + 2) * plan.COLUMNS)
+
+
+@triton.jit
+def h_slab(feature, plan: tl.constexpr):
+    """Offsets of FEATURES rows of h: states are worked through in slabs that fit the registers."""
+    return (feature + tl.arange(0, plan.FEATURES))[:, None] * plan.COLUMNS + tl.arange(0, plan.COLUMNS)[None, :]
+
+
+@triton.jit
+def z_slab(feature, plan: tl.constexpr):
+    """Offsets of the same part of z."""
+    return plan.COLUMNS * plan.COLUMNS + feature + tl.arange(0, plan.FEATURES)
+
+
+@triton.jit
+def finite(x):
+    """1 where x is a number, 0 where it is NaN or infinite."""
+    return (tl.abs(x.to(tl.float32)) < float("inf")).to(tl.int32)
+
+
+@triton.jit
+def sound(denominator, sums, plan: tl.constexpr):
+    """The denominators phi(Q_i) Z_i: 0 in a query block without marginal block, NaN if one of them is bad. # [ROWS]"""
+    blocks = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS).to(tl.float32)
+    bad = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS + 1).to(tl.float32)
+    return tl.where(bad > 0, float("nan"), tl.where(blocks > 0, denominator, 0.0))
+
+
+@triton.jit
+def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
+    """phi(Q_i) H_i / (phi(Q_i) Z_i), for ROWS rows of query block i. # [ROWS, COLUMNS] [Alg. 1 L16]"""
+    COLUMNS: tl.constexpr = plan.COLUMNS
+    phi_rows = phi_of(phi_query, first, ROWS, plan)
+    O = tl.zeros([ROWS, COLUMNS], tl.float32)
+    denominator = tl.zeros([ROWS], tl.float32)
+    # Not pipelined: phi is read by the matrix unit and for the denominator. For such a tile Triton's pipeline (3.6 and
+    # 3.7, on sm_90) has one buffer, and fetches the next tile into it while the product of this one is under way.
+    for feature in tl.range(0, plan.COLUMNS, plan.FEATURES, num_stages=1):
+        phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan)
+        H = tl.load(sums + h_slab(feature, plan))  # [FEATURES, COLUMNS]
+        Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
+        denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
+        O = dot(phi, H, O)
+    denominator = sound(denominator, sums, plan)
+    return tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])
+
+
+# --- states and their sums -------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def states_kernel(
+    phi_key, value, states, first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr
+):
+    """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4]"""
+    COLUMNS: tl.constexpr = plan.COLUMNS
+    block, head, first = own_rows(first_head, key_length, plan.BLOCK_K, plan.BLOCK_K)
+    phi_key = head_of(phi_key, head, num_heads, key_length, plan)
+    value = head_of(value, head, num_heads, key_length, plan)
+    state = state_of(states, block, plan)
+
+    phi = load_phi(phi_of(phi_key, first, plan.BLOCK_K, plan), 0, plan.BLOCK_K, COLUMNS, plan)
+    columns = tl.arange(0, COLUMNS)
+    z = tl.sum(phi.to(tl.float32), 0)  # [COLUMNS]
+    # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So what a NaN or Inf has spoilt counts
+    # as zero, and the block as bad; the query blocks that it is marginal to turn their rows into NaN.
+    good = tl.min(finite(z), 0)
+    z = tl.where(good == 1, z, 0.0)
+    tl.store(state + COLUMNS * COLUMNS + columns, z.to(states.dtype.element_ty))
+    for column in range(0, COLUMNS, plan.FEATURES):
+        V = load_slab(value, first, column, plan.BLOCK_K, plan.FEATURES)  # [BLOCK_K, FEATURES]
+        good = tl.minimum(good, tl.min(tl.min(finite(V), 1), 0))
+        h = tl.where(good == 1, dot(tl.trans(phi), V), 0.0)  # [COLUMNS, FEATURES]
+        place = columns[:, None] * COLUMNS + (column + tl.arange(0, plan.FEATURES))[None, :]
+        tl.store(state + place, h.to(states.dtype.element_ty))
+    counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
+    tl.store(state + (COLUMNS + 1) * COLUMNS + columns, counts.to(states.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["num_out", "num_in", "head_stride"])
+def sums_kernel(
+    weights, states, sums, num_out, num_in, head_stride, out_stride, in_stride,
+    SIZE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """weights @ states in exact float32: H_i, Z_i from h_j, z_j [Alg. 1 L13], or back, their gradients [Alg. 2 L14]."""
+    program = tl.program_id(0)
+    tiles_out = tl.cdiv(num_out, OUT)
+    tiles = tl.cdiv(SIZE, TILE)
+    # Neighbouring programs share a tile of the states, the big operand.
+    out = program % tiles_out * OUT + tl.arange(0, OUT)
+    column = program // tiles_out % tiles * TILE + tl.arange(0, TILE)
+    head = (program // (tiles_out * tiles)).to(tl.int64)
+    weights += head * head_stride
+    states += head * num_in * SIZE
+    sums += head * num_out * SIZE
+    acc = tl.zeros([OUT, TILE], tl.float32)
+    for first in range(0, num_in, IN):
+        inner = first + tl.arange(0, IN)
+        # The weights are padded with zeros to whole tiles, the states are not.
+        W = tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))  # [OUT, IN]
+        mask = (inner < num_in)[:, None] & (column < SIZE)[None, :]
+        h = tl.load(states + (inner.to(tl.int64)[:, None] * SIZE + column[None, :]), mask=mask, other=0.0)  # [IN, TILE]
+        acc = dot(W, h, acc)
+    mask = (out < num_out)[:, None] & (column < SIZE)[None, :]
+    tl.store(sums + (out.to(tl.int64)[:, None] * SIZE + column[None, :]), acc.to(sums.dtype.element_ty), mask=mask)
+
+
+def add_up(weights: Tensor, states: Tensor, sums: Tensor) -> None:
+    """sums = weights @ states for the heads of a chunk, by the vendor's product where its float32 sums are certain.
+
+    In float32 torch would follow the user's tf32 setting, so there a kernel of our own does it.
+    """
+    heads, num_in, size = states.shape
+    num_out = sums.shape[1]
+    if states.element_size() == 2:
+        torch.bmm(weights[:, :num_out, :num_in], states, out=sums)
+        return
+    tile = 4096 if INTERPRETED else 128  # in the interpreter a program costs more than an element
+    programs = heads * math.ceil(num_out / WEIGHTS_TILE) * math.ceil(size / tile)
+    sizes = (num_out, num_in, *weights.stride())
+    cut = {"SIZE": size, "OUT": WEIGHTS_TILE, "IN": WEIGHTS_TILE, "TILE": tile}
+    start(sums_kernel, programs, weights, states, sums, *sizes, **cut, num_warps=4)
+
+
+def chunks_of_heads(call: Call, per_query_block: int, tensors: int) -> list[tuple[int, int]]:
+    """Cut the B * H heads, as (first, number), so that a chunk's states take the memory of `tensors` queries at most.
+
+    A chunk has one state for each key block, and `per_query_block` for each query block.
+    """
+    query, labels = call.inputs.query, call.inputs.block_map.labels
+    num_states = labels.shape[3] + per_query_block * labels.shape[2]
+    size = min(call.heads, max(1, tensors * query.numel() // (num_states * (call.columns + 2) * call.columns)))
+    size = math.ceil(call.heads / math.ceil(call.heads / size))  # chunks of about one size
+    return [(first, min(size, call.heads - first)) for first in range(0, call.heads, size)]
+
+
+class MarginalSums:
+    """H_i and Z_i of all query blocks, made anew for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
+
+    Arguments as for `chunks_of_heads`.
+    """
+
+    def __init__(self, call: Call, per_query_block: int, tensors: int) -> None:
+        query, labels = call.inputs.query, call.inputs.block_map.labels
+        self.call, self.chunks = call, chunks_of_heads(call, per_query_block, tensors)
+        self.keys = (strided(call.phi_key), strided(call.inputs.value))
+        self.weights = marginal_weights(call.inputs.block_map, query.dtype)
+        (_, heads), size = self.chunks[0], (call.columns + 2) * call.columns
+        self.states = torch.empty(heads, labels.shape[3], size, dtype=query.dtype, device=query.device)
+        self.sums = torch.empty(heads, labels.shape[2], size, dtype=query.dtype, device=query.device)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """The first head of each chunk, and the sums of its heads (heads, Tq, size of a state)."""
+        tiles = self.call.tiles("states")
+        for first, heads in self.chunks:
+            states, sums = self.states[:heads], self.sums[:heads]
+            self.call.start(states_kernel, tiles, heads * states.shape[1], *self.keys, states, first_head=first)
+            add_up(self.weights[first : first + heads], states, sums)
+            yield first, sums
+
+    def back(self, first: int, grad_sums: Tensor) -> Tensor:
+        """The gradients of a chunk's states from those of its sums, in the place of the states. [Alg. 2 L14]"""
+        heads = len(grad_sums)
+        add_up(self.weights[first : first + heads].mT, grad_sums, self.states[:heads])
+        return self.states[:heads]
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_sums_kernel(
+    phi_query, grad_linear, out_linear, grad_phi_query, sums, grad_sums,
+    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+):  # fmt: skip
+    """dQ^phi, or its share of dQ where phi is softmax, dH_i and dZ_i for query block i. [Alg. 2 L3-L5]"""
+    ROWS: tl.constexpr = plan.BLOCK_Q
+    COLUMNS: tl.constexpr = plan.COLUMNS
+    block, head, first = own_rows(first_head, query_length, ROWS, ROWS)
+    phi_query = head_of(phi_query, head, num_heads, query_length, plan)
+    grad_phi_query = head_of(grad_phi_query, head, num_heads, query_length, plan)
+    sums = state_of(sums, block, plan)
+    grad_sums = state_of(grad_sums, block, plan)
+
+    phi_rows = phi_of(phi_query, first, ROWS, plan)
+    denominator = tl.zeros([ROWS], tl.float32)
+    for feature in range(0, COLUMNS, plan.FEATURES):
+        Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
+        phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan)  # [ROWS, FEATURES]
+        denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
+    denominator = sound(denominator, sums, plan)
+    inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
+    dO = load_slab(head_of(grad_linear, head, num_heads, query_length, plan), first, 0, ROWS, COLUMNS)
+    O = load_slab(head_of(out_linear, head, num_heads, query_length, plan), first, 0, ROWS, COLUMNS)
+    Dl = tl.sum(dO.to(tl.float32) * O.to(tl.float32), 1)  # [ROWS] [Alg. 2 L2]
+    for feature in range(0, COLUMNS, plan.FEATURES):
+        H = tl.load(sums + h_slab(feature, plan))  # [FEATURES, COLUMNS]
+        Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
+        dphi = dot(dO, tl.trans(H)) - Dl[:, None] * Z[None, :]  # [Alg. 2 L5], but for the division
+        phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan)
+        weight = phi.to(tl.float32) * inverse[:, None]  # phi(Q_i) / (phi(Q_i) Z_i), [ROWS, FEATURES]
+        # dx = phi (dphi - phi . dphi), and phi . dphi = 0: O^l is the same for a longer phi(Q).
+        dphi *= weight if plan.SOFTMAX else inverse[:, None]
+        store(grad_phi_query, first, feature, dphi)
+
+        dH = dot(tl.trans(weight.to(dO.dtype)), dO)  # [FEATURES, COLUMNS] [Alg. 2 L3]
+        dZ = -tl.sum(weight * Dl[:, None], 0)  # [FEATURES] [Alg. 2 L4]
+        tl.store(grad_sums + h_slab(feature, plan), dH.to(grad_sums.dtype.element_ty))
+        tl.store(grad_sums + z_slab(feature, plan), dZ.to(grad_sums.dtype.element_ty))
+    counts = (COLUMNS + 1) * COLUMNS + tl.arange(0, COLUMNS)  # they have no gradient
+    tl.store(grad_sums + counts, tl.zeros([COLUMNS], grad_sums.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_keys_kernel(
+    phi_key, value, grad_phi_key, grad_value, grad_states,
+    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+):  # fmt: skip
+    """dK^phi (its share of dK where phi is softmax) and the share of dV for key block j. [Alg. 2 L16] [Alg. 2 L17]"""
+    KEYS: tl.constexpr = plan.BLOCK_K
+    COLUMNS: tl.constexpr = plan.COLUMNS
+    block, head, first = own_rows(first_head, key_length, KEYS, KEYS)
+    phi_key = head_of(phi_key, head, num_heads, key_length, plan)
+    grad_phi_key = head_of(grad_phi_key, head, num_heads, key_length, plan)
+    grad_state = state_of(grad_states, block, plan)
+
+    phi_rows = phi_of(phi_key, first, KEYS, plan)
+    V = load_slab(head_of(value, head, num_heads, key_length, plan), first, 0, KEYS, COLUMNS)  # [KEYS, COLUMNS]
+    dV = tl.zeros([KEYS, COLUMNS], tl.float32)
+    along = tl.zeros([KEYS], tl.float32)
+    for feature in range(0, COLUMNS, plan.FEATURES):
+        dh = tl.load(grad_state + h_slab(feature, plan))  # [FEATURES, COLUMNS]
+        dz = tl.load(grad_state + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
+        phi = load_phi(phi_rows, feature, KEYS, plan.FEATURES, plan)
+        dV = dot(phi, dh, dV)  # [Alg. 2 L17]
+        along += tl.sum(phi.to(tl.float32) * dz[None, :], 1)
+    along += tl.sum(V.to(tl.float32) * dV, 1)  # phi . dphi, [KEYS]
+    for feature in range(0, COLUMNS, plan.FEATURES):
+        dh = tl.load(grad_state + h_slab(feature, plan))  # [FEATURES, COLUMNS]
+        dz = tl.load(grad_state + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
+        dphi = dot(V, tl.trans(dh)) + dz[None, :]  # [KEYS, FEATURES] [Alg. 2 L16]
+        if plan.SOFTMAX:  # dx = phi (dphi - phi . dphi)
+            phi = load_phi(phi_rows, feature, KEYS, plan.FEATURES, plan)
+            dphi = phi.to(tl.float32) * (dphi - along[:, None])
+        store(grad_phi_key, first, feature, dphi)
+    store(head_of(grad_value, head, num_heads, key_length, plan), first, 0, dV)
+
+
+def backward(call: Call, out_linear: Tensor, grad_linear: Tensor, dphi_Q: Tensor, dphi_K: Tensor, dV: Tensor) -> None:
+    """Fill dphi_Q and dphi_K (with a share of dQ and dK where phi is softmax), and dV with this branch's share."""
+    sums_of = MarginalSums(call, per_query_block=2, tensors=2)
+    all_grad_sums = torch.empty_like(sums_of.sums)
+    of_queries = tuple(map(strided, (call.phi_query, grad_linear, out_linear, dphi_Q)))
+    of_keys = (*sums_of.keys, strided(dphi_K), strided(dV))
+    query_tiles, key_tiles = call.tiles("grad_sums"), call.tiles("grad_keys")
+    for first, sums in sums_of:
+        heads, num_query_blocks, _ = sums.shape
+        grad_sums = all_grad_sums[:heads]
+        programs = heads * num_query_blocks
+        call.start(grad_sums_kernel, query_tiles, programs, *of_queries, sums, grad_sums, first_head=first)
+        grad_states = sums_of.back(first, grad_sums)
+        programs = heads * grad_states.shape[1]
+        call.start(grad_keys_kernel, key_tiles, programs, *of_keys, grad_states, first_head=first)
