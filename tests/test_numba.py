@@ -196,7 +196,7 @@ def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int]) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block", numba_cuda.BLOCK_SIZES)
 def test_tiles_fit_blocks_and_threads(head_dim: int, block: int) -> None:
-    """A thread for every row of a tile whose spare column is filled, and whole tiles; test_kernels.py sees the rest."""
+    """A thread for every row of a tile whose spare column is filled, and whole tiles; test_compiled.py sees the rest."""
     for kernel in numba_cuda._TILES:
         rows, others = numba_cuda._tile(kernel, head_dim, block, block)
         threads = rows // numba_cuda.HEIGHT * numba_cuda.LANES

@@ -233,7 +233,7 @@ def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int], per_query
 def test_nan_goes_where_the_mathematics_puts_it(device: str) -> None:
     inputs = testing.make_problem(**{**SMALL, "heads": 1, "query_length": 96}, device=device).inputs
     labels = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, -1, 0], [-1, -1, 1, 1, -1]], dtype=torch.int8, device=device)
-    block_map = replace(inputs.block_map, labels=labels[None, None], _num_critical=None)
+    block_map = replace(inputs.block_map, labels=labels[None, None], num_critical=None)
     key, phi_key = inputs.key.clone(), inputs.phi_key.clone()
     key[0, 0, 40] = math.nan  # in key block 1: marginal to query block 0, critical to 1, negligible to 2
     phi_key[0, 0, 40] = math.inf
