@@ -77,6 +77,7 @@ LANE_STRIDE = LANES + 1
 # A literal such as 0.0 is float64 to Numba, and draws all that it meets into float64.
 ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(math.inf)
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
+SMALLEST_DENOMINATOR = np.float32(2.0**-96)  # a smaller one counts as zero, as in the specification
 
 
 # --- starting a kernel -----------------------------------------------------------------------------------------------
@@ -364,7 +365,8 @@ def forward_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
             product(O, Q.T[feature:], KV, depth)
             product_spare(denominator, Q.T[feature:], KV, depth)
         for r in range(HEIGHT):
-            defined = num_marginal[head, i] > 0 and denominator[r] != ZERO  # a NaN is unequal, and goes on
+            # A NaN is not smaller than anything, and goes on.
+            defined = num_marginal[head, i] > 0 and not abs(denominator[r]) < SMALLEST_DENOMINATOR
             inverse = ONE / denominator[r] if defined else ZERO
             for c in range(WIDTH):
                 O[r, c] = O[r, c] * inverse if defined else ZERO
@@ -696,7 +698,7 @@ def grad_sums_kernel(COLUMNS: int, BLOCK_Q: int) -> Kernel:
         for r in range(HEIGHT):
             n = first + row + r
             # No gradient through a row that is zero by definition.
-            defined = num_marginal[head, i] > 0 and denominator[r] != ZERO
+            defined = num_marginal[head, i] > 0 and not abs(denominator[r]) < SMALLEST_DENOMINATOR
             inverse = ONE / denominator[r] if defined else ZERO
             for d in range(lane, COLUMNS, LANES):
                 dO[row + r, d] *= inverse
