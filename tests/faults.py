@@ -1,18 +1,66 @@
-"""A fault planted in a kernel, to see the checks catch it."""
+"""A fault planted in a backend, to see the checks catch it."""
 
+import ast
 import importlib.util
-import inspect
+import shutil
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sla_ref import testing
+
+COPY = "sla_ref.backends.faulty"  # a name beside the backends' own, so that relative imports work
 
 
-def with_fault(backend: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
-    """The backend with one place changed, as a module of its own: compilers read a kernel's source from its file."""
-    source = inspect.getsource(backend)
-    assert source.count(old) == 1, f"{source.count(old)} places to change: {old}"
-    path = folder / "faulty.py"
-    path.write_text(source.replace(old, new).replace("from ..", "from sla_ref."))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    module = importlib.util.module_from_spec(spec)
+@dataclass(frozen=True)
+class Fault:
+    """One place of a backend's source, what it becomes, and a result in which that must show."""
+
+    file: str
+    function: str
+    old: str
+    new: str
+    shows_in: str
+    problem: dict[str, Any] = field(default_factory=dict)
+    """What the problem needs to be like, as arguments of `make_problem`, where the usual small one does not show it."""
+
+    def plant(self, path: Path) -> None:
+        text = path.read_text()
+        named = [node for node in ast.walk(ast.parse(text)) if getattr(node, "name", None) == self.function]
+        source = ast.get_source_segment(text, named[0]) if named else ""
+        assert source.count(self.old) == 1, (
+            f"mend this row of FAULTS: {self.old!r} stands {source.count(self.old)} times in "
+            f"{self.function} of {self.file}, and not once"
+        )
+        path.write_text(text.replace(source, source.replace(self.old, self.new)))
+
+
+def copy_of(backend: ModuleType, folder: Path, fault: Fault | None = None) -> ModuleType:
+    """The backend as another module, which compilers read from files of its own; with a fault, if there is one."""
+    source = Path(backend.__file__)
+    if source.name == "__init__.py":
+        shutil.copytree(source.parent, folder / "faulty")
+        path = folder / "faulty" / "__init__.py"
+    else:
+        path = Path(shutil.copy(source, folder))
+    if fault is not None:
+        fault.plant(path.with_name(fault.file))
+    for name in [name for name in sys.modules if name == COPY or name.startswith(f"{COPY}.")]:
+        del sys.modules[name]
+    spec = importlib.util.spec_from_file_location(COPY, path)
+    sys.modules[COPY] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def assert_caught(backend: ModuleType, fault: Fault, folder: Path, problem: testing.Problem) -> None:
+    """With the fault, the result that the fault names is over its budget."""
+    exact = testing.oracle(problem)
+    budget = testing.error_budget(problem, exact)
+    results = testing.run_backend(copy_of(backend, folder, fault), problem)
+    with pytest.raises(AssertionError, match="over the error budget"):
+        testing.assert_within({fault.shows_in: results[fault.shows_in]}, exact, budget)

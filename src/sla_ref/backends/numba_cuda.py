@@ -192,7 +192,10 @@ def load(tile, array, head, first, column):
 
 @cuda.jit(device=True)
 def load_state(tile, states, head, block, feature):
-    """The same for rows from `feature` of a block's state, with z in the spare column."""
+    """The same for rows from `feature` of a block's state, with z in the spare column.
+
+    Such a tile has at most 32 rows, and a thread block at least as many threads.
+    """
     state, spare = states[head], tile.shape[1] - 1
     load(tile, state, block, feature, 0)
     n = cuda.threadIdx.x
