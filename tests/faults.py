@@ -24,7 +24,7 @@ class Fault:
     function: str
     old: str
     new: str
-    shows_in: str
+    where: str
     problem: dict[str, Any] = field(default_factory=dict)
     """What the problem needs to be like, as arguments of `make_problem`, where the usual small one does not show it."""
 
@@ -39,7 +39,7 @@ class Fault:
         path.write_text(text.replace(source, source.replace(self.old, self.new)))
 
 
-def copy_of(backend: ModuleType, folder: Path, fault: Fault | None = None) -> ModuleType:
+def with_fault(backend: ModuleType, folder: Path, fault: Fault | None) -> ModuleType:
     """The backend as another module, which compilers read from files of its own; with a fault, if there is one."""
     source = Path(backend.__file__)
     if source.name == "__init__.py":
@@ -61,6 +61,6 @@ def assert_caught(backend: ModuleType, fault: Fault, folder: Path, problem: test
     """With the fault, the result that the fault names is over its budget."""
     exact = testing.oracle(problem)
     budget = testing.error_budget(problem, exact)
-    results = testing.run_backend(copy_of(backend, folder, fault), problem)
+    results = testing.run_backend(with_fault(backend, folder, fault), problem)
     with pytest.raises(AssertionError, match="over the error budget"):
-        testing.assert_within({fault.shows_in: results[fault.shows_in]}, exact, budget)
+        testing.assert_within({fault.where: results[fault.where]}, exact, budget)

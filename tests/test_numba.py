@@ -12,7 +12,7 @@ import torch
 from faults import Fault, assert_caught
 from test_kernel_backends import assert_right, make, needs_gpu
 
-from sla_ref import backends
+from sla_ref import backends, testing
 from sla_ref.block_map import CRITICAL, NEGLIGIBLE, BlockMap
 from sla_ref.protocol import Inputs
 
@@ -26,8 +26,8 @@ numba_cuda = backends.load("numba")
 # --- the checker is checked: a fault planted in each kernel is caught -------------------------------------------------
 
 
-def fault(function: str, old: str, new: str, shows_in: str, **problem) -> Fault:
-    return Fault("numba_cuda.py", function, old, new, shows_in, problem)
+def fault(function: str, old: str, new: str, where: str, **problem) -> Fault:
+    return Fault("numba_cuda.py", function, old, new, where, problem)
 
 
 FAULTS = {
@@ -84,6 +84,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the simulator, where a fault lets a number overflow
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_caught(name: str, tmp_path, device: str) -> None:
     if "barrier" in name and device == "cuda":
@@ -148,6 +149,21 @@ def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int]) -> None:
         numba_cuda.forward(Inputs(query, query, query, query, query, block_map, 0.1))
     assert sum(heads) == 24
     assert 0 < states[0] + states[1] <= 4 * query.numel()  # h of the key blocks, and their sums
+
+
+def test_kernels_walk_along_the_lists_of_the_map(device: str) -> None:
+    given = set()
+
+    class Recorder(numba_cuda.Launcher):
+        def start(self, kernel, grid, *args) -> None:
+            given.update(arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor))
+            super().start(kernel, grid, *args)
+
+    problem = make(device, query_length=17, key_length=20)
+    with numba_cuda.launch_with(Recorder()):
+        testing.run_backend(numba_cuda, problem)
+    for name in ("kv_num_blocks", "kv_indices", "q_offsets", "q_indices"):
+        assert getattr(problem.inputs.block_map, name).data_ptr() in given, name
 
 
 # --- the contract's corners ------------------------------------------------------------------------------------------

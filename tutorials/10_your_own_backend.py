@@ -164,10 +164,10 @@ print(dict(failures(report)), "in", sorted({check.case for check in report.failu
 assert set(failures(report)) == {"linear", "grad_phi_query", "grad_phi_key", "grad_query", "grad_key"}
 
 # %% [markdown]
-# The report points at the right place: `linear` is wrong, `sparse` and `lse` are not. The gradients of both features fail
-# with it, because the backward takes $D^l$ from the wrong output. So do those of query and key, where softmax is left to
-# the operator, because they include the gradient through the features. One of the three problems lets the fault pass:
-# its few key blocks leave none that is negligible. That is why there are many problems.
+# The report points at the right place: `linear` is wrong, `sparse` and `lse` are not. The gradients of both features
+# fail with it, because the backward takes $D^l$ from the wrong output. So do those of query and key, where softmax is
+# left to the operator, because they include the gradient through the features. One of the three problems lets the fault
+# pass: its few key blocks leave none that is negligible. That is why there are many problems.
 #
 # ## The backward
 #
