@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 from gpu import RATIOS, Problem, about, attempt
@@ -98,19 +97,20 @@ def resources(tokens: Tokens) -> dict[str, dict[str, int]]:
         return {}
     from sla_ref.backends import numba_cuda
 
-    found, launch = {}, numba_cuda._launch
+    found = {}
 
-    def noted(kernel: object, grid: tuple[int, int], rows: int, *args: object) -> None:
-        launch(kernel, grid, rows, *args)
-        specialized = numba_cuda._specialized[kernel, torch.cuda.current_device()]
-        found[kernel.py_func.__name__] = {
-            "threads": numba_cuda.threads(rows),
-            "registers": specialized.get_regs_per_thread(),
-            "shared": specialized.get_shared_mem_per_block(),
-            "local": specialized.get_local_mem_per_thread(),
-        }
+    class Noting(numba_cuda.Launcher):
+        def start(self, kernel: numba_cuda.Kernel, grid: tuple[int, int], *args: object) -> None:
+            super().start(kernel, grid, *args)
+            specialized = self.specialized[kernel.function, torch.cuda.current_device()]
+            found[kernel.name] = {
+                "threads": kernel.threads,
+                "registers": specialized.get_regs_per_thread(),
+                "shared": specialized.get_shared_mem_per_block(),
+                "local": specialized.get_local_mem_per_thread(),
+            }
 
-    with mock.patch.object(numba_cuda, "_launch", noted):
+    with numba_cuda.launch_with(Noting()):
         tokens.both(tokens.backend("numba"))()
     return found
 

@@ -1,62 +1,66 @@
-"""A fault planted in a kernel, to see the checks catch it."""
+"""A fault planted in a backend, to see the checks catch it."""
 
 import ast
 import importlib.util
-import itertools
-import re
 import shutil
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any
 
-_numbers = itertools.count()
+import pytest
+
+from sla_ref import testing
+
+COPY = "sla_ref.backends.faulty"  # a name beside the backends' own, so that relative imports work
 
 
-class Fault(NamedTuple):
-    """What is changed: in this file of the backend, inside this function, `old` becomes `new`."""
+@dataclass(frozen=True)
+class Fault:
+    """One place of a backend's source, what it becomes, and a result in which that must show."""
 
     file: str
     function: str
     old: str
     new: str
     where: str
-    """a result in which it must show"""
+    problem: dict[str, Any] = field(default_factory=dict)
+    """What the problem needs to be like, as arguments of `make_problem`, where the usual small one does not show it."""
+
+    def plant(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        named = [node for node in ast.walk(ast.parse(text)) if getattr(node, "name", None) == self.function]
+        source = ast.get_source_segment(text, named[0]) if named else ""
+        assert source.count(self.old) == 1, (
+            f"mend this row of FAULTS: {self.old!r} stands {source.count(self.old)} times in "
+            f"{self.function} of {self.file}, and not once"
+        )
+        path.write_text(text.replace(source, source.replace(self.old, self.new)), encoding="utf-8")
 
 
 def with_fault(backend: ModuleType, folder: Path, fault: Fault | None) -> ModuleType:
-    """The backend with one place changed, or none, as a module of its own: compilers read kernels from their files."""
-    name = f"faulty_{next(_numbers)}"
-    home = folder / name
-    original = Path(backend.__file__)
-    package = original.name == "__init__.py"
-    if package:
-        shutil.copytree(original.parent, home, ignore=shutil.ignore_patterns("__pycache__"))
+    """The backend as another module, which compilers read from files of its own; with a fault, if there is one."""
+    source = Path(backend.__file__)
+    if source.name == "__init__.py":
+        shutil.copytree(source.parent, folder / "faulty")
+        path = folder / "faulty" / "__init__.py"
     else:
-        home.mkdir()
-        shutil.copy(original, home)
-    for path in home.glob("*.py"):
-        source = path.read_text(encoding="utf-8")
-        if fault is not None and path.name == fault.file:
-            source = _changed(source, fault)
-        path.write_text(re.sub(r"^from \.\.+(?=\w)", "from sla_ref.", source, flags=re.MULTILINE), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(
-        name, home / original.name, submodule_search_locations=[str(home)] if package else None
-    )
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        path = Path(shutil.copy(source, folder))
+    if fault is not None:
+        fault.plant(path.with_name(fault.file))
+    for name in [name for name in sys.modules if name == COPY or name.startswith(f"{COPY}.")]:
+        del sys.modules[name]
+    spec = importlib.util.spec_from_file_location(COPY, path)
+    sys.modules[COPY] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _changed(source: str, fault: Fault) -> str:
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name == fault.function:
-            first, last = node.lineno - 1, node.end_lineno
-            body = "".join(lines[first:last])
-            if (count := body.count(fault.old)) == 1:
-                return "".join([*lines[:first], body.replace(fault.old, fault.new), *lines[last:]])
-            raise AssertionError(
-                f"mend the row of this fault: {fault.old!r} is {count} times in {fault.file}, {fault.function}"
-            )
-    raise AssertionError(f"mend the row of this fault: {fault.file} has no function {fault.function}")
+def assert_caught(backend: ModuleType, fault: Fault, folder: Path, problem: testing.Problem) -> None:
+    """With the fault, the result that the fault names is over its budget."""
+    exact = testing.oracle(problem)
+    budget = testing.error_budget(problem, exact)
+    results = testing.run_backend(with_fault(backend, folder, fault), problem)
+    with pytest.raises(AssertionError, match="over the error budget"):
+        testing.assert_within({fault.where: results[fault.where]}, exact, budget)

@@ -143,7 +143,7 @@ except ValueError as error:
     assert "sm_80, sm_90, sm_100, sm_120" in in_its_own_process(code)
 
 
-NUMBA_NAMES = {"states", "forward", "backward_linear_query", "backward_linear_key", "backward_dq", "backward_dkdv"}
+NUMBA_NAMES = {"states", "forward", "dq", "dkdv", "grad_sums", "grad_keys"}
 
 CAN_COMPILE = """
 try:

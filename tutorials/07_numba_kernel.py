@@ -197,7 +197,7 @@ def zeros(*shape):
 # The package loads a tile like this:
 
 # %%
-show_source(numba_cuda._load)
+show_source(numba_cuda.load)
 
 # %% [markdown]
 # Eight neighbouring threads read eight neighbouring numbers of a row, and the next eight threads read the next row.
@@ -212,10 +212,10 @@ def sectors(places):
 
 
 query = zeros(1, 128, 64)  # (heads, N, D)
-record(numba_cuda._load, zeros(64, 65), query, 0, 0, 0)
+record(numba_cuda.load, zeros(64, 65), query, 0, 0, 0)
 of_load = {sectors(places) for places in query.instructions()}
 row_each = {sectors([64 * thread + d for thread in range(32)]) for d in range(64)}
-print(f"sectors for 32 numbers: {of_load} in _load, {row_each} with a row for each thread")
+print(f"sectors for 32 numbers: {of_load} in load, {row_each} with a row for each thread")
 
 assert of_load == {4} and row_each == {32}
 
@@ -230,8 +230,8 @@ assert of_load == {4} and row_each == {32}
 # Take a tile with 64 numbers to a row, D = 64, and let eight threads read column $k$ of eight rows. The places are $k$,
 # $64 + k$, $128 + k$ and so on, and 64 is a multiple of 32: all in one bank. With rows of 65 they are in eight.
 #
-# This is how the kernels read in a product. `S = Q K^T` is `_product(S, Q.T, KV.T, COLUMNS)`, and `O += P V` is
-# `_product(O, P.T, KV, KEYS)`. Here are both, with and without the spare column:
+# This is how the kernels read in a product. `S = Q K^T` is `product(S, Q.T, KV.T, COLUMNS)`, and `O += P V` is
+# `product(O, P.T, KV, KEYS)`. Here are both, with and without the spare column:
 
 
 # %%
@@ -242,7 +242,7 @@ def passes(places):
 
 def passes_of_product(acc_width, A, B, depth):
     """The most passes that any instruction takes in reading A and B."""
-    record(numba_cuda._product, np.zeros((4, acc_width), dtype=np.float32), A, B, depth)
+    record(numba_cuda.product, np.zeros((4, acc_width), dtype=np.float32), A, B, depth)
     return tuple(max(passes(places) for places in tile.instructions()) for tile in (A, B))
 
 
@@ -260,13 +260,13 @@ assert [taken[tile, 1] for tile in "QKPV"] == [1, 1, 1, 1]
 # V is read along its rows and would not need the spare column. K does, and both use the same shared array, `KV`, one
 # after the other.
 #
-# The layout is not free of conflicts everywhere. Writing is worse than reading: `_load` writes four rows at once, and
+# The layout is not free of conflicts everywhere. Writing is worse than reading: `load` writes four rows at once, and
 # the spare column does not help it. But a number is written once and then read by every row of the tile.
 
 # %%
 for columns in (64, 65):
     tile = zeros(64, columns)
-    record(numba_cuda._load, tile, zeros(1, 128, 64), 0, 0, 0)
+    record(numba_cuda.load, tile, zeros(1, 128, 64), 0, 0, 0)
     assert max(passes(places) for places in tile.instructions()) == 4
 
 # %% [markdown]
@@ -277,7 +277,7 @@ for columns in (64, 65):
 figure, panels = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True, layout="constrained")
 for panel, columns in zip(panels, (64, 65), strict=True):
     K = zeros(32, columns)
-    record(numba_cuda._product, np.zeros((4, 4), dtype=np.float32), zeros(64, 65).T, K.T, 1)
+    record(numba_cuda.product, np.zeros((4, 4), dtype=np.float32), zeros(64, 65).T, K.T, 1)
     asked = Counter(place % 32 for place in set(K.instructions()[0]))
     panel.bar(range(32), [asked[bank] for bank in range(32)], color="#0072B2")
     panel.set(xlabel="bank", title=f"Rows of {columns} numbers", yticks=range(0, 9, 2))
@@ -289,10 +289,10 @@ plt.show()
 #
 # Shared memory is close, but registers are closer. A thread that computes one number of $S$ reads two numbers for each
 # multiplication. A thread that computes a tile of $4 \times 4$, a **micro-tile**, reads 4 numbers of Q and 4 of K and
-# has 16 products to make of them. This is all that `_product` does:
+# has 16 products to make of them. This is all that `product` does:
 
 # %%
-show_source(numba_cuda._first_row, numba_cuda._lane, numba_cuda._product)
+show_source(numba_cuda.row_of_thread, numba_cuda.lane_of_thread, numba_cuda.product)
 
 # %% [markdown]
 # Loops over constant bounds are unrolled when the kernel is compiled, and `acc` becomes registers. The source names
@@ -304,7 +304,7 @@ show_source(numba_cuda._first_row, numba_cuda._lane, numba_cuda._product)
 def count(width):
     """Different numbers of A and B that thread 0 reads in a product of depth 1, and its multiplications."""
     A, B, acc = zeros(1, 64), zeros(1, 64), zeros(4, width)
-    record(numba_cuda._product, acc, A, B, 1, threads=1)
+    record(numba_cuda.product, acc, A, B, 1, threads=1)
     return len(set(A.log[0])), len(set(B.log[0])), len(acc.log[0]) // 2
 
 
@@ -326,8 +326,8 @@ assert count(8) == (4, 8, 32)
 
 # %%
 loaded, computed = zeros(64, 65), zeros(1, 64, 32)
-record(numba_cuda._load, loaded, zeros(1, 64, 64), 0, 0, 0, threads=128)
-record(numba_cuda._store, computed, 0, 0, 0, np.zeros((4, 4), dtype=np.float32), threads=128)
+record(numba_cuda.load, loaded, zeros(1, 64, 64), 0, 0, 0, threads=128)
+record(numba_cuda.store, computed, 0, 0, 0, np.zeros((4, 4), dtype=np.float32), threads=128)
 
 figure, panels = plt.subplots(1, 2, figsize=(7.4, 4.1), sharey=True, layout="constrained")
 titles = ("Who loads Q", "Who computes S")
@@ -351,23 +351,23 @@ assert everything == list(range(64 * 32)), "each number of S belongs to one thre
 # %% [markdown]
 # ## The forward kernel
 #
-# Here is the whole of it. `_forward_kernel` is a function that makes the kernel for its sizes, and keeps it
+# Here is the whole of it. `forward_kernel` is a function that makes the kernel for its sizes, and keeps it
 # (`functools.cache`). A thread block works on ROWS rows of a query block and walks along the list of critical key
 # blocks, KEYS keys at a time. Line by line it is Algorithm 1; what is new are the lines in between, which move tiles.
 
 # %%
-show_source(numba_cuda._forward_kernel)
+show_source(numba_cuda.forward_kernel)
 
 # %% [markdown]
 # Some things to find in it:
 #
 # - A turn of the sparse loop has four barriers. The first keeps the new K from overwriting a V that others still
-#   multiply with. The second says that all of K is there. The third is inside `_max_lanes`, and with it everybody has
+#   multiply with. The second says that all of K is there. The third is inside `max_lanes`, and with it everybody has
 #   finished with K, so that V may take its place. The fourth says that V and P are complete.
 # - $P$ has to go through shared memory. A thread holds every eighth column of $S$, and for `O += P V` needs whole rows.
 # - `m` and `l` are registers, four of each, one for each row of the thread. Eight lanes share a row. They have to agree
 #   on `m` in every turn, which costs a barrier. But `l` needs no agreement until the end: each lane adds up its own
-#   keys, and `_sum_lanes` joins them once.
+#   keys, and `sum_lanes` joins them once.
 # - `exp2` and `log2_scale`: powers of two, as in the second exercise of [tutorial 4](04_algorithm_1.md).
 #
 # ## Watching the registers
@@ -377,7 +377,7 @@ show_source(numba_cuda._forward_kernel)
 # each of them is a Python thread.
 #
 # There a kernel is a Python function, too, and can be watched like one. The function below takes the place of
-# `_product`. When it is called for `O += P V`, it reads `m` and `l` among the variables of the kernel that called it.
+# `product`. When it is called for `O += P V`, it reads `m` and `l` among the variables of the kernel that called it.
 # Then it calls the real one.
 
 # %%
@@ -392,12 +392,12 @@ problem = testing.make_problem(
     negligible_ratio=0.2,
     seed=3,
 )
-block_map, scale = problem.block_map, problem.scale
+block_map, scale = problem.inputs.block_map, problem.inputs.scale
 critical = block_map.kv_indices[0, 0, 0].tolist()
 print(block_map.labels[0, 0].numpy())
 
 watched = defaultdict(dict)  # [key block][lane] -> m, l of row 5 of query block 0
-real_product, LOG2_E = numba_cuda._product, math.log2(math.e)
+real_product, LOG2_E = numba_cuda.product, math.log2(math.e)
 
 
 def watched_product(acc, A, B, depth):
@@ -407,11 +407,11 @@ def watched_product(acc, A, B, depth):
     real_product(acc, A, B, depth)
 
 
-with mock.patch.object(numba_cuda, "_product", watched_product):
-    saved = numba_cuda.forward(*problem.inputs, block_map, scale)
+with mock.patch.object(numba_cuda, "product", watched_product):
+    saved = numba_cuda.forward(problem.inputs)
 
 # %%
-q, k = problem.query[0, 0], problem.key[0, 0]
+q, k = problem.inputs.query[0, 0], problem.inputs.key[0, 0]
 seen = []
 for j in critical:
     m, l = (np.array(values) for values in zip(*(watched[j][lane] for lane in range(8)), strict=True))
@@ -430,21 +430,21 @@ assert list(watched) == critical, "no other key block was touched"
 # and the sum of all keys so far. Both outputs and $L$ are those of the `torch` backend:
 
 # %%
-expected = pytorch.forward(*problem.inputs, block_map, scale)
+expected = pytorch.forward(problem.inputs)
 torch.testing.assert_close(tuple(saved), tuple(expected))
 
 # %% [markdown]
 # ## All the kernels
 #
-# - `_states_kernel` makes $[h_j\,|\,z_j] = \phi(K_j)^\top [V_j\,|\,1]$, and from other arguments the gradients of the
+# - `states_kernel` makes $[h_j\,|\,z_j] = \phi(K_j)^\top [V_j\,|\,1]$, and from other arguments the gradients of the
 #   states.
-# - `_forward_kernel` is both branches for some rows of a query block.
-# - `_backward_linear_query_kernel` gives $d\phi(Q)$, and what is handed on to the gradients of the states.
-# - `_backward_linear_key_kernel` gives $d\phi(K)$ and the linear branch's share of $dV$.
-# - `_backward_dq_kernel` walks along rows, as the forward does, and gives $dQ$.
-# - `_backward_dkdv_kernel` walks down columns, owns its $dK$ and $dV$, and adds to what is there of $dV$.
+# - `forward_kernel` is both branches for some rows of a query block.
+# - `grad_sums_kernel` gives $d\phi(Q)$, and what the gradients of the sums $H_i$ and $Z_i$ are made from.
+# - `grad_keys_kernel` gives $d\phi(K)$ and the linear branch's share of $dV$.
+# - `dq_kernel` walks along rows, as the forward does, and gives $dQ$.
+# - `dkdv_kernel` walks down columns, owns its $dK$ and $dV$, and adds to what is there of $dV$.
 #
-# The sums $H_i = \sum_j h_j$ are no kernel here; torch makes them with one matrix product (`_add_up`).
+# The sums $H_i = \sum_j h_j$ are no kernel here; torch makes them with one matrix product (`add_up`).
 #
 # A forward and a backward start these, in this order. To spare the simulator it is a smaller problem, with 16 queries
 # and 20 keys.
@@ -460,17 +460,18 @@ smaller = testing.make_problem(
     critical_ratio=0.5,
     negligible_ratio=0.0,
 )
-assert sorted(smaller.block_map.labels.flatten().tolist()) == [0, 1]  # one key block is critical, one marginal
-
-real_launch = numba_cuda._launch
+assert sorted(smaller.inputs.block_map.labels.flatten().tolist()) == [0, 1]  # one key block is critical, one marginal
 
 
-def watched_launch(kernel, grid, rows, *args):
-    print(f"{kernel.py_func.__name__:22} thread blocks: {grid[0]}, threads of each: {numba_cuda.threads(rows)}")
-    real_launch(kernel, grid, rows, *args)
+class WatchedLauncher(numba_cuda.Launcher):
+    """Starts kernels as usual, and says which."""
+
+    def start(self, kernel, grid, *args):
+        print(f"{kernel.name:9} thread blocks: {grid[0]}, threads of each: {kernel.threads}")
+        super().start(kernel, grid, *args)
 
 
-with mock.patch.object(numba_cuda, "_launch", watched_launch):
+with numba_cuda.launch_with(WatchedLauncher()):
     results = testing.run_backend(numba_cuda, smaller)
 
 expected = testing.run_backend(pytorch, smaller)
@@ -481,7 +482,7 @@ torch.testing.assert_close(results, expected)
 # there for the banks, carries $z_j$ along:
 
 # %%
-show_source(numba_cuda._states_kernel)
+show_source(numba_cuda.states_kernel)
 
 # %% [markdown]
 # ## How many threads fit
@@ -494,7 +495,7 @@ show_source(numba_cuda._states_kernel)
 
 # %%
 LIMITS = {"registers": 65536, "shared memory": 228 * 1024, "threads": 2048}
-rows = re.findall(r"`(_\w+)` .* (\d+) +(\d+) +(\d+)$", numba_cuda.__doc__, flags=re.MULTILINE)
+rows = re.findall(r"`(\w+_kernel)` .* (\d+) +(\d+) +(\d+)$", numba_cuda.__doc__, flags=re.MULTILINE)
 needs = {kernel: tuple(map(int, numbers)) for kernel, *numbers in rows}
 assert len(needs) == 6
 assert all(registers % 8 == 0 for _, registers, _ in needs.values())  # else a GPU would round up
@@ -505,11 +506,11 @@ for kernel, (threads, registers, shared) in needs.items():
     fit = {store: LIMITS[store] // demand[store] for store in LIMITS}
     decided_by[kernel] = min(fit, key=fit.get)
     share = min(fit.values()) * threads / LIMITS["threads"]
-    print(f"{kernel:30} {min(fit.values())} thread blocks, {share:4.0%} of the threads: {decided_by[kernel]}")
+    print(f"{kernel:16} {min(fit.values())} thread blocks, {share:4.0%} of the threads: {decided_by[kernel]}")
 
 # Shared memory of the forward: Q, KV, P and the partial results of the lanes, with their spare columns.
-assert needs["_forward_kernel"][2] == 4 * (64 * 65 + 32 * 65 + 64 * 33 + 64 * 9)
-assert decided_by.pop("_backward_dkdv_kernel") == "shared memory"
+assert needs["forward_kernel"][2] == 4 * (64 * 65 + 32 * 65 + 64 * 33 + 64 * 9)
+assert decided_by.pop("dkdv_kernel") == "shared memory"
 assert set(decided_by.values()) == {"registers"}
 
 # %% [markdown]
@@ -523,8 +524,8 @@ assert set(decided_by.values()) == {"registers"}
 #
 # | | Numba | Triton |
 # |---|---|---|
-# | threads | each finds its rows and columns: `_first_row`, `_lane` | a program has tiles, dealt out by the compiler |
-# | shared memory | `cuda.shared.array`, `_load`, the spare column | `tl.load`; where a tile lives is not said |
+# | threads | each finds its own: `row_of_thread`, `lane_of_thread` | a program has tiles, the compiler deals them out |
+# | shared memory | `cuda.shared.array`, `load`, the spare column | `tl.load`; where a tile lives is not said |
 # | barriers | `cuda.syncthreads`, four in a turn | set by the compiler, where a thread needs what another made |
 #
 # The same turn of the loop in Triton:
@@ -532,14 +533,14 @@ assert set(decided_by.values()) == {"registers"}
 # %%
 show_source(triton_step)
 
-turn = inspect.getsource(inspect.unwrap(numba_cuda._forward_kernel))
-turn = turn[turn.index("for step in") : turn.index("_sum_lanes")]
-assert turn.count("cuda.syncthreads()") + turn.count("_max_lanes") == 4
+turn = inspect.getsource(inspect.unwrap(numba_cuda.forward_kernel))
+turn = turn[turn.index("for step in") : turn.index("sum_lanes")]
+assert turn.count("cuda.syncthreads()") + turn.count("max_lanes") == 4
 assert not re.search("barrier|shared|thread", inspect.getsource(triton_step.fn))
 
 # %% [markdown]
-# `tl.max(S, 1)` is `_max_lanes`. `dot` is `_product`, and more: with 16-bit numbers it goes to the GPU's matrix units,
-# of which `_product` knows nothing. It multiplies and adds in float32.
+# `tl.max(S, 1)` is `max_lanes`. `dot` is `product`, and more: with 16-bit numbers it goes to the GPU's matrix units,
+# of which `product` knows nothing. It multiplies and adds in float32.
 #
 # ## What the simulator cannot show
 #

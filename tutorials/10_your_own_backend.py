@@ -14,7 +14,6 @@ import tempfile
 import types
 import warnings
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,33 +23,36 @@ from lesson import show_source
 import sla_ref
 from sla_ref import protocol, testing
 from sla_ref.backends import pytorch
+from sla_ref.block_map import CRITICAL, MARGINAL
 
 # %% [markdown]
 # ## What is asked for
 #
 # A forward, a backward, and two questions: can this backend be used on this machine, and can it take this input? Both
-# are answered with `None` for yes, or with the reason why not as text.
+# are answered with `None` for yes, or with the reason why not as text. Besides these four functions, a backend has a
+# name, and says whether it computes the default feature map, softmax, by itself.
 
 # %%
 show_source(protocol.Backend)
 
 # %% [markdown]
-# What goes between forward and backward is fixed, and so is what comes out. Because of that, the forward of one backend
-# can be followed by the backward of another. We use it below: the forward comes first, with a backward from the `torch`
-# backend.
+# Both passes read the same inputs. What goes between forward and backward is fixed, and so is what comes out. Because
+# of that, the forward of one backend can be followed by the backward of another. We use it below: the forward comes
+# first, with a backward from the `torch` backend.
 
 # %%
-show_source(protocol.Saved, protocol.Gradients)
+show_source(protocol.Inputs, protocol.Saved, protocol.Gradients)
 
 # %% [markdown]
-# The rest has been done by the time a backend is called: input is checked, blocks are classified, the feature map is
-# applied, autocast is off. Proj and the sum come afterwards.
+# The rest has been done by the time a backend is called: input is checked, blocks are classified, autocast is off. Proj
+# and the sum come afterwards. We say `softmax_inside = False`, and so the feature map is applied before, too, and the
+# gradient through it is taken care of.
 #
 # ## Between PyTorch and NumPy
 #
 # NumPy has no bfloat16, and sums in float16 would be poor. So everything is computed in float32, float64 for float64
-# inputs, and rounded to the input's dtype at the end. Tensors may come with any strides: `ascontiguousarray` puts them
-# in order.
+# inputs. At the end, all but `lse` and the gradients of the features are rounded to the input's dtype. Tensors may come
+# with any strides: `ascontiguousarray` puts them in order.
 
 
 # %%
@@ -81,12 +83,13 @@ def query_blocks(block_map):
     for b, h, i in np.ndindex(labels.shape[:3]):
         rows = slice(i * block_map.block_q, min((i + 1) * block_map.block_q, block_map.query_length))
         label = labels[b, h, i][key_block]
-        yield (b, h, rows), (b, h, np.flatnonzero(label == 1)), (b, h, np.flatnonzero(label == 0))
+        yield (b, h, rows), (b, h, np.flatnonzero(label == CRITICAL)), (b, h, np.flatnonzero(label == MARGINAL))
 
 
 def divide(numerator, denominator):
-    """Row by row, and 0 where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
+    """Row by row, and 0 where the denominator counts as 0: too small for the dtype, as the specification has it."""
+    large = abs(denominator) >= np.finfo(denominator.dtype).tiny * 2.0**30
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=large)
 
 
 def sparse_rows(Q, K, V, scale):
@@ -99,17 +102,17 @@ def sparse_rows(Q, K, V, scale):
 
 
 def make_forward(sparse_rows):
-    def forward(query, key, value, phi_query, phi_key, block_map, scale):
-        Q, K, V, phi_Q, phi_K = map(to_numpy, (query, key, value, phi_query, phi_key))
+    def forward(inputs):
+        Q, K, V, phi_Q, phi_K = map(to_numpy, inputs[:5])
         sparse, linear = np.zeros_like(Q), np.zeros_like(Q)
         lse = np.full((*Q.shape[:3], 1), -np.inf, Q.dtype)  # what it is for a row without a critical key
-        for q, c, m in query_blocks(block_map):
+        for q, c, m in query_blocks(inputs.block_map):
             if len(c[2]):
-                sparse[q], lse[q] = sparse_rows(Q[q], K[c], V[c], scale)
+                sparse[q], lse[q] = sparse_rows(Q[q], K[c], V[c], inputs.scale)
             H = phi_K[m].T @ V[m]  # (D, D)
             Z = phi_K[m].sum(axis=0)[:, None]  # (D, 1)
             linear[q] = divide(phi_Q[q] @ H, phi_Q[q] @ Z)
-        outputs = (torch.from_numpy(output).to(query.dtype) for output in (sparse, linear))
+        outputs = (torch.from_numpy(output).to(inputs.query.dtype) for output in (sparse, linear))
         return protocol.Saved(*outputs, torch.from_numpy(lse[..., 0]))
 
     return forward
@@ -127,7 +130,7 @@ forward = make_forward(sparse_rows)
 # %%
 def backend(name, forward, backward):
     parts = {"unavailable": unavailable, "unsupported": unsupported, "forward": forward, "backward": backward}
-    return types.SimpleNamespace(name=name, **parts)
+    return types.SimpleNamespace(name=name, softmax_inside=False, **parts)
 
 
 sla_ref.register_backend("numpy-forward", backend("numpy-forward", forward, pytorch.backward))
@@ -148,38 +151,42 @@ def failures(report):
     return Counter(check.name.split(",")[0] for check in report.failures)
 
 
-def careless_forward(*inputs_map_scale):
-    *inputs, block_map, scale = inputs_map_scale
-    no_negligible = replace(block_map, labels=block_map.labels.clamp(min=0))
-    return forward(*inputs, no_negligible, scale)
+def careless_forward(inputs):
+    labels, block_map = inputs.block_map.labels.clamp(min=MARGINAL), inputs.block_map
+    sizes = (block_map.block_q, block_map.block_k, block_map.query_length, block_map.key_length)
+    return forward(inputs._replace(block_map=sla_ref.BlockMap(labels, *sizes)))
 
 
 sla_ref.register_backend("numpy-careless", backend("numpy-careless", careless_forward, pytorch.backward))
 report = testing.check_backend("numpy-careless", device="cpu", dtypes=[torch.float32], quick=True)
 print(dict(failures(report)), "in", sorted({check.case for check in report.failures}))
 
-assert set(failures(report)) == {"linear", "grad_phi_query", "grad_phi_key"}
+assert set(failures(report)) == {"linear", "grad_phi_query", "grad_phi_key", "grad_query", "grad_key"}
 
 # %% [markdown]
-# The report points at the right place: `linear` is wrong, `sparse` and `lse` are not. Two gradients fail with it,
-# because the backward takes $D^l$ from the wrong output. One of the three problems lets the fault pass: its few key
-# blocks leave none that is negligible. That is why there are many problems.
+# The report points at the right place: `linear` is wrong, `sparse` and `lse` are not. The gradients of both features
+# fail with it, because the backward takes $D^l$ from the wrong output. So do those of query and key, where softmax is
+# left to the operator, because they include the gradient through the features. One of the three problems lets the fault
+# pass: its few key blocks leave none that is negligible. That is why there are many problems.
 #
 # ## The backward
 #
 # Algorithm 2, with one loop where the paper has two. A query block knows its critical and marginal keys and adds its
 # share to their gradients. That would be a race on a GPU, where query blocks run at the same time; here they run one
-# after another.
+# after another. The paper's loss does not depend on $L$. Where one does, its gradient $dL$ is subtracted from $D^s$.
 
 
 # %%
-def backward(grad_sparse, grad_linear, query, key, value, phi_query, phi_key, saved, block_map, scale):
-    Q, K, V, phi_Q, phi_K, dO_s, dO_l = map(to_numpy, (query, key, value, phi_query, phi_key, grad_sparse, grad_linear))
+def backward(grad_sparse, grad_linear, grad_lse, inputs, saved):
+    Q, K, V, phi_Q, phi_K, dO_s, dO_l = map(to_numpy, (*inputs[:5], grad_sparse, grad_linear))
     out_sparse, out_linear, lse = map(to_numpy, saved)
+    scale = inputs.scale
     D_s = (dO_s * out_sparse).sum(axis=-1, keepdims=True)  # [Alg. 2 L2]
+    if grad_lse is not None:
+        D_s -= to_numpy(grad_lse)[..., None]
     D_l = (dO_l * out_linear).sum(axis=-1, keepdims=True)  # [Alg. 2 L2]
     dQ, dK, dV, dphi_Q, dphi_K = map(np.zeros_like, (Q, K, V, phi_Q, phi_K))
-    for q, c, m in query_blocks(block_map):
+    for q, c, m in query_blocks(inputs.block_map):
         if len(c[2]):
             P = np.exp(scale * Q[q] @ K[c].T - lse[q][:, None])  # [Alg. 2 L9]
             dV[c] += P.T @ dO_s[q]  # [Alg. 2 L10]
@@ -194,7 +201,8 @@ def backward(grad_sparse, grad_linear, query, key, value, phi_query, phi_key, sa
         dphi_Q[q] = divide(dO_l[q] @ H.T - D_l[q] @ Z.T, d)  # [Alg. 2 L5]
         dphi_K[m] += V[m] @ dH.T + dZ.T  # [Alg. 2 L14] and [Alg. 2 L16]
         dV[m] += phi_K[m] @ dH  # [Alg. 2 L14] and [Alg. 2 L17]
-    return protocol.Gradients(*(torch.from_numpy(each).to(query.dtype) for each in (dQ, dK, dV, dphi_Q, dphi_K)))
+    rounded = (torch.from_numpy(each).to(inputs.query.dtype) for each in (dQ, dK, dV))
+    return protocol.Gradients(*rounded, torch.from_numpy(dphi_Q), torch.from_numpy(dphi_K))
 
 
 # %% [markdown]
@@ -202,10 +210,9 @@ def backward(grad_sparse, grad_linear, query, key, value, phi_query, phi_key, sa
 
 
 # %%
-def unscaled_backward(*arguments):
-    *_, scale = arguments
-    gradients = backward(*arguments)
-    return gradients._replace(key=gradients.key / scale)
+def unscaled_backward(grad_sparse, grad_linear, grad_lse, inputs, saved):
+    gradients = backward(grad_sparse, grad_linear, grad_lse, inputs, saved)
+    return gradients._replace(key=gradients.key / inputs.scale)
 
 
 sla_ref.register_backend("numpy-unscaled", backend("numpy-unscaled", forward, unscaled_backward))
@@ -263,13 +270,15 @@ assert "CPU" in unsupported(query.to("meta"), None)
 # my-numpy = "sla_numpy"
 # ```
 #
-# `sla_numpy` is the module with the four functions and `name`. On installation that line ends up in a small text file
-# beside the module. Here both are written by hand into a folder, which then plays the part of `site-packages`; the
-# plug-in borrows the functions of the `torch` backend. `sla_ref` has not been told, and still finds it:
+# `sla_numpy` is the module with the four functions, `name` and `softmax_inside`. On installation that line ends up in a
+# small text file beside the module. Here both are written by hand into a folder, which then plays the part of
+# `site-packages`; the plug-in borrows the functions of the `torch` backend. `sla_ref` has not been told, and still
+# finds it:
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    plug_in = "from sla_ref.backends.pytorch import backward, forward, unavailable, unsupported\nname = 'borrowed'\n"
+    functions = "backward, forward, softmax_inside, unavailable, unsupported"
+    plug_in = f"from sla_ref.backends.pytorch import {functions}\nname = 'borrowed'\n"
     Path(folder, "sla_borrowed.py").write_text(plug_in, encoding="utf-8")
     about = Path(folder, "sla_borrowed-1.0.dist-info")
     about.mkdir()
@@ -305,8 +314,10 @@ query, key, value = (tensor.requires_grad_(device == "cuda") for tensor in probl
 flex = torch.compile(flex_attention) if device == "cuda" else flex_attention
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-    sparse, extra = flex(query, key, value, block_mask=problem.block_map.to_flex(), return_aux=AuxRequest(lse=True))
-ours = sla_ref.sparse_linear_attention(query, key, value, block_map=problem.block_map)
+    sparse, extra = flex(
+        query, key, value, block_mask=problem.inputs.block_map.to_flex(), return_aux=AuxRequest(lse=True)
+    )
+ours = sla_ref.sparse_linear_attention(query, key, value, block_map=problem.inputs.block_map)
 torch.testing.assert_close(sparse, ours.sparse, rtol=0, atol=1e-4)
 torch.testing.assert_close(extra.lse, ours.lse, rtol=0, atol=1e-4)
 

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -251,21 +250,32 @@ def compile_numba_kernels(
     if numba_cuda.SIMULATED:
         raise RuntimeError("kernels cannot be compiled inside Numba's simulator; unset NUMBA_ENABLE_CUDASIM")
 
-    cc = divmod(architecture, 10)
-    compiled: dict[tuple[str, str], tuple[str, int, str]] = {}
+    cuda, cc = numba_cuda.cuda, divmod(architecture, 10)
+    compiled: dict[tuple[str, int], tuple[str, int, str]] = {}
 
-    def compile_only(kernel: Any, grid: tuple[int, int], rows: int, *args: Any) -> None:
-        ptx, _ = numba_cuda.cuda.compile_ptx(kernel.py_func, numba_cuda.signature(args), cc=cc)
-        kernel_name = kernel.py_func.__name__
-        compiled.setdefault((kernel_name, ptx), (kernel_name, numba_cuda.threads(rows), ptx))
+    class CompileOnly(numba_cuda.Launcher):
+        def start(self, kernel: Any, grid: tuple[int, int], *args: Any) -> None:
+            ptx, _ = cuda.compile_ptx(kernel.function.py_func, tuple(map(_numba_type, args)), cc=cc)
+            compiled[kernel.name, kernel.threads] = (kernel.name, kernel.threads, ptx)
 
-    device = SimpleNamespace(compute_capability=cc)
-    with (
-        mock.patch.object(numba_cuda.cuda.dispatcher, "get_current_device", return_value=device),
-        mock.patch.object(numba_cuda, "_launch", compile_only),
-    ):
-        _forward_and_backward(numba_cuda, _inputs(length, head_dim, torch.float32, block_q, block_k))
-    return list({(name, threads): (name, threads, ptx) for name, threads, ptx in compiled.values()}.values())
+    # Numba compiles helpers for the GPU that it finds, whatever target the kernel is for, and here may be none.
+    get_current_device = cuda.dispatcher.get_current_device
+    cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+    try:
+        with numba_cuda.launch_with(CompileOnly()):
+            _forward_and_backward(numba_cuda, _inputs(length, head_dim, torch.float32, block_q, block_k))
+    finally:
+        cuda.dispatcher.get_current_device = get_current_device
+    return list(compiled.values())
+
+
+def _numba_type(argument: Any) -> Any:
+    """Numba's type of a kernel's argument, as it finds it itself when it starts the kernel."""
+    from numba import float32, int32, types
+
+    if not isinstance(argument, torch.Tensor):
+        return float32
+    return types.Array({torch.float32: float32, torch.int32: int32}[argument.dtype], argument.dim(), "C")
 
 
 def report(

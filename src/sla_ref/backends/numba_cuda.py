@@ -1,7 +1,8 @@
 r"""Algorithms 1 and 2 as CUDA kernels written in Python, with Numba: the backend `numba`.
 
-The same steps in the same order as in `triton_fused.py`, one level lower: here each thread is programmed by itself, and
-shared memory, barriers and registers are named. What one thread block of the forward does, with D = 64:
+The steps, their order and the names of the kernels are those of the backend `triton`. Numba is one level lower: each
+thread is programmed by itself, and shared memory, barriers and registers have names. With D = 64, one thread block of
+the forward does this:
 
     global memory            shared memory, filled by all             registers of each of the 128 threads
 
@@ -15,29 +16,29 @@ shared memory, barriers and registers are named. What one thread block of the fo
                              P, KV  ----------------- O += P V ---->  O  4 rows x 8 of the 64 features
       and so on along the list of critical blocks
 
-Eight threads, the lanes, share four rows; a thread holds every eighth column of them. So every product is one loop,
-`_product`, in which a thread reads 4 + 4 numbers of shared memory for 16 multiplications, or 4 + 8 for 32. Rows of
-tiles are one number longer than they need be: that puts the numbers which threads read at the same moment into
-different banks of shared memory. The spare column is of use: the linear branch keeps z_j beside h_j in it,
+Eight threads, the lanes, share four rows, and each of them holds every eighth column. So every product is one loop,
+`product`, in which a thread reads 4 + 4 numbers from shared memory for 16 multiplications, or 4 + 8 for 32. The rows of
+a tile have one column to spare. It puts the numbers that threads read at the same moment into different banks of shared
+memory. The linear branch also keeps z_j beside h_j in it:
 
-    [h_j | z_j] = phi(K_j)^T [V_j | 1]                           `_states_kernel`       one state per key block
-    [H_i | Z_i] = sum over the marginal j of [h_j | z_j]         `_add_up`              one matrix product, by torch
+    [h_j | z_j] = phi(K_j)^T [V_j | 1]                           `states_kernel`        one state per key block
+    [H_i | Z_i] = sum over the marginal j of [h_j | z_j]         `add_up`               one matrix product, by torch
 
-and the backward of this is the same two steps from queries to keys, with [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1].
+The way back is the same two steps from queries to keys, with [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1].
 
     with D = 64, blocks 64 x 64     one thread block for              barriers              threads  registers  shared
-    `_states_kernel`                a state (64 of its features)      2 for 32 tokens, 1 more   128        128   16640
-    `_forward_kernel`               64 rows of a query block          4 for 32 keys             128        168   35712
-    `_backward_linear_query_kernel` 64 rows of a query block          2 for 32 features         128        112   27264
-    `_backward_linear_key_kernel`   64 keys of a key block            2 for 32 features, twice  128        128   24960
-    `_backward_dq_kernel`           32 rows of a query block          5 for 32 keys              64        168   30336
-    `_backward_dkdv_kernel`         32 keys of a key block            3 for 32 rows              64        160   41728
+    `states_kernel`                 a state (64 of its features)      2 for 32 tokens, 1 more   128        128   16640
+    `forward_kernel`                64 rows of a query block          4 for 32 keys             128        168   35712
+    `dq_kernel`                     32 rows of a query block          5 for 32 keys              64        168   30336
+    `dkdv_kernel`                   32 keys of a key block            3 for 32 rows              64        160   41728
+    `grad_sums_kernel`              64 rows of a query block          2 for 32 features         128        112   27264
+    `grad_keys_kernel`              64 keys of a key block            2 for 32 features, twice  128        128   24960
 
-Registers are those of a thread, shared memory is in bytes. `sla-ref kernels --backend numba --target sm_90` read both
-from what NVVM 13.5 makes; no kernel has a stack.
+Registers are those of a thread; shared memory is in bytes. `sla-ref kernels --backend numba --target sm_90` reads both
+from what NVVM 13.5 makes. No kernel has a stack.
 
-Kernels compute in float32; other dtypes are converted on the way in and out, at the price of copies. Numba would see a
-bfloat16 of torch as two bytes without a meaning. Indices are int64, as always in Numba. There are no atomics and every
+Kernels compute in float32. Other dtypes are converted on the way in and out, at the price of copies, because Numba sees
+torch's bfloat16 as two bytes without a meaning. Indices are int64, as always in Numba. There are no atomics and every
 sum has a fixed order, so results repeat bit for bit. One-letter names are those of the glossary in `sla_ref.reference`.
 """
 
@@ -48,17 +49,18 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import config, cuda, float32, int32, types  # the only import of Numba; its CUDA target is numba-cuda
+from numba import config, cuda, float32, int32  # the only import of Numba; its CUDA target is numba-cuda
 from torch import Tensor
 
 from ..block_map import MARGINAL, BlockMap
-from ..protocol import Gradients, Saved
+from ..protocol import Gradients, Inputs, Saved
 
 name = "numba"
+softmax_inside = False
 
 SIMULATED = bool(config.ENABLE_CUDASIM)  # NUMBA_ENABLE_CUDASIM=1, read by Numba when it is imported
 
@@ -75,80 +77,164 @@ LANE_STRIDE = LANES + 1
 # A literal such as 0.0 is float64 to Numba, and draws all that it meets into float64.
 ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(math.inf)
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
+SMALLEST_DENOMINATOR = np.float32(2.0**-96)  # a smaller one counts as zero, as in the specification
+
+
+# --- starting a kernel -----------------------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    """A kernel, compiled for the sizes of its shared and local arrays, and what its grid follows from."""
+
+    function: Any
+    parts: int
+    """thread blocks that share a query block, a key block or a state"""
+    rows: int
+    """rows of it that each of them works on"""
+
+    @property
+    def name(self) -> str:
+        """What it makes."""
+        return self.function.py_func.__name__
+
+    @property
+    def threads(self) -> int:
+        """Threads of a thread block."""
+        return self.rows // HEIGHT * LANES
+
+
+class Launcher:
+    """Starts kernels on torch's current stream. Another one, set by `launch_with`, may watch or only compile them."""
+
+    def __init__(self) -> None:
+        self.specialized: dict[tuple[Any, int], Any] = {}
+        """Kernels compiled for their types of arguments, by kernel and device. A kernel has the same types in every
+        call; not to look at them again saves a third of the time that Python takes to start one.
+        """
+
+    def start(self, kernel: Kernel, grid: tuple[int, int], *args: Tensor | np.float32) -> None:
+        """Numba reads torch's tensors in place, by the CUDA array interface; in the simulator as NumPy arrays."""
+        if SIMULATED:
+            arrays = [arg.numpy() if isinstance(arg, Tensor) else arg for arg in args]
+            kernel.function[grid, kernel.threads](*arrays)
+            return
+        key = kernel.function, torch.cuda.current_device()
+        if key not in self.specialized:
+            self.specialized[key] = kernel.function.specialize(
+                *(cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args)
+            )
+        stream = torch.cuda.current_stream().cuda_stream
+        self.specialized[key][grid, kernel.threads, cuda.external_stream(stream) if stream else 0](*args)
+
+
+_launcher = Launcher()
+
+
+@contextmanager
+def launch_with(launcher: Launcher) -> Iterator[None]:
+    """Inside the `with`, this launcher starts all kernels of the process."""
+    global _launcher
+    outer, _launcher = _launcher, launcher
+    try:
+        yield
+    finally:
+        _launcher = outer
+
+
+def start(kernel: Kernel, num_blocks: int, *args: Tensor | np.float32) -> None:
+    """Start a kernel for `num_blocks` blocks of all heads of the first argument, (heads, N, ...)."""
+    heads = len(args[0])  # type: ignore[arg-type]
+    _launcher.start(kernel, (num_blocks * kernel.parts, heads), *args)
+
+
+def columns_of(tokens: Tensor) -> int:
+    """D as the kernels see it: a multiple of LANES."""
+    return math.ceil(tokens.shape[-1] / LANES) * LANES
+
+
+def flat(tensor: Tensor | None) -> Tensor:
+    """(B, H, N, ...) of any dtype and strides -> (B * H, N, ...), float32 and contiguous."""
+    assert tensor is not None  # phi is given, as softmax_inside is False
+    return tensor.detach().to(torch.float32).contiguous().flatten(0, 1)
 
 
 # --- device helpers --------------------------------------------------------------------------------------------------
-# Called by all threads of a block. Loops over constant bounds are unrolled and small local arrays become registers.
+# All threads of a thread block call them. Loops over constant bounds are unrolled, and small local arrays become
+# registers.
 
 
 @cuda.jit(device=True)
-def _first_row():
+def row_of_thread():
     """The first of the HEIGHT rows of a tile that belong to this thread."""
     return cuda.threadIdx.x // LANES * HEIGHT
 
 
 @cuda.jit(device=True)
-def _lane():
+def lane_of_thread():
     """The first column that belongs to this thread; the others follow at distances of LANES."""
     return cuda.threadIdx.x % LANES
 
 
 @cuda.jit(device=True)
-def _load(tile, array, head, first, column):
-    """Rows from `first` and columns from `column` of one head into shared memory; what does not exist reads as zero.
+def load(tile, array, head, first, column):
+    """Rows from `first` and columns from `column` of one head go into shared memory. What does not exist reads as zero.
 
-    The spare column is left alone. A warp reads 4 runs of 8 neighbours, 32 bytes each: whole sectors of the memory.
+    The spare column stays as it is. A warp reads 4 runs of 8 neighbours, 32 bytes each: whole sectors of the memory.
     """
     n = cuda.threadIdx.x // LANES
     while n < tile.shape[0]:
         for c in range(tile.shape[1] // LANES):
-            d = _lane() + LANES * c
+            d = lane_of_thread() + LANES * c
             inside = first + n < array.shape[1] and column + d < array.shape[2]
             tile[n, d] = array[head, first + n, column + d] if inside else ZERO
         n += cuda.blockDim.x // LANES
 
 
 @cuda.jit(device=True)
-def _load_state(tile, states, head, block, feature):
-    """The same for rows from `feature` of a state, with z in the spare column."""
+def load_state(tile, states, head, block, feature):
+    """The same for rows from `feature` of a block's state, with z in the spare column.
+
+    Such a tile has at most 32 rows, and a thread block at least as many threads.
+    """
     state, spare = states[head], tile.shape[1] - 1
-    _load(tile, state, block, feature, 0)
+    load(tile, state, block, feature, 0)
     n = cuda.threadIdx.x
     if n < tile.shape[0]:
         tile[n, spare] = state[block, feature + n, spare] if feature + n < spare else ZERO
 
 
 @cuda.jit(device=True)
-def _fetch(acc, array, head, first):
-    """What `_store` stores, back into registers."""
+def fetch(acc, array, head, first):
+    """Read back into registers what `store` has written."""
     for r in range(HEIGHT):
         for c in range(acc.shape[1]):
-            n, d = first + _first_row() + r, _lane() + LANES * c
+            n, d = first + row_of_thread() + r, lane_of_thread() + LANES * c
             inside = n < array.shape[1] and d < array.shape[2]
             acc[r, c] = array[head, n, d] if inside else ZERO
 
 
 @cuda.jit(device=True)
-def _store(array, head, first, column, acc):
-    """The registers of all threads to the rows from `first` and columns from `column` of one head."""
+def store(array, head, first, column, acc):
+    """Write the registers of all threads to the rows from `first` and columns from `column` of one head."""
     for r in range(HEIGHT):
         for c in range(acc.shape[1]):
-            n, d = first + _first_row() + r, column + _lane() + LANES * c
+            n, d = first + row_of_thread() + r, column + lane_of_thread() + LANES * c
             if n < array.shape[1] and d < array.shape[2]:
                 array[head, n, d] = acc[r, c]
 
 
 @cuda.jit(device=True)
-def _clear(acc):
+def clear(acc):
+    """Set registers to zero."""
     for r in range(HEIGHT):
         for c in range(acc.shape[1]):
             acc[r, c] = ZERO
 
 
 @cuda.jit(device=True)
-def _product(acc, A, B, depth):
+def product(acc, A, B, depth):
     """acc += A^T B, for A (depth, rows) and B (depth, columns) in shared memory; each number read is used 4 times."""
-    row, lane = _first_row(), _lane()
+    row, lane = row_of_thread(), lane_of_thread()
     for k in range(depth):
         for r in range(HEIGHT):
             a = A[k, row + r]
@@ -157,18 +243,18 @@ def _product(acc, A, B, depth):
 
 
 @cuda.jit(device=True)
-def _product_spare(acc, A, B, depth):
-    """The same for the spare column of B alone: acc (HEIGHT) += A^T B[:, -1]. Lanes repeat each other's work."""
-    row, spare = _first_row(), B.shape[1] - 1
+def product_spare(acc, A, B, depth):
+    """The same for the spare column of B: acc (HEIGHT) += A^T B[:, -1]. Each lane does the work of all."""
+    row, spare = row_of_thread(), B.shape[1] - 1
     for k in range(depth):
         for r in range(HEIGHT):
             acc[r] += A[k, row + r] * B[k, spare]
 
 
 @cuda.jit(device=True)
-def _sum_lanes(partial, values):
-    """values (HEIGHT), added up over the lanes. `partial` may be used again after another barrier, not before."""
-    row, lane = _first_row(), _lane()
+def sum_lanes(partial, values):
+    """Add up `values` (HEIGHT) over the lanes. `partial` may be used again only after another barrier."""
+    row, lane = row_of_thread(), lane_of_thread()
     for r in range(HEIGHT):
         partial[row + r, lane] = values[r]
     cuda.syncthreads()
@@ -179,9 +265,9 @@ def _sum_lanes(partial, values):
 
 
 @cuda.jit(device=True)
-def _max_lanes(partial, values):
-    """The same with the maximum; a NaN is passed over."""
-    row, lane = _first_row(), _lane()
+def max_lanes(partial, values):
+    """The same with the maximum, which passes over a NaN."""
+    row, lane = row_of_thread(), lane_of_thread()
     for r in range(HEIGHT):
         partial[row + r, lane] = values[r]
     cuda.syncthreads()
@@ -190,74 +276,17 @@ def _max_lanes(partial, values):
             values[r] = max(values[r], partial[row + r, other])
 
 
-# --- the states of the linear branch ---------------------------------------------------------------------------------
-# A kernel needs the sizes of its shared and local arrays when it is compiled: each is made by a function of them.
-# Arguments are (heads, N, D) for tokens, (heads, N) for a number each, (heads, T, COLUMNS, COLUMNS + 1) for states.
+# --- both branches: the forward --------------------------------------------------------------------------------------
+# A kernel needs the sizes of its shared and local arrays when it is compiled, so each kernel is made by a function of
+# them. Its arguments are tokens (heads, N, D), a number for each token (heads, N), index lists as in `BlockMap` but for
+# (heads, ...), and states (heads, T, COLUMNS, COLUMNS + 1). Rows and tiles are as large as shared memory allows.
 
 
 @functools.cache
-def _states_kernel(COLUMNS: int, ROWS: int, TOKENS: int, BLOCK: int) -> Any:
-    """[h_j | z_j] = phi(K_j)^T [V_j | 1] for ROWS features of one key block. [Alg. 1 L4]
-
-    With [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1], and queries for keys, [dH_i | dZ_i]. [Alg. 2 L3] [Alg. 2 L4]
-
-    The product that adds states up cannot leave a block out: 0 * NaN is NaN. So a part of a state with a NaN or Inf
-    is written as zeros, and counts in `broken`, (heads, T, SLABS).
-    """
-    SLABS = math.ceil(COLUMNS / ROWS)
-    WIDTH, STRIDE, ROW_STRIDE = COLUMNS // LANES, COLUMNS + 1, ROWS + 1
-
-    @cuda.jit
-    def states(features, values, spare, out, broken):
-        phi = cuda.shared.array((TOKENS, ROW_STRIDE), float32)
-        V = cuda.shared.array((TOKENS, STRIDE), float32)
-        h = cuda.local.array((HEIGHT, WIDTH), float32)
-        z = cuda.local.array(HEIGHT, float32)
-        feature = cuda.blockIdx.x % SLABS * ROWS
-        head, j = cuda.blockIdx.y, cuda.blockIdx.x // SLABS
-        thread = cuda.threadIdx.x
-
-        _clear(h)
-        for r in range(HEIGHT):
-            z[r] = ZERO
-        for first in range(j * BLOCK, min((j + 1) * BLOCK, features.shape[1]), TOKENS):
-            cuda.syncthreads()  # nobody reads the last tiles any more
-            _load(phi, features, head, first, feature)
-            _load(V, values, head, first, 0)
-            if thread < TOKENS:
-                V[thread, COLUMNS] = spare[head, first + thread] if first + thread < spare.shape[1] else ZERO
-            cuda.syncthreads()
-            _product(h, phi, V, TOKENS)
-            _product_spare(z, phi, V, TOKENS)
-        finite = True
-        for r in range(HEIGHT):
-            finite = finite and math.isfinite(z[r])
-            for c in range(WIDTH):
-                finite = finite and math.isfinite(h[r, c])
-        some = cuda.syncthreads_or(int32(not finite))  # a barrier that tells every thread whether one said yes
-        if some:
-            _clear(h)
-            for r in range(HEIGHT):
-                z[r] = ZERO
-        if thread == 0:
-            broken[head, j, cuda.blockIdx.x % SLABS] = ONE if some else ZERO
-        _store(out[head], j, feature, 0, h)
-        for r in range(HEIGHT):
-            row = feature + _first_row() + r
-            if row < COLUMNS and _lane() == 0:
-                out[head, j, row, COLUMNS] = z[r]
-
-    return states
-
-
-# --- forward ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Any:
+def forward_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
     """Both branches for ROWS rows of query block i. [Alg. 1 L7-L16]"""
-    PARTS = BLOCK_Q // ROWS  # thread blocks that share a query block
-    STEPS = BLOCK_K // KEYS  # tiles of a key block
+    ROWS, KEYS = min(64 if COLUMNS <= 64 else 32, BLOCK_Q), min(32, BLOCK_K)
+    PARTS, STEPS = BLOCK_Q // ROWS, BLOCK_K // KEYS  # thread blocks of a query block, tiles of a key block
     WIDTH, KEY_WIDTH = COLUMNS // LANES, KEYS // LANES
     STRIDE, KEY_STRIDE = COLUMNS + 1, KEYS + 1
 
@@ -272,36 +301,36 @@ def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: i
         O = cuda.local.array((HEIGHT, WIDTH), float32)
         S = cuda.local.array((HEIGHT, KEY_WIDTH), float32)
         m = cuda.local.array(HEIGHT, float32)
-        l = cuda.local.array(HEIGHT, float32)  # of this thread's keys alone, until the end
+        l = cuda.local.array(HEIGHT, float32)  # over this thread's keys, until the end
         highest = cuda.local.array(HEIGHT, float32)
         denominator = cuda.local.array(HEIGHT, float32)
         head, i = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first = i * BLOCK_Q + cuda.blockIdx.x % PARTS * ROWS
-        row, lane = _first_row(), _lane()
+        row, lane = row_of_thread(), lane_of_thread()
 
         # Sparse branch: online softmax over the critical blocks. [Eq. 4]
         num_steps = kv_num_blocks[head, i] * STEPS
         log2_scale = scale * LOG2_E
-        _load(Q, query, head, first, 0)
-        _clear(O)
+        load(Q, query, head, first, 0)
+        clear(O)
         for r in range(HEIGHT):
             m[r] = -INFINITY
             l[r] = ZERO
         for step in range(num_steps):
             first_key = kv_indices[head, i, step // STEPS] * BLOCK_K + step % STEPS * KEYS
             cuda.syncthreads()  # nobody needs the last V and P any more
-            _load(KV, key, head, first_key, 0)
+            load(KV, key, head, first_key, 0)
             cuda.syncthreads()  # all of K is there
-            _clear(S)
-            _product(S, Q.T, KV.T, COLUMNS)  # [Alg. 1 L9]
+            clear(S)
+            product(S, Q.T, KV.T, COLUMNS)  # [Alg. 1 L9]
             for r in range(HEIGHT):
                 highest[r] = -INFINITY
                 for c in range(KEY_WIDTH):
                     inside = first_key + lane + LANES * c < key.shape[1]
                     S[r, c] = S[r, c] * log2_scale if inside else -INFINITY
                     highest[r] = max(highest[r], S[r, c])
-            _max_lanes(partial, highest)  # its barrier is also the one after which K may go
-            _load(KV, value, head, first_key, 0)
+            max_lanes(partial, highest)  # its barrier is also the one after which K may go
+            load(KV, value, head, first_key, 0)
             for r in range(HEIGHT):
                 highest[r] = max(highest[r], m[r])
                 base = highest[r] if highest[r] > -INFINITY else ZERO  # -inf - -inf would be NaN
@@ -315,56 +344,57 @@ def _forward_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: i
                 for c in range(WIDTH):
                     O[r, c] *= shrink  # [Alg. 1 L11]
             cuda.syncthreads()  # all of V and P is there
-            _product(O, P.T, KV, KEYS)  # [Alg. 1 L11]
-        _sum_lanes(partial, l)
+            product(O, P.T, KV, KEYS)  # [Alg. 1 L11]
+        sum_lanes(partial, l)
         for r in range(HEIGHT):
-            inverse = ONE / l[r]
+            inverse = ONE / l[r] if num_steps > 0 else ZERO  # without a critical block O^s is zero, and so is O
             for c in range(WIDTH):
-                O[r, c] = O[r, c] * inverse if num_steps > 0 else ZERO  # [Alg. 1 L16]
+                O[r, c] *= inverse  # [Alg. 1 L16]
             if lane == 0 and first + row + r < query.shape[1]:
                 lse[head, first + row + r] = -INFINITY if l[r] == ZERO else (m[r] + math.log2(l[r])) * LN_2
-        _store(out_sparse, head, first, 0, O)
+        store(out_sparse, head, first, 0, O)
 
         # Linear branch: phi(Q_i) H_i / (phi(Q_i) Z_i), KEYS rows of [H_i | Z_i] at a time. [Eq. 5] [Alg. 1 L16]
         cuda.syncthreads()  # nobody needs Q any more
-        _load(Q, phi_query, head, first, 0)
-        _clear(O)
+        load(Q, phi_query, head, first, 0)
+        clear(O)
         for r in range(HEIGHT):
             denominator[r] = ZERO
         for feature in range(0, COLUMNS, KEYS):
             cuda.syncthreads()  # nobody needs the last of V or H any more
-            _load_state(KV, sums, head, i, feature)
+            load_state(KV, sums, head, i, feature)
             cuda.syncthreads()
             depth = min(KEYS, COLUMNS - feature)
-            _product(O, Q.T[feature:], KV, depth)
-            _product_spare(denominator, Q.T[feature:], KV, depth)
+            product(O, Q.T[feature:], KV, depth)
+            product_spare(denominator, Q.T[feature:], KV, depth)
         for r in range(HEIGHT):
-            defined = num_marginal[head, i] > 0 and denominator[r] != ZERO  # a NaN is unequal, and goes on
+            # A NaN is not smaller than anything, and goes on.
+            defined = num_marginal[head, i] > 0 and not abs(denominator[r]) < SMALLEST_DENOMINATOR
             inverse = ONE / denominator[r] if defined else ZERO
             for c in range(WIDTH):
                 O[r, c] = O[r, c] * inverse if defined else ZERO
-        _store(out_linear, head, first, 0, O)
+        store(out_linear, head, first, 0, O)
 
-    return forward
+    return Kernel(forward, PARTS, ROWS)
 
 
-# --- backward of the sparse branch -----------------------------------------------------------------------------------
+# --- sparse branch: its gradients ------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _backward_dq_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Any:
+def dq_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
     """dQ for ROWS rows of query block i, along its list of critical key blocks. [Alg. 2 L12]
 
-    On the way it leaves D^s in `delta`, where `_backward_dkdv_kernel` reads it.
+    It leaves D^s - dL in `row_Ds`, where `dkdv_kernel` reads it. With a gradient dL of lse, dS = P (dP - (D^s - dL)).
     """
-    PARTS = BLOCK_Q // ROWS
-    STEPS = BLOCK_K // KEYS
+    ROWS, KEYS = min(32, BLOCK_Q), min(32 if COLUMNS <= 64 else 16, BLOCK_K)
+    PARTS, STEPS = BLOCK_Q // ROWS, BLOCK_K // KEYS
     WIDTH, KEY_WIDTH = COLUMNS // LANES, KEYS // LANES
     STRIDE, KEY_STRIDE = COLUMNS + 1, KEYS + 1
 
     @cuda.jit
-    def backward_dq(
-        query, key, value, grad_sparse, out_sparse, lse, kv_num_blocks, kv_indices, delta, grad_query, scale
+    def dq(
+        query, key, value, grad_sparse, out_sparse, lse, grad_lse, kv_num_blocks, kv_indices, row_Ds, grad_query, scale
     ):
         Q = cuda.shared.array((ROWS, STRIDE), float32)
         dO = cuda.shared.array((ROWS, STRIDE), float32)
@@ -378,10 +408,10 @@ def _backward_dq_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_
         Ds = cuda.local.array(HEIGHT, float32)
         head, i = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first = i * BLOCK_Q + cuda.blockIdx.x % PARTS * ROWS
-        row, lane = _first_row(), _lane()
+        row, lane = row_of_thread(), lane_of_thread()
 
-        _load(Q, query, head, first, 0)
-        _load(dO, grad_sparse, head, first, 0)
+        load(Q, query, head, first, 0)
+        load(dO, grad_sparse, head, first, 0)
         for r in range(HEIGHT):
             n = first + row + r
             Ds[r] = ZERO
@@ -390,54 +420,57 @@ def _backward_dq_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_
                 L[r] = lse[head, n] * LOG2_E
                 for d in range(lane, query.shape[2], LANES):
                     Ds[r] += grad_sparse[head, n, d] * out_sparse[head, n, d]
-        _sum_lanes(partial, Ds)  # [Alg. 2 L2]
+        sum_lanes(partial, Ds)  # [Alg. 2 L2]
         for r in range(HEIGHT):
-            if lane == 0 and first + row + r < query.shape[1]:
-                delta[head, first + row + r] = Ds[r]
+            n = first + row + r
+            if n < query.shape[1]:
+                Ds[r] -= grad_lse[head, n]
+                if lane == 0:
+                    row_Ds[head, n] = Ds[r]
 
         log2_scale = scale * LOG2_E
-        _clear(dQ)
+        clear(dQ)
         for step in range(kv_num_blocks[head, i] * STEPS):
             first_key = kv_indices[head, i, step // STEPS] * BLOCK_K + step % STEPS * KEYS
             cuda.syncthreads()  # nobody needs the last K and dS any more
-            _load(KV, value, head, first_key, 0)
+            load(KV, value, head, first_key, 0)
             cuda.syncthreads()
-            _clear(dP)
-            _product(dP, dO.T, KV.T, COLUMNS)  # [Alg. 2 L11]
+            clear(dP)
+            product(dP, dO.T, KV.T, COLUMNS)  # [Alg. 2 L11]
             cuda.syncthreads()  # nobody needs V any more
-            _load(KV, key, head, first_key, 0)
+            load(KV, key, head, first_key, 0)
             cuda.syncthreads()
-            _clear(S)
-            _product(S, Q.T, KV.T, COLUMNS)
+            clear(S)
+            product(S, Q.T, KV.T, COLUMNS)
             for r in range(HEIGHT):
                 for c in range(KEY_WIDTH):
                     inside = first_key + lane + LANES * c < key.shape[1]
                     P = math.exp2(S[r, c] * log2_scale - L[r]) if inside else ZERO  # [Alg. 2 L9]
                     dS[row + r, lane + LANES * c] = P * (dP[r, c] - Ds[r])  # [Alg. 2 L11]
             cuda.syncthreads()  # all of dS is there
-            _product(dQ, dS.T, KV, KEYS)  # [Alg. 2 L12]
+            product(dQ, dS.T, KV, KEYS)  # [Alg. 2 L12]
         for r in range(HEIGHT):
             for c in range(WIDTH):
                 dQ[r, c] *= scale
-        _store(grad_query, head, first, 0, dQ)
+        store(grad_query, head, first, 0, dQ)
 
-    return backward_dq
+    return Kernel(dq, PARTS, ROWS)
 
 
 @functools.cache
-def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOCK_K: int) -> Any:
+def dkdv_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
-    Keys are the rows here: scores are held transposed, (KEYS, ROWS). `grad_value` holds the linear branch's share
-    already; it is added to.
+    A thread's rows are keys here, so scores are held transposed, (KEYS, ROWS). `grad_value` already holds the linear
+    branch's share, and this kernel adds to it.
     """
-    PARTS = BLOCK_K // KEYS
-    STEPS = BLOCK_Q // ROWS
+    ROWS, KEYS = (min(32 if COLUMNS <= 64 else 16, block) for block in (BLOCK_Q, BLOCK_K))
+    PARTS, STEPS = BLOCK_K // KEYS, BLOCK_Q // ROWS
     WIDTH, QUERY_WIDTH = COLUMNS // LANES, ROWS // LANES
     STRIDE, ROW_STRIDE = COLUMNS + 1, ROWS + 1
 
     @cuda.jit
-    def backward_dkdv(query, key, value, grad_sparse, lse, delta, q_offsets, q_indices, grad_key, grad_value, scale):
+    def dkdv(query, key, value, grad_sparse, lse, row_Ds, q_offsets, q_indices, grad_key, grad_value, scale):
         K = cuda.shared.array((KEYS, STRIDE), float32)
         V = cuda.shared.array((KEYS, STRIDE), float32)
         Q = cuda.shared.array((ROWS, STRIDE), float32)
@@ -450,62 +483,199 @@ def _backward_dkdv_kernel(COLUMNS: int, ROWS: int, KEYS: int, BLOCK_Q: int, BLOC
         dP = cuda.local.array((HEIGHT, QUERY_WIDTH), float32)
         head, j = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first_key = j * BLOCK_K + cuda.blockIdx.x % PARTS * KEYS
-        row, lane = _first_row(), _lane()
+        row, lane = row_of_thread(), lane_of_thread()
 
         log2_scale = scale * LOG2_E
         start = q_offsets[head, j]
-        _load(K, key, head, first_key, 0)
-        _load(V, value, head, first_key, 0)
-        _clear(dK)
-        _fetch(dV, grad_value, head, first_key)
+        load(K, key, head, first_key, 0)
+        load(V, value, head, first_key, 0)
+        clear(dK)
+        fetch(dV, grad_value, head, first_key)
         for step in range((q_offsets[head, j + 1] - start) * STEPS):
             first = q_indices[head, start + step // STEPS] * BLOCK_Q + step % STEPS * ROWS
             cuda.syncthreads()  # nobody needs the last Q, dO, P and dS any more
-            _load(Q, query, head, first, 0)
-            _load(dO, grad_sparse, head, first, 0)
+            load(Q, query, head, first, 0)
+            load(dO, grad_sparse, head, first, 0)
             cuda.syncthreads()
-            _clear(S)
-            _product(S, K.T, Q.T, COLUMNS)
-            _clear(dP)
-            _product(dP, V.T, dO.T, COLUMNS)  # [Alg. 2 L11]
+            clear(S)
+            product(S, K.T, Q.T, COLUMNS)
+            clear(dP)
+            product(dP, V.T, dO.T, COLUMNS)  # [Alg. 2 L11]
             for c in range(QUERY_WIDTH):
                 n = first + lane + LANES * c
                 L = lse[head, n] * LOG2_E if n < query.shape[1] else INFINITY
-                Ds = delta[head, n] if n < query.shape[1] else ZERO
+                Ds = row_Ds[head, n] if n < query.shape[1] else ZERO
                 for r in range(HEIGHT):
-                    # Keys past the end are zeros, and exp2(0 - L) may overflow; their gradients are not stored.
+                    # Keys past the end are zeros, and exp2(0 - L) may overflow.
                     inside = first_key + row + r < key.shape[1]
                     weight = math.exp2(S[r, c] * log2_scale - L) if inside else ZERO  # [Alg. 2 L9]
                     P[row + r, lane + LANES * c] = weight
                     dS[row + r, lane + LANES * c] = weight * (dP[r, c] - Ds)  # [Alg. 2 L11]
             cuda.syncthreads()  # all of P and dS is there
-            _product(dV, P.T, dO, ROWS)  # [Alg. 2 L10]
-            _product(dK, dS.T, Q, ROWS)  # [Alg. 2 L12]
+            product(dV, P.T, dO, ROWS)  # [Alg. 2 L10]
+            product(dK, dS.T, Q, ROWS)  # [Alg. 2 L12]
         for r in range(HEIGHT):
             for c in range(WIDTH):
                 dK[r, c] *= scale
-        _store(grad_key, head, first_key, 0, dK)
-        _store(grad_value, head, first_key, 0, dV)
+        store(grad_key, head, first_key, 0, dK)
+        store(grad_value, head, first_key, 0, dV)
 
-    return backward_dkdv
+    return Kernel(dkdv, PARTS, KEYS)
 
 
-# --- backward of the linear branch -----------------------------------------------------------------------------------
+def sparse_backward(
+    grad_sparse: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved, dV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dQ and dK, as `flat` makes them; adds the sparse branch's share to dV."""
+    block_map, scale = inputs.block_map, np.float32(inputs.scale)
+    num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
+    sizes = (columns_of(inputs.query), block_map.block_q, block_map.block_k)
+    lists = (block_map.kv_num_blocks, block_map.kv_indices, block_map.q_offsets, block_map.q_indices)
+    kv_num_blocks, kv_indices, q_offsets, q_indices = (each.flatten(0, 1) for each in lists)
+    Q, K, V, dO, O, L = map(flat, (*inputs[:3], grad_sparse, saved.out_sparse, saved.lse))
+    dL = torch.zeros_like(L) if grad_lse is None else flat(grad_lse)
+    dQ, dK, Ds = map(torch.empty_like, (Q, K, L))
+    start(dq_kernel(*sizes), num_query_blocks, Q, K, V, dO, O, L, dL, kv_num_blocks, kv_indices, Ds, dQ, scale)
+    start(dkdv_kernel(*sizes), num_key_blocks, Q, K, V, dO, L, Ds, q_offsets, q_indices, dK, dV, scale)
+    return dQ, dK
+
+
+# --- linear branch: states, their sums, and the gradients of both ----------------------------------------------------
 
 
 @functools.cache
-def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_Q: int) -> Any:
+def states_kernel(COLUMNS: int, BLOCK: int) -> Kernel:
+    """[h_j | z_j] = phi(K_j)^T [V_j | 1] for FEATURES rows of the state of one key block. [Alg. 1 L4]
+
+    With queries for keys and [dO | -D^l] / (phi(Q_i) Z_i) for [V_j | 1] it is [dH_i | dZ_i]. [Alg. 2 L3] [Alg. 2 L4]
+
+    The product that adds up states cannot leave a block out: 0 * NaN is NaN. So a part of a state with a NaN or Inf is
+    written as zeros, and marked in `broken` (heads, T, PARTS).
+    """
+    FEATURES = 16 if COLUMNS <= 16 else 32 if COLUMNS % 64 else 64
+    TOKENS, PARTS = min(32, BLOCK), math.ceil(COLUMNS / FEATURES)
+    WIDTH, STRIDE, FEATURE_STRIDE = COLUMNS // LANES, COLUMNS + 1, FEATURES + 1
+
+    @cuda.jit
+    def states(features, values, spare, out, broken):
+        phi = cuda.shared.array((TOKENS, FEATURE_STRIDE), float32)
+        V = cuda.shared.array((TOKENS, STRIDE), float32)
+        h = cuda.local.array((HEIGHT, WIDTH), float32)
+        z = cuda.local.array(HEIGHT, float32)
+        head, j = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
+        feature = cuda.blockIdx.x % PARTS * FEATURES
+        thread = cuda.threadIdx.x
+
+        clear(h)
+        for r in range(HEIGHT):
+            z[r] = ZERO
+        for first in range(j * BLOCK, min((j + 1) * BLOCK, features.shape[1]), TOKENS):
+            cuda.syncthreads()  # nobody reads the last tiles any more
+            load(phi, features, head, first, feature)
+            load(V, values, head, first, 0)
+            if thread < TOKENS:
+                V[thread, COLUMNS] = spare[head, first + thread] if first + thread < spare.shape[1] else ZERO
+            cuda.syncthreads()
+            product(h, phi, V, TOKENS)
+            product_spare(z, phi, V, TOKENS)
+        finite = True
+        for r in range(HEIGHT):
+            finite = finite and math.isfinite(z[r])
+            for c in range(WIDTH):
+                finite = finite and math.isfinite(h[r, c])
+        bad = cuda.syncthreads_or(int32(not finite))  # a barrier that tells every thread whether one said yes
+        if bad:
+            clear(h)
+            for r in range(HEIGHT):
+                z[r] = ZERO
+        if thread == 0:
+            broken[head, j, cuda.blockIdx.x % PARTS] = ONE if bad else ZERO
+        store(out[head], j, feature, 0, h)
+        for r in range(HEIGHT):
+            row = feature + row_of_thread() + r
+            if row < COLUMNS and lane_of_thread() == 0:
+                out[head, j, row, COLUMNS] = z[r]
+
+    return Kernel(states, PARTS, FEATURES)
+
+
+_precision_lock = threading.Lock()
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Inside, torch multiplies float32 as such, whatever the user's tf32 switch says: states need all of their bits.
+
+    The switch is one for all threads. The lock keeps two of ours from restoring each other's setting.
+    """
+    settings = torch.backends.cuda.matmul
+    with _precision_lock:
+        before, settings.fp32_precision = settings.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
+
+
+def block_states(features: Tensor, values: Tensor, spare: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(G, N, D), (G, N, D), (G, N) -> features^T [values | spare] of each block, (G, T, COLUMNS, COLUMNS + 1).
+
+    The second result, (G, T, parts of a state), is 1 where there were NaN or Inf instead.
+    """
+    heads, length, _ = features.shape
+    columns, num_blocks = columns_of(features), math.ceil(length / block)
+    kernel = states_kernel(columns, block)
+    states = features.new_empty(heads, num_blocks, columns, columns + 1)
+    broken = features.new_empty(heads, num_blocks, kernel.parts)
+    start(kernel, num_blocks, features, values, spare, states, broken)
+    return states, broken
+
+
+def add_up(member: Tensor, states: Tensor, broken: Tensor) -> Tensor:
+    """For each row of the 0/1 `member` (G, Ti, Tj), the sum of the states with a 1; NaN if one of them is broken.
+
+    [Alg. 1 L13] [Alg. 2 L14]
+    """
+    with float32_products():
+        sums = torch.bmm(member, states.flatten(2)).unflatten(2, states.shape[2:])
+        spoilt = torch.bmm(member, broken).sum(-1) > 0  # (G, Ti)
+    return sums.masked_fill_(spoilt[..., None, None], math.nan)
+
+
+def sums_by_chunk(
+    phi_K: Tensor, V: Tensor, block_map: BlockMap, states_per_query_block: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """[H_i | Z_i] of all query blocks, a few heads at a time: (heads, which blocks are marginal, sums).
+
+    A chunk's states take the memory of four float32 queries at most. It has one for each key block, and
+    `states_per_query_block` for each query block.
+    """
+    heads, _, head_dim = V.shape
+    num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
+    member = (block_map.labels == MARGINAL).flatten(0, 1).float()  # (B * H, Tq, Tk) [Alg. 1 L12]
+    ones = V.new_ones(V.shape[:2])
+    columns, num_states = columns_of(V), num_key_blocks + states_per_query_block * num_query_blocks
+    fit = 4 * heads * block_map.query_length * head_dim // (num_states * (columns + 1) * columns)
+    chunks = math.ceil(heads / max(1, min(fit, heads)))
+    size = math.ceil(heads / chunks)  # all of about one size
+    for first in range(0, heads, size):
+        chunk = slice(first, first + size)
+        sums = add_up(member[chunk], *block_states(phi_K[chunk], V[chunk], ones[chunk], block_map.block_k))
+        yield chunk, member[chunk], sums
+
+
+@functools.cache
+def grad_sums_kernel(COLUMNS: int, BLOCK_Q: int) -> Kernel:
     """dQ^phi = [dO | -D^l] [H_i | Z_i]^T / (phi(Q_i) Z_i) for ROWS rows of query block i. [Alg. 2 L5]
 
-    It leaves [dO | -D^l] / (phi(Q_i) Z_i) in `share` and `share_spare`; `_states_kernel` makes dH_i and dZ_i from it.
+    It leaves [dO | -D^l] / (phi(Q_i) Z_i) in `share` and `share_spare`, from which `states_kernel` makes dH_i and dZ_i.
     """
+    ROWS, FEATURES = min(64 if COLUMNS <= 64 else 32, BLOCK_Q), min(32, COLUMNS)
     PARTS = BLOCK_Q // ROWS
     WIDTH, STRIDE = FEATURES // LANES, COLUMNS + 1
 
     @cuda.jit
-    def backward_linear_query(
-        phi_query, grad_linear, out_linear, num_marginal, sums, share, share_spare, grad_phi_query
-    ):
+    def grad_sums(phi_query, grad_linear, out_linear, num_marginal, sums, share, share_spare, grad_phi_query):
         dO = cuda.shared.array((ROWS, STRIDE), float32)
         H = cuda.shared.array((FEATURES, STRIDE), float32)
         partial = cuda.shared.array((ROWS, LANE_STRIDE), float32)
@@ -514,9 +684,9 @@ def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_
         Dl = cuda.local.array(HEIGHT, float32)
         head, i = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
         first = i * BLOCK_Q + cuda.blockIdx.x % PARTS * ROWS
-        row, lane = _first_row(), _lane()
+        row, lane = row_of_thread(), lane_of_thread()
 
-        _load(dO, grad_linear, head, first, 0)
+        load(dO, grad_linear, head, first, 0)
         for r in range(HEIGHT):
             n = first + row + r
             denominator[r] = ZERO
@@ -525,13 +695,13 @@ def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_
                 for d in range(lane, phi_query.shape[2], LANES):
                     denominator[r] += phi_query[head, n, d] * sums[head, i, d, COLUMNS]
                     Dl[r] += grad_linear[head, n, d] * out_linear[head, n, d]
-        _sum_lanes(partial, denominator)
+        sum_lanes(partial, denominator)
         cuda.syncthreads()
-        _sum_lanes(partial, Dl)  # [Alg. 2 L2]
+        sum_lanes(partial, Dl)  # [Alg. 2 L2]
         for r in range(HEIGHT):
             n = first + row + r
             # No gradient through a row that is zero by definition.
-            defined = num_marginal[head, i] > 0 and denominator[r] != ZERO
+            defined = num_marginal[head, i] > 0 and not abs(denominator[r]) < SMALLEST_DENOMINATOR
             inverse = ONE / denominator[r] if defined else ZERO
             for d in range(lane, COLUMNS, LANES):
                 dO[row + r, d] *= inverse
@@ -543,181 +713,72 @@ def _backward_linear_query_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_
                     share_spare[head, n] = -Dl[r] * inverse
         for feature in range(0, COLUMNS, FEATURES):
             cuda.syncthreads()  # nobody needs the last of H any more; dO is complete
-            _load_state(H, sums, head, i, feature)
+            load_state(H, sums, head, i, feature)
             cuda.syncthreads()
-            _clear(dphi)
-            _product(dphi, dO.T, H.T, COLUMNS + 1)  # [Alg. 2 L5]
-            _store(grad_phi_query, head, first, feature, dphi)
+            clear(dphi)
+            product(dphi, dO.T, H.T, COLUMNS + 1)  # [Alg. 2 L5]
+            store(grad_phi_query, head, first, feature, dphi)
 
-    return backward_linear_query
+    return Kernel(grad_sums, PARTS, ROWS)
 
 
 @functools.cache
-def _backward_linear_key_kernel(COLUMNS: int, ROWS: int, FEATURES: int, BLOCK_K: int) -> Any:
-    """dK^phi, and the linear branch's share of dV, for ROWS keys of block j. [Alg. 2 L16] [Alg. 2 L17]"""
-    PARTS = BLOCK_K // ROWS
+def grad_keys_kernel(COLUMNS: int, BLOCK_K: int) -> Kernel:
+    """dK^phi, and the linear branch's share of dV, for KEYS keys of block j. [Alg. 2 L16] [Alg. 2 L17]"""
+    KEYS, FEATURES = min(64 if COLUMNS <= 64 else 32, BLOCK_K), min(32, COLUMNS)
+    PARTS = BLOCK_K // KEYS
     WIDTH, FEATURE_WIDTH, STRIDE = COLUMNS // LANES, FEATURES // LANES, COLUMNS + 1
 
     @cuda.jit
-    def backward_linear_key(phi_key, value, grad_states, grad_phi_key, grad_value):
-        tokens = cuda.shared.array((ROWS, STRIDE), float32)  # of V, then of phi(K)
+    def grad_keys(phi_key, value, grad_states, grad_phi_key, grad_value):
+        tokens = cuda.shared.array((KEYS, STRIDE), float32)  # of V, then of phi(K)
         dh = cuda.shared.array((FEATURES, STRIDE), float32)  # and dz
         dphi = cuda.local.array((HEIGHT, FEATURE_WIDTH), float32)
         dV = cuda.local.array((HEIGHT, WIDTH), float32)
         head, j = cuda.blockIdx.y, cuda.blockIdx.x // PARTS
-        first = j * BLOCK_K + cuda.blockIdx.x % PARTS * ROWS
+        first = j * BLOCK_K + cuda.blockIdx.x % PARTS * KEYS
         thread = cuda.threadIdx.x
 
-        _load(tokens, value, head, first, 0)
-        if thread < ROWS:
+        load(tokens, value, head, first, 0)
+        if thread < KEYS:
             tokens[thread, COLUMNS] = ONE
         for feature in range(0, COLUMNS, FEATURES):
             cuda.syncthreads()  # nobody needs the last of dh any more; V is complete
-            _load_state(dh, grad_states, head, j, feature)
+            load_state(dh, grad_states, head, j, feature)
             cuda.syncthreads()
-            _clear(dphi)
-            _product(dphi, tokens.T, dh.T, COLUMNS + 1)  # [V | 1] [dh | dz]^T [Alg. 2 L16]
-            _store(grad_phi_key, head, first, feature, dphi)
+            clear(dphi)
+            product(dphi, tokens.T, dh.T, COLUMNS + 1)  # [V | 1] [dh | dz]^T [Alg. 2 L16]
+            store(grad_phi_key, head, first, feature, dphi)
         cuda.syncthreads()  # nobody needs V any more
-        _load(tokens, phi_key, head, first, 0)
-        _clear(dV)
+        load(tokens, phi_key, head, first, 0)
+        clear(dV)
         for feature in range(0, COLUMNS, FEATURES):
             cuda.syncthreads()
-            _load_state(dh, grad_states, head, j, feature)
+            load_state(dh, grad_states, head, j, feature)
             cuda.syncthreads()
-            _product(dV, tokens.T[feature:], dh, min(FEATURES, COLUMNS - feature))  # [Alg. 2 L17]
-        _store(grad_value, head, first, 0, dV)
+            product(dV, tokens.T[feature:], dh, min(FEATURES, COLUMNS - feature))  # [Alg. 2 L17]
+        store(grad_value, head, first, 0, dV)
 
-    return backward_linear_key
-
-
-# --- launchers -------------------------------------------------------------------------------------------------------
-
-_TILES = {
-    "states": ((64, 32), (64, 32)),
-    "forward": ((64, 32), (32, 32)),
-    "linear": ((64, 32), (32, 32)),
-    "dq": ((32, 32), (32, 16)),
-    "dkdv": ((32, 32), (16, 16)),
-}
-"""Rows of a thread block, and the rows of the tiles that it walks over, for D up to 64 and for more.
-
-Rows give the threads, LANES / HEIGHT for each; both together give the shared memory, which must not pass 48 KB.
-"""
+    return Kernel(grad_keys, PARTS, KEYS)
 
 
-def _columns(head_dim: int) -> int:
-    """D as the kernels see it: a multiple of LANES."""
-    return math.ceil(head_dim / LANES) * LANES
-
-
-def _tile(kernel: str, columns: int, rows_at_most: int, others_at_most: int) -> tuple[int, int]:
-    rows, others = _TILES[kernel][columns > 64]
-    return min(rows, rows_at_most), min(others, others_at_most)
-
-
-def _launch(kernel: Any, grid: tuple[int, int], rows: int, *args: Tensor | np.float32) -> None:
-    """Start a kernel on a grid of (thread blocks of a head, heads), on torch's current stream.
-
-    Numba reads torch's tensors in place, by the CUDA array interface; in the simulator they are NumPy arrays.
-    """
-    if SIMULATED:
-        arrays = [arg.numpy() if isinstance(arg, Tensor) else arg for arg in args]
-        kernel[grid, threads(rows)](*arrays)
-        return
-    key = kernel, torch.cuda.current_device()
-    if key not in _specialized:
-        _specialized[key] = kernel.specialize(
-            *(cuda.as_cuda_array(arg, sync=False) if isinstance(arg, Tensor) else arg for arg in args)
-        )
-    stream = torch.cuda.current_stream().cuda_stream
-    _specialized[key][grid, threads(rows), cuda.external_stream(stream) if stream else 0](*args)
-
-
-_specialized: dict[tuple[Any, int], Any] = {}
-"""Kernels compiled for their types of arguments, by kernel and device. A kernel has the same types in every call; not
-to look at them again saves a third of the time that Python takes to start one.
-"""
-
-
-def threads(rows: int) -> int:
-    """Threads of a thread block that works on this many rows."""
-    return rows // HEIGHT * LANES
-
-
-def signature(args: tuple[Tensor | np.float32, ...]) -> tuple:
-    """Numba's types of a kernel's arguments, as it finds them itself when it starts one."""
-    elements = {torch.float32: float32, torch.int32: int32}
-    return tuple(types.Array(elements[a.dtype], a.dim(), "C") if isinstance(a, Tensor) else float32 for a in args)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """(B, H, N, ...) of any dtype and strides -> (B * H, N, ...), float32 and contiguous."""
-    return tensor.detach().to(torch.float32).contiguous().flatten(0, 1)
-
-
-def _head_chunks(query: Tensor, block_map: BlockMap, per_query_block: int, tensors: int) -> list[slice]:
-    """Cut the B * H heads so that a chunk's states take the memory of `tensors` float32 queries at most.
-
-    A chunk has one state for each key block, and `per_query_block` for each query block.
-    """
-    heads = query.shape[0] * query.shape[1]
-    num_states = block_map.labels.shape[3] + per_query_block * block_map.labels.shape[2]
-    columns = _columns(query.shape[-1])
-    size = min(heads, max(1, tensors * query.numel() // (num_states * (columns + 1) * columns)))
-    size = math.ceil(heads / math.ceil(heads / size))  # chunks of about one size
-    return [slice(first, min(first + size, heads)) for first in range(0, heads, size)]
-
-
-_precision_lock = threading.Lock()
-
-
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """Inside, torch multiplies float32 as such, whatever the user's tf32 switch says: states are no tf32 numbers.
-
-    The switch is one for all threads; the lock keeps two of ours from restoring each other's setting.
-    """
-    settings = torch.backends.cuda.matmul
-    with _precision_lock:
-        before, settings.fp32_precision = settings.fp32_precision, "ieee"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = before
-
-
-def _block_states(features: Tensor, values: Tensor, spare: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(G, N, D), (G, N, D), (G, N) -> features^T [values | spare] of each block, (G, T, COLUMNS, COLUMNS + 1).
-
-    And where there were NaN or Inf instead, (G, T, parts of a state).
-    """
-    heads, length, head_dim = features.shape
-    columns, num_blocks = _columns(head_dim), math.ceil(length / block)
-    rows, tokens = _tile("states", columns, 16 if columns <= 16 else 32 if columns % 64 else 64, block)
-    parts = math.ceil(columns / rows)
-    states = torch.empty(heads, num_blocks, columns, columns + 1, dtype=torch.float32, device=features.device)
-    broken = torch.empty(heads, num_blocks, parts, dtype=torch.float32, device=features.device)
-    kernel = _states_kernel(columns, rows, tokens, block)
-    _launch(kernel, (num_blocks * parts, heads), rows, features, values, spare, states, broken)
-    return states, broken
-
-
-def _add_up(member: Tensor, states: Tensor, broken: Tensor) -> Tensor:
-    """For each row of the 0/1 `member` (G, Ti, Tj), the sum of the states with a 1; NaN if one of them is broken.
-
-    [Alg. 1 L13] [Alg. 2 L14]
-    """
-    with _float32_products():
-        sums = torch.bmm(member, states.flatten(2)).unflatten(2, states.shape[2:])
-        spoilt = torch.bmm(member, broken).sum(-1) > 0  # (G, Ti)
-    return sums.masked_fill_(spoilt[..., None, None], math.nan)
-
-
-def _marginal(block_map: BlockMap) -> tuple[Tensor, Tensor]:
-    """1 where a block is marginal, else 0, (B * H, Tq, Tk) float32; how many are in a row, int32. [Alg. 1 L12]"""
-    member = (block_map.labels == MARGINAL).flatten(0, 1)
-    return member.float(), member.sum(-1, dtype=torch.int32)
+def linear_backward(grad_linear: Tensor, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ^phi, dK^phi and the linear branch's share of dV, as `flat` makes them."""
+    block_map = inputs.block_map
+    num_query_blocks, num_key_blocks = block_map.labels.shape[2:]
+    sums_kernel = grad_sums_kernel(columns_of(inputs.query), block_map.block_q)
+    keys_kernel = grad_keys_kernel(columns_of(inputs.query), block_map.block_k)
+    V, phi_Q, phi_K, dO, O = map(flat, (*inputs[2:5], grad_linear, saved.out_linear))
+    dphi_Q, dphi_K, dV = map(torch.empty_like, (phi_Q, phi_K, V))
+    for heads, member, sums in sums_by_chunk(phi_K, V, block_map, states_per_query_block=2):
+        share = torch.empty_like(dO[heads])
+        share_spare = share.new_empty(share.shape[:2])
+        queries = (phi_Q[heads], dO[heads], O[heads], member.sum(-1, dtype=torch.int32))
+        start(sums_kernel, num_query_blocks, *queries, sums, share, share_spare, dphi_Q[heads])
+        grad_sums = block_states(phi_Q[heads], share, share_spare, block_map.block_q)
+        grad_states = add_up(member.mT, *grad_sums)
+        start(keys_kernel, num_key_blocks, phi_K[heads], V[heads], grad_states, dphi_K[heads], dV[heads])
+    return dphi_Q, dphi_K, dV
 
 
 # --- the protocol's functions ----------------------------------------------------------------------------------------
@@ -777,156 +838,31 @@ def refuses(query: Tensor, block_map: BlockMap) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phi_query: Tensor,
-    phi_key: Tensor,
-    block_map: BlockMap,
-    scale: float,
-) -> Saved:
-    """Algorithm 1, lines 4 and 7 to 16."""
-    columns, num_query_blocks = _columns(query.shape[-1]), block_map.labels.shape[2]
-    rows, keys = _tile("forward", columns, block_map.block_q, block_map.block_k)
-    kernel = _forward_kernel(columns, rows, keys, block_map.block_q, block_map.block_k)
+def forward(inputs: Inputs) -> Saved:
+    """Algorithm 1, lines 4 and 7 to 16; arguments and result as in `sla_ref.protocol.Backend`."""
+    query, block_map = inputs.query, inputs.block_map
+    kernel = forward_kernel(columns_of(query), block_map.block_q, block_map.block_k)
     with torch.cuda.device_of(query):
-        Q, K, V, phi_Q, phi_K = map(_flat, (query, key, value, phi_query, phi_key))
+        Q, K, V, phi_Q, phi_K = map(flat, inputs[:5])
         num_blocks, indices = block_map.kv_num_blocks.flatten(0, 1), block_map.kv_indices.flatten(0, 1)
-        member, num_marginal = _marginal(block_map)
-        out_sparse, out_linear = torch.empty_like(Q), torch.empty_like(Q)
-        lse = torch.empty(Q.shape[:2], dtype=torch.float32, device=query.device)
-        ones = torch.ones(K.shape[:2], dtype=torch.float32, device=query.device)
-        for heads in _head_chunks(query, block_map, 1, 4):
-            states = _block_states(phi_K[heads], V[heads], ones[heads], block_map.block_k)
-            sums = _add_up(member[heads], *states)
-            lists = (num_blocks[heads], indices[heads], num_marginal[heads])
-            outputs = (out_sparse[heads], out_linear[heads], lse[heads])
-            _launch(
-                kernel,
-                (num_query_blocks * (block_map.block_q // rows), len(sums)),
-                rows,
-                *(tokens[heads] for tokens in (Q, K, V, phi_Q)),
-                *lists,
-                sums,
-                *outputs,
-                np.float32(scale),
-            )
-    out_sparse, out_linear = (out.view(query.shape).to(query.dtype) for out in (out_sparse, out_linear))
+        O_sparse, O_linear, lse = torch.empty_like(Q), torch.empty_like(Q), Q.new_empty(Q.shape[:2])
+        for heads, member, sums in sums_by_chunk(phi_K, V, block_map, states_per_query_block=1):
+            tokens = (Q[heads], K[heads], V[heads], phi_Q[heads])
+            lists = (num_blocks[heads], indices[heads], member.sum(-1, dtype=torch.int32))
+            outputs = (O_sparse[heads], O_linear[heads], lse[heads])
+            start(kernel, member.shape[1], *tokens, *lists, sums, *outputs, np.float32(inputs.scale))
+    out_sparse, out_linear = (O.view(query.shape).to(query.dtype) for O in (O_sparse, O_linear))
     return Saved(out_sparse, out_linear, lse.view(query.shape[:3]))
 
 
 def backward(
-    grad_sparse: Tensor,
-    grad_linear: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phi_query: Tensor,
-    phi_key: Tensor,
-    saved: Saved,
-    block_map: BlockMap,
-    scale: float,
+    grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
 ) -> Gradients:
-    """Algorithm 2."""
-    with torch.cuda.device_of(query):
-        V = _flat(value)
-        dphi_Q, dphi_K, dV = _backward_linear(
-            _flat(grad_linear), _flat(phi_query), _flat(phi_key), V, _flat(saved.out_linear), query, block_map
-        )
-        dQ, dK = _backward_sparse(
-            _flat(grad_sparse),
-            _flat(query),
-            _flat(key),
-            V,
-            _flat(saved.out_sparse),
-            _flat(saved.lse),
-            dV,
-            block_map,
-            scale,
-        )
-    results = zip((dQ, dK, dV, dphi_Q, dphi_K), (query, key, value, phi_query, phi_key), strict=True)
-    return Gradients(*(result.view(tensor.shape).to(tensor.dtype) for result, tensor in results))
-
-
-def _backward_linear(
-    dO: Tensor, phi_Q: Tensor, phi_K: Tensor, V: Tensor, O: Tensor, query: Tensor, block_map: BlockMap
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ^phi, dK^phi and the linear branch's share of dV; arguments and results as `_flat` makes them."""
-    columns, (num_query_blocks, num_key_blocks) = _columns(V.shape[-1]), block_map.labels.shape[2:]
-    query_rows, query_features = _tile("linear", columns, block_map.block_q, columns)
-    query_kernel = _backward_linear_query_kernel(columns, query_rows, query_features, block_map.block_q)
-    key_rows, key_features = _tile("linear", columns, block_map.block_k, columns)
-    key_kernel = _backward_linear_key_kernel(columns, key_rows, key_features, block_map.block_k)
-    member, num_marginal = _marginal(block_map)
-    ones = torch.ones(V.shape[:2], dtype=torch.float32, device=V.device)
-    dphi_Q, dphi_K, dV = torch.empty_like(phi_Q), torch.empty_like(phi_K), torch.empty_like(V)
-    for heads in _head_chunks(query, block_map, 2, 4):
-        states = _block_states(phi_K[heads], V[heads], ones[heads], block_map.block_k)
-        sums = _add_up(member[heads], *states)
-        share = torch.empty_like(dO[heads])
-        share_spare = torch.empty(share.shape[:2], dtype=torch.float32, device=share.device)
-        _launch(
-            query_kernel,
-            (num_query_blocks * (block_map.block_q // query_rows), len(sums)),
-            query_rows,
-            *(tokens[heads] for tokens in (phi_Q, dO, O)),
-            num_marginal[heads],
-            sums,
-            share,
-            share_spare,
-            dphi_Q[heads],
-        )
-        grad_sums = _block_states(phi_Q[heads], share, share_spare, block_map.block_q)
-        grad_states = _add_up(member[heads].mT, *grad_sums)
-        _launch(
-            key_kernel,
-            (num_key_blocks * (block_map.block_k // key_rows), len(sums)),
-            key_rows,
-            *(tokens[heads] for tokens in (phi_K, V)),
-            grad_states,
-            *(tokens[heads] for tokens in (dphi_K, dV)),
-        )
-    return dphi_Q, dphi_K, dV
-
-
-def _backward_sparse(
-    dO: Tensor,
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    O: Tensor,
-    lse: Tensor,
-    dV: Tensor,
-    block_map: BlockMap,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """dQ and dK; adds the sparse branch's share to dV. Arguments and results as `_flat` makes them."""
-    columns, (num_query_blocks, num_key_blocks) = _columns(Q.shape[-1]), block_map.labels.shape[2:]
-    blocks = (block_map.block_q, block_map.block_k)
-    dQ, dK, delta = torch.empty_like(Q), torch.empty_like(K), torch.empty_like(lse)
-    rows, keys = _tile("dq", columns, *blocks)
-    _launch(
-        _backward_dq_kernel(columns, rows, keys, *blocks),
-        (num_query_blocks * (block_map.block_q // rows), len(Q)),
-        rows,
-        *(Q, K, V, dO, O, lse),
-        block_map.kv_num_blocks.flatten(0, 1),
-        block_map.kv_indices.flatten(0, 1),
-        delta,
-        dQ,
-        np.float32(scale),
-    )
-    keys, rows = _tile("dkdv", columns, block_map.block_k, block_map.block_q)
-    _launch(
-        _backward_dkdv_kernel(columns, rows, keys, *blocks),
-        (num_key_blocks * (block_map.block_k // keys), len(K)),
-        keys,
-        *(Q, K, V, dO, lse, delta),
-        block_map.q_offsets.flatten(0, 1),
-        block_map.q_indices.flatten(0, 1),
-        dK,
-        dV,
-        np.float32(scale),
-    )
-    return dQ, dK
+    """Algorithm 2; arguments and result as in `sla_ref.protocol.Backend`."""
+    with torch.cuda.device_of(inputs.query):
+        dphi_Q, dphi_K, dV = linear_backward(grad_linear, inputs, saved)
+        dQ, dK = sparse_backward(grad_sparse, grad_lse, inputs, saved, dV)
+    (query, key), dtype = inputs[:2], inputs.query.dtype
+    dQ, dphi_Q = dQ.view(query.shape), dphi_Q.view(query.shape)
+    dK, dV, dphi_K = dK.view(key.shape), dV.view(key.shape), dphi_K.view(key.shape)
+    return Gradients(dQ.to(dtype), dK.to(dtype), dV.to(dtype), dphi_Q, dphi_K)

@@ -1,0 +1,188 @@
+"""What all backends with GPU kernels have in common; that their values are right is checked in test_backends.py.
+
+Without a GPU the kernels run in Triton's interpreter and in Numba's simulator, so problems are tiny. What is particular
+to one backend, and the faults planted in it, are in test_triton.py and test_numba.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from faults import with_fault
+
+from sla_ref import backends, testing
+from sla_ref.block_map import BlockMap
+
+SIMULATOR = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_ENABLE_CUDASIM"}
+SMALL = {"query_length": 35, "key_length": 37, "head_dim": 8, "heads": 1, "block_q": 16, "block_k": 16} | {
+    "labels": "random",
+    "seed": 1,
+}
+"""Labels [[-1, 0, 0], [0, 1, 1], [1, 1, 1]]; the last blocks of both sides are partial."""
+SMALLER = SMALL | {"query_length": 17, "key_length": 20}
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.backend(name)) for name in SIMULATOR])
+def backend(request: pytest.FixtureRequest) -> ModuleType:
+    if (reason := backends.list_backends()[request.param]) is not None:
+        pytest.skip(reason)
+    return backends.load(request.param)
+
+
+def make(device: str, **arguments) -> testing.Problem:
+    return testing.make_problem(**SMALL | arguments, device=device)
+
+
+def run(backend: ModuleType, problem: testing.Problem) -> list[torch.Tensor]:
+    return list(testing.run_backend(backend, problem).values())
+
+
+def assert_right(backend: ModuleType, problem: testing.Problem) -> None:
+    exact = testing.oracle(problem)
+    testing.assert_within(testing.run_backend(backend, problem), exact, testing.error_budget(problem, exact))
+
+
+def assert_same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_copy_without_a_fault_is_right(backend: ModuleType, tmp_path, device: str) -> None:
+    """So that what the planted faults show is theirs."""
+    assert_right(with_fault(backend, tmp_path, None), make(device))
+
+
+def test_heads_are_independent(backend: ModuleType, device: str) -> None:
+    """With so few tokens, states are worked through one head at a time."""
+    sizes = {"heads": 2, "query_length": 3, "key_length": 20, "head_dim": 24}
+    problem = make(device, **sizes, labels="classified")
+    block_map = problem.inputs.block_map
+    alone = []
+    for h in range(2):
+        head = problem._map_tensors(lambda tensor, h=h: tensor[:, h : h + 1])
+        own = BlockMap(block_map.labels[:, h : h + 1], 16, 16, 3, 20)
+        alone.append(run(backend, head._replace(inputs=head.inputs._replace(block_map=own))))
+    assert_same_bits(run(backend, problem), [torch.cat(pair, dim=1) for pair in zip(*alone, strict=True)])
+
+
+def test_any_strides(backend: ModuleType, device: str) -> None:
+    problem = make(device, **SMALLER)
+    scattered = problem._map_tensors(lambda tensor: torch.stack([tensor, tensor], -1)[..., 0])  # no dimension is dense
+    assert scattered.inputs.query.stride(3) != 1
+    assert_same_bits(run(backend, problem), run(backend, scattered))
+    expanded = problem.inputs.key[:, :, :1].expand_as(problem.inputs.key)
+    assert_right(backend, problem._replace(inputs=problem.inputs._replace(key=expanded)))
+
+
+def test_nan_goes_where_the_mathematics_puts_it(backend: ModuleType, device: str) -> None:
+    inputs = make(device, query_length=48, key_length=70).inputs
+    labels = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, -1, 0], [-1, -1, 1, 1, -1]], dtype=torch.int8, device=device)
+    inputs = inputs._replace(block_map=BlockMap(labels[None, None], 16, 16, 48, 70))
+    inputs.key[0, 0, 20] = math.nan  # in key block 1: marginal to query block 0, critical to 1, negligible to 2
+    inputs.phi_key[0, 0, 20] = math.inf
+    inputs.phi_query[0, 0, 40] = math.nan  # query block 2 has no marginal block: linear = 0 whatever its features are
+    saved = backend.forward(inputs)
+    block = torch.arange(48, device=device) // 16
+    assert torch.equal(saved.out_linear[0, 0].isnan(), (block == 0)[:, None].expand(48, 8))
+    assert torch.equal(saved.out_sparse[0, 0].isnan(), (block == 1)[:, None].expand(48, 8))
+    assert torch.equal(saved.lse[0, 0].isnan(), block == 1)
+    assert not saved.out_linear[0, 0, 32:].any()
+
+
+@pytest.mark.parametrize(("power", "zero"), [(-45, False), (-51, True)])
+def test_denominators_below_the_specifications_smallest_count_as_zero(
+    backend: ModuleType, power: int, zero: bool, device: str
+) -> None:
+    problem = make(device, **SMALLER | {"labels": "marginal"})
+    inputs = problem.inputs
+    small = inputs._replace(phi_query=inputs.phi_query * 2.0**power, phi_key=inputs.phi_key * 2.0**power)
+    results = testing.run_backend(backend, problem._replace(inputs=small))
+    if zero:
+        assert not any(results[name].any() for name in ("linear", "grad_phi_query", "grad_phi_key", "grad_value"))
+    else:  # the powers of two cancel
+        assert torch.equal(results["linear"], backend.forward(inputs).out_linear)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"head_dim": 136}, "head_dim"),
+        ({"block_q": 48}, "block_q"),
+        ({"block_k": 256}, "block_k"),
+    ],
+)
+def test_says_what_it_cannot_take(backend: ModuleType, change: dict, word: str, device: str) -> None:
+    inputs = make(device, **change).inputs
+    assert word in backend.unsupported(inputs.query, inputs.block_map)
+    with pytest.raises(ValueError, match=word):
+        backends.choose(backend.name, inputs.query, inputs.block_map)
+
+
+def test_takes_only_tensors_of_its_device(backend: ModuleType) -> None:
+    inputs = make("cpu").inputs
+    assert "meta" in backend.unsupported(inputs.query.to("meta"), inputs.block_map)
+
+
+@pytest.mark.backend("triton")
+@pytest.mark.backend("numba")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_gpu_and_simulator_a_backend_says_how_to_get_either() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in SIMULATOR.values()}
+    code = "import json, sla_ref; print(json.dumps(sla_ref.list_backends()))"
+    seen = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    for name, reason in json.loads(seen.stdout).items():
+        if name in SIMULATOR and backends.list_backends()[name] is None:
+            assert f"{SIMULATOR[name]}=1" in reason
+
+
+@needs_gpu
+def test_runs_on_torchs_current_stream(backend: ModuleType) -> None:
+    """On another stream, work that the stream has still to do is waited for, and not overtaken."""
+    problem = testing.make_problem(device="cuda")
+    expected = run(backend, problem)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = problem._map_tensors(torch.zeros_like)
+        torch.cuda._sleep(50_000_000)
+        for tensor, values in zip(late.tensors, problem.tensors, strict=True):
+            tensor.copy_(values)
+        results = run(backend, late)
+    stream.synchronize()
+    assert_same_bits(expected, results)
+
+
+LONG = {"triton": (torch.bfloat16, 32760, 0.02), "numba": (torch.float32, 16380, 1e-5)}
+
+
+@needs_gpu
+@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("default_phi", [False, True], ids=["phi given", "phi = softmax"])
+def test_long_sequences_are_right_and_repeat(
+    backend: ModuleType, default_phi: bool, head_dim: int, block_q: int
+) -> None:
+    """Thousands of thread blocks share the GPU: a race that small cases never lose shows here.
+
+    The oracle would be N x N; the torch backend, on the same numbers in a wider dtype, stands in for it.
+    """
+    dtype, length, allowed = LONG[backend.name]
+    sizes = {"heads": 4, "query_length": length, "head_dim": head_dim, "block_q": block_q}
+    problem = testing.make_problem(**sizes, critical_ratio=0.05, negligible_ratio=0.1, dtype=dtype, device="cuda")
+    problem = problem.default_phi() if default_phi else problem
+    first = testing.run_backend(backend, problem)
+    for _ in range(5):
+        assert_same_bits(list(first.values()), run(backend, problem))
+    wider = torch.float32 if dtype.itemsize == 2 else torch.float64
+    expected = testing.run_backend(backends.load("torch"), problem.to(wider))
+    for name, values in first.items():
+        error = (values.to(wider) - expected[name]).square().mean().sqrt()
+        assert error <= allowed * expected[name].square().mean().sqrt(), name
