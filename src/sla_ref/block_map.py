@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import backends
 from .batching import fold_into_batch
 from .checks import check_block_size, check_layout, check_ratio, check_tensors
 
@@ -115,6 +116,10 @@ def classify_blocks(
 # One operator to compilers: whether N is a multiple of the block size is then no question to an exported graph.
 @torch.library.custom_op("sla_ref::labels", mutates_args=())
 def _labels(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
+    if query.is_cuda and backends.is_usable("triton"):  # in float64, faster than the torch code below
+        from .backends.triton.classify import classify
+
+        return classify(query, key, num_critical, num_negligible, block_q, block_k)
     scores = block_scores(query, key, block_q=block_q, block_k=block_k)  # (B, H, Tq, Tk) [Alg. 1 L5]
     order = scores.argsort(dim=-1, descending=True, stable=True)
     # [Eq. 3] [Alg. 1 L6] The class of each rank, and then each block gets that of its own.

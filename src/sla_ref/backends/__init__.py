@@ -245,6 +245,11 @@ def require_known(name: str) -> None:
         raise ValueError(f"backend must be one of {names}, got {name!r}{source}")
 
 
+def is_usable(name: str) -> bool:
+    """Whether the backend of this name can be used on this machine."""
+    return _reason(name) is None
+
+
 def require_usable(name: str) -> None:
     """Raise ValueError for an unknown name, RuntimeError with the reason for a backend that cannot be used here."""
     require_known(name)

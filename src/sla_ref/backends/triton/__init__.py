@@ -135,7 +135,7 @@ def backward(
     dphi_Q, dphi_K = empty(inputs.query, dphi_dtype), empty(inputs.key, dphi_dtype)
     dV = empty(inputs.value, dtype)
     with torch.cuda.device_of(inputs.query):
-        linear.backward(call, saved.out_linear, grad_linear, dphi_Q, dphi_K, dV)
+        linear.backward(call, grad_linear, dphi_Q, dphi_K, dV)
         if call.softmax:  # the gradient through phi is a part of query's and key's, in the same tensors
             sparse.backward(call, saved, grad_sparse, grad_lse, dphi_Q, dphi_K, dV)
             return Gradients(dphi_Q, dphi_K, dV, None, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from ...protocol import Inputs
@@ -108,6 +109,7 @@ class Plan(NamedTuple):
     KEYS: int
     FEATURES: int
     SOFTMAX: bool  # whether phi is softmax, computed where phi is read
+    TF32: bool  # whether the linear branch multiplies float32 tiles as tf32, which float16 inputs need for its range
 
 
 class Call:
@@ -121,6 +123,9 @@ class Call:
         self.phi_key = key if phi_key is None else phi_key
         self.heads = query.shape[0] * query.shape[1]
         self.columns = columns_of(query.shape[-1])
+        # Features and their sums leave float16's range at both ends. tf32 has float16's precision and float32's range.
+        self.tf32 = query.dtype == torch.float16
+        self.state_dtype = torch.float32 if self.tf32 else query.dtype
 
     def tiles(self, kernel: str) -> Tiles:
         """How this kernel is cut on the GPU in use."""
@@ -144,7 +149,7 @@ class Call:
         (_, num_heads, _, head_dim), block_map = self.inputs.query.shape, self.inputs.block_map
         sizes = (first_head, num_heads, block_map.query_length, block_map.key_length, block_map.max_critical)
         blocks = (block_map.block_q, block_map.block_k)
-        plan = Plan(head_dim, self.columns, *blocks, tiles.rows, tiles.keys, tiles.features, self.softmax)
+        plan = Plan(head_dim, self.columns, *blocks, tiles.rows, tiles.keys, tiles.features, self.softmax, self.tf32)
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         if tiles.registers is not None:
             options["maxnreg"] = tiles.registers

@@ -1,6 +1,6 @@
 """The linear branch: states of key blocks, their sums for every query block, and the way back. [Eq. 5]
 
-A state is one row of memory of (COLUMNS + 2) * COLUMNS elements in the input's dtype:
+A state is one row of memory of (COLUMNS + 2) * COLUMNS elements in the input's dtype, float32 for float16:
 
     +--------------------+
     | h_j  COLUMNS rows  |   phi(K_j)^T V_j
@@ -8,8 +8,8 @@ A state is one row of memory of (COLUMNS + 2) * COLUMNS elements in the input's 
     | 1, bad, 0, 0, ...  |   how many blocks were added up, and how many of those hold a NaN or Inf
     +--------------------+
 
-The weight of a marginal pair is not 1 but a power of two near 1 / (marginal blocks of the row): H_i and Z_i then stay
-in float16's range at any length, and the factor cancels in phi H / (phi Z) without a rounding error.
+The weight of a marginal pair is not 1 but a power of two near 1 / (marginal blocks of the row): H_i and Z_i then are
+of about the size of one h_j and z_j, and the factor cancels in phi H / (phi Z) without a rounding error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch import Tensor
 
 from .labels import WEIGHTS_TILE, marginal_weights
 from .launch import INTERPRETED, SIZES, Call, start
-from .tokens import dot, head_of, load_phi, load_slab, own_rows, phi_of, store, strided
+from .tokens import dot, for_linear, head_of, load_phi, load_slab, own_rows, phi_of, store, strided, to_tf32
+
+SMALLEST_DENOMINATOR = tl.constexpr(2.0**-96)  # as in the specification
 
 # --- parts of kernels ------------------------------------------------------------------------------------------------
 
@@ -58,7 +60,16 @@ def sound(denominator, sums, plan: tl.constexpr):
     """The denominators phi(Q_i) Z_i: 0 in a query block without marginal block, NaN if one of them is bad. # [ROWS]"""
     blocks = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS).to(tl.float32)
     bad = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS + 1).to(tl.float32)
+    denominator = tl.where(tl.abs(denominator) < SMALLEST_DENOMINATOR, 0.0, denominator)
     return tl.where(bad > 0, float("nan"), tl.where(blocks > 0, denominator, 0.0))
+
+
+@triton.jit
+def store_state(pointers, tile, plan: tl.constexpr):
+    """Write a part of a state in the states' dtype."""
+    if plan.TF32:
+        tile = to_tf32(tile)
+    tl.store(pointers, tile.to(pointers.dtype.element_ty))
 
 
 @triton.jit
@@ -75,7 +86,7 @@ def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
         H = tl.load(sums + h_slab(feature, plan))  # [FEATURES, COLUMNS]
         Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
         denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
-        O = dot(phi, H, O)
+        O = dot(phi, H, O, plan.TF32)
     denominator = sound(denominator, sums, plan)
     return tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])
 
@@ -101,23 +112,28 @@ def states_kernel(
     # as zero, and the block as bad; the query blocks that it is marginal to turn their rows into NaN.
     good = tl.min(finite(z), 0)
     z = tl.where(good == 1, z, 0.0)
-    tl.store(state + COLUMNS * COLUMNS + columns, z.to(states.dtype.element_ty))
+    store_state(state + COLUMNS * COLUMNS + columns, z, plan)
     for column in range(0, COLUMNS, plan.FEATURES):
         V = load_slab(value, first, column, plan.BLOCK_K, plan.FEATURES)  # [BLOCK_K, FEATURES]
         good = tl.minimum(good, tl.min(tl.min(finite(V), 1), 0))
-        h = tl.where(good == 1, dot(tl.trans(phi), V), 0.0)  # [COLUMNS, FEATURES]
+        h = tl.where(
+            good == 1, dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32), 0.0
+        )  # [COLUMNS, FEATURES]
         place = columns[:, None] * COLUMNS + (column + tl.arange(0, plan.FEATURES))[None, :]
-        tl.store(state + place, h.to(states.dtype.element_ty))
+        store_state(state + place, h, plan)
     counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
-    tl.store(state + (COLUMNS + 1) * COLUMNS + columns, counts.to(states.dtype.element_ty))
+    store_state(state + (COLUMNS + 1) * COLUMNS + columns, counts, plan)
 
 
 @triton.jit(do_not_specialize=["num_out", "num_in", "head_stride"])
 def sums_kernel(
     weights, states, sums, num_out, num_in, head_stride, out_stride, in_stride,
-    SIZE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr,
+    SIZE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """weights @ states in exact float32: H_i, Z_i from h_j, z_j [Alg. 1 L13], or back, their gradients [Alg. 2 L14]."""
+    """weights @ states in float32: H_i, Z_i from h_j, z_j [Alg. 1 L13], or back, their gradients [Alg. 2 L14].
+
+    As tf32 the products are exact too: weights are powers of two, and states were stored with no more bits than that.
+    """
     program = tl.program_id(0)
     tiles_out = tl.cdiv(num_out, OUT)
     tiles = tl.cdiv(SIZE, TILE)
@@ -135,15 +151,17 @@ def sums_kernel(
         W = tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))  # [OUT, IN]
         mask = (inner < num_in)[:, None] & (column < SIZE)[None, :]
         h = tl.load(states + (inner.to(tl.int64)[:, None] * SIZE + column[None, :]), mask=mask, other=0.0)  # [IN, TILE]
-        acc = dot(W, h, acc)
+        acc = dot(W, h, acc, TF32)
+    if TF32:
+        acc = to_tf32(acc)
     mask = (out < num_out)[:, None] & (column < SIZE)[None, :]
     tl.store(sums + (out.to(tl.int64)[:, None] * SIZE + column[None, :]), acc.to(sums.dtype.element_ty), mask=mask)
 
 
-def add_up(weights: Tensor, states: Tensor, sums: Tensor) -> None:
+def add_up(call: Call, weights: Tensor, states: Tensor, sums: Tensor) -> None:
     """sums = weights @ states for the heads of a chunk, by the vendor's product where its float32 sums are certain.
 
-    In float32 torch would follow the user's tf32 setting, so there a kernel of our own does it.
+    For float32 states torch would follow the user's tf32 setting, so there a kernel of our own does it.
     """
     heads, num_in, size = states.shape
     num_out = sums.shape[1]
@@ -153,7 +171,7 @@ def add_up(weights: Tensor, states: Tensor, sums: Tensor) -> None:
     tile = 4096 if INTERPRETED else 128  # in the interpreter a program costs more than an element
     programs = heads * math.ceil(num_out / WEIGHTS_TILE) * math.ceil(size / tile)
     sizes = (num_out, num_in, *weights.stride())
-    cut = {"SIZE": size, "OUT": WEIGHTS_TILE, "IN": WEIGHTS_TILE, "TILE": tile}
+    cut = {"SIZE": size, "OUT": WEIGHTS_TILE, "IN": WEIGHTS_TILE, "TILE": tile, "TF32": call.tf32}
     start(sums_kernel, programs, weights, states, sums, *sizes, **cut, num_warps=4)
 
 
@@ -179,10 +197,10 @@ class MarginalSums:
         query, labels = call.inputs.query, call.inputs.block_map.labels
         self.call, self.chunks = call, chunks_of_heads(call, per_query_block, tensors)
         self.keys = (strided(call.phi_key), strided(call.inputs.value))
-        self.weights = marginal_weights(call.inputs.block_map, query.dtype)
+        self.weights = marginal_weights(call.inputs.block_map, call.state_dtype)
         (_, heads), size = self.chunks[0], (call.columns + 2) * call.columns
-        self.states = torch.empty(heads, labels.shape[3], size, dtype=query.dtype, device=query.device)
-        self.sums = torch.empty(heads, labels.shape[2], size, dtype=query.dtype, device=query.device)
+        self.states = torch.empty(heads, labels.shape[3], size, dtype=call.state_dtype, device=query.device)
+        self.sums = torch.empty(heads, labels.shape[2], size, dtype=call.state_dtype, device=query.device)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """The first head of each chunk, and the sums of its heads (heads, Tq, size of a state)."""
@@ -190,13 +208,13 @@ class MarginalSums:
         for first, heads in self.chunks:
             states, sums = self.states[:heads], self.sums[:heads]
             self.call.start(states_kernel, tiles, heads * states.shape[1], *self.keys, states, first_head=first)
-            add_up(self.weights[first : first + heads], states, sums)
+            add_up(self.call, self.weights[first : first + heads], states, sums)
             yield first, sums
 
     def back(self, first: int, grad_sums: Tensor) -> Tensor:
         """The gradients of a chunk's states from those of its sums, in the place of the states. [Alg. 2 L14]"""
         heads = len(grad_sums)
-        add_up(self.weights[first : first + heads].mT, grad_sums, self.states[:heads])
+        add_up(self.call, self.weights[first : first + heads].mT, grad_sums, self.states[:heads])
         return self.states[:heads]
 
 
@@ -205,7 +223,7 @@ class MarginalSums:
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_sums_kernel(
-    phi_query, grad_linear, out_linear, grad_phi_query, sums, grad_sums,
+    phi_query, grad_linear, grad_phi_query, sums, grad_sums,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dQ^phi, or its share of dQ where phi is softmax, dH_i and dZ_i for query block i. [Alg. 2 L3-L5]"""
@@ -218,30 +236,35 @@ def grad_sums_kernel(
     grad_sums = state_of(grad_sums, block, plan)
 
     phi_rows = phi_of(phi_query, first, ROWS, plan)
+    grad_linear = head_of(grad_linear, head, num_heads, query_length, plan)
+    dO = for_linear(load_slab(grad_linear, first, 0, ROWS, COLUMNS), grad_linear, plan)
     denominator = tl.zeros([ROWS], tl.float32)
-    for feature in range(0, COLUMNS, plan.FEATURES):
-        Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
-        phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan)  # [ROWS, FEATURES]
-        denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
-    denominator = sound(denominator, sums, plan)
-    inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
-    dO = load_slab(head_of(grad_linear, head, num_heads, query_length, plan), first, 0, ROWS, COLUMNS)
-    O = load_slab(head_of(out_linear, head, num_heads, query_length, plan), first, 0, ROWS, COLUMNS)
-    Dl = tl.sum(dO.to(tl.float32) * O.to(tl.float32), 1)  # [ROWS] [Alg. 2 L2]
+    along = tl.zeros([ROWS], tl.float32)
     for feature in range(0, COLUMNS, plan.FEATURES):
         H = tl.load(sums + h_slab(feature, plan))  # [FEATURES, COLUMNS]
         Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
-        dphi = dot(dO, tl.trans(H)) - Dl[:, None] * Z[None, :]  # [Alg. 2 L5], but for the division
+        phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan).to(tl.float32)  # [ROWS, FEATURES]
+        denominator += tl.sum(phi * Z[None, :], 1)
+        along += tl.sum(phi * dot(dO, tl.trans(H), None, plan.TF32), 1)
+    denominator = sound(denominator, sums, plan)
+    inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
+    # This is rowsum(dO * O) with an O that is not rounded. Where few features hold a row, dphi is a small difference.
+    Dl = along * inverse  # [ROWS] [Alg. 2 L2]
+    for feature in range(0, COLUMNS, plan.FEATURES):
+        H = tl.load(sums + h_slab(feature, plan))  # [FEATURES, COLUMNS]
+        Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
+        dphi = dot(dO, tl.trans(H), None, plan.TF32) - Dl[:, None] * Z[None, :]  # [Alg. 2 L5], but for the division
         phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan)
         weight = phi.to(tl.float32) * inverse[:, None]  # phi(Q_i) / (phi(Q_i) Z_i), [ROWS, FEATURES]
         # dx = phi (dphi - phi . dphi), and phi . dphi = 0: O^l is the same for a longer phi(Q).
         dphi *= weight if plan.SOFTMAX else inverse[:, None]
         store(grad_phi_query, first, feature, dphi)
 
-        dH = dot(tl.trans(weight.to(dO.dtype)), dO)  # [FEATURES, COLUMNS] [Alg. 2 L3]
+        weight_tile = for_linear(weight, grad_linear, plan)
+        dH = dot(tl.trans(weight_tile), dO, None, plan.TF32)  # [FEATURES, COLUMNS] [Alg. 2 L3]
         dZ = -tl.sum(weight * Dl[:, None], 0)  # [FEATURES] [Alg. 2 L4]
-        tl.store(grad_sums + h_slab(feature, plan), dH.to(grad_sums.dtype.element_ty))
-        tl.store(grad_sums + z_slab(feature, plan), dZ.to(grad_sums.dtype.element_ty))
+        store_state(grad_sums + h_slab(feature, plan), dH, plan)
+        store_state(grad_sums + z_slab(feature, plan), dZ, plan)
     counts = (COLUMNS + 1) * COLUMNS + tl.arange(0, COLUMNS)  # they have no gradient
     tl.store(grad_sums + counts, tl.zeros([COLUMNS], grad_sums.dtype.element_ty))
 
@@ -260,20 +283,21 @@ def grad_keys_kernel(
     grad_state = state_of(grad_states, block, plan)
 
     phi_rows = phi_of(phi_key, first, KEYS, plan)
-    V = load_slab(head_of(value, head, num_heads, key_length, plan), first, 0, KEYS, COLUMNS)  # [KEYS, COLUMNS]
+    value = head_of(value, head, num_heads, key_length, plan)
+    V = for_linear(load_slab(value, first, 0, KEYS, COLUMNS), value, plan)  # [KEYS, COLUMNS]
     dV = tl.zeros([KEYS, COLUMNS], tl.float32)
     along = tl.zeros([KEYS], tl.float32)
     for feature in range(0, COLUMNS, plan.FEATURES):
         dh = tl.load(grad_state + h_slab(feature, plan))  # [FEATURES, COLUMNS]
         dz = tl.load(grad_state + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
         phi = load_phi(phi_rows, feature, KEYS, plan.FEATURES, plan)
-        dV = dot(phi, dh, dV)  # [Alg. 2 L17]
+        dV = dot(phi, dh, dV, plan.TF32)  # [Alg. 2 L17]
         along += tl.sum(phi.to(tl.float32) * dz[None, :], 1)
     along += tl.sum(V.to(tl.float32) * dV, 1)  # phi . dphi, [KEYS]
     for feature in range(0, COLUMNS, plan.FEATURES):
         dh = tl.load(grad_state + h_slab(feature, plan))  # [FEATURES, COLUMNS]
         dz = tl.load(grad_state + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
-        dphi = dot(V, tl.trans(dh)) + dz[None, :]  # [KEYS, FEATURES] [Alg. 2 L16]
+        dphi = dot(V, tl.trans(dh), None, plan.TF32) + dz[None, :]  # [KEYS, FEATURES] [Alg. 2 L16]
         if plan.SOFTMAX:  # dx = phi (dphi - phi . dphi)
             phi = load_phi(phi_rows, feature, KEYS, plan.FEATURES, plan)
             dphi = phi.to(tl.float32) * (dphi - along[:, None])
@@ -281,11 +305,11 @@ def grad_keys_kernel(
     store(head_of(grad_value, head, num_heads, key_length, plan), first, 0, dV)
 
 
-def backward(call: Call, out_linear: Tensor, grad_linear: Tensor, dphi_Q: Tensor, dphi_K: Tensor, dV: Tensor) -> None:
+def backward(call: Call, grad_linear: Tensor, dphi_Q: Tensor, dphi_K: Tensor, dV: Tensor) -> None:
     """Fill dphi_Q and dphi_K (with a share of dQ and dK where phi is softmax), and dV with this branch's share."""
     sums_of = MarginalSums(call, per_query_block=2, tensors=2)
     all_grad_sums = torch.empty_like(sums_of.sums)
-    of_queries = tuple(map(strided, (call.phi_query, grad_linear, out_linear, dphi_Q)))
+    of_queries = tuple(map(strided, (call.phi_query, grad_linear, dphi_Q)))
     of_keys = (*sums_of.keys, strided(dphi_K), strided(dV))
     query_tiles, key_tiles = call.tiles("grad_sums"), call.tiles("grad_keys")
     for first, sums in sums_of:

@@ -41,12 +41,18 @@ class Head(NamedTuple):
 
 
 @triton.jit
-def dot(a, b, acc=None):
-    """a @ b (+ acc), summed in float32; float32 operands are multiplied as such, never as tf32."""
+def dot(a, b, acc=None, TF32: tl.constexpr = False):
+    """a @ b (+ acc), summed in float32; float32 operands are multiplied as such, unless TF32 says as tf32."""
     if IN_INTERPRETER:  # NumPy has no bfloat16, and the interpreter would multiply its bits as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee")
+
+
+@triton.jit
+def to_tf32(x):
+    """float32 rounded to the 10 bits of tf32, which the matrix unit would cut off."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -154,9 +160,18 @@ def load_phi(phi, feature, ROWS: tl.constexpr, FEATURES: tl.constexpr, plan: tl.
     if plan.SOFTMAX:
         tile = exponentials(phi.tokens, phi.first, feature, phi.top, ROWS, FEATURES) * phi.share[:, None]
         tile = tl.where((phi.first + tl.arange(0, ROWS) < phi.tokens.length)[:, None], tile, 0.0)
-        tile = tile.to(phi.tokens.data.dtype.element_ty)
     else:
         tile = load_slab(phi.tokens, phi.first, feature, ROWS, FEATURES)
+    return for_linear(tile, phi.tokens, plan)
+
+
+@triton.jit
+def for_linear(tile, tokens, plan: tl.constexpr):
+    """A tile as the products of the linear branch take it: in the dtype of the tokens, or as tf32 for float16."""
+    if plan.TF32:
+        tile = to_tf32(tile.to(tl.float32))
+    else:
+        tile = tile.to(tokens.data.dtype.element_ty)
     return tile
 
 

@@ -1,0 +1,96 @@
+"""The classification as kernels: in float64, as the specification has it, for what torch's own kernels take in float32.
+
+One kernel pools tokens. Their product is left to torch. The other kernel finds the last score that is still critical by
+fixing its bits one after the other, which takes less time than sorting a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .labels import IS_CRITICAL, IS_MARGINAL, IS_NEGLIGIBLE
+from .launch import columns_of, start
+from .tokens import strided
+
+LOWEST = tl.constexpr(-(2**63))  # int64's smallest number, which is also the value of its first bit
+
+
+@triton.jit(do_not_specialize=["num_heads", "length", "block"])
+def pool_kernel(tokens, pooled, num_heads, length, block, D, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The mean of the tokens of one block, D numbers of float64. [Eq. 2]"""
+    num_blocks = tl.cdiv(length, block)
+    head = tl.program_id(0) // num_blocks
+    first = tl.program_id(0) % num_blocks * block
+    end = tl.minimum(first + block, length)
+    data = tokens.data + (head // num_heads).to(tl.int64) * tokens.batch + (head % num_heads).to(tl.int64) * tokens.head
+    column = tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float64)
+    for step in range(first, end, ROWS):
+        row = step + tl.arange(0, ROWS)
+        inside = (row < end)[:, None] & (column < D)[None, :]
+        tile = tl.load(data + row.to(tl.int64)[:, None] * tokens.token + column[None, :], mask=inside, other=0.0)
+        total += tl.sum(tile.to(tl.float64), 0)
+    mean = total / (end - first).to(tl.float64)
+    tl.store(pooled + tl.program_id(0).to(tl.int64) * D + column, mean, mask=column < D)
+
+
+@triton.jit
+def among_largest(order, count):
+    """Which entries of a row are its `count` largest; of equal ones the earlier come first. # bool [WIDTH]"""
+    # Bit by bit, `last` becomes the largest number that at least `count` entries reach. Once exactly `count` entries reach
+    # it, they are the ones, and the other bits do not matter.
+    last = tl.full([], LOWEST, tl.int64)
+    bit = last
+    reached = count + 1
+    while (bit != 0) & (reached != count):
+        reach = tl.sum((order >= last + bit).to(tl.int32), 0)
+        reached = tl.where(reach >= count, reach, reached)
+        last = tl.where(reach >= count, last + bit, last)
+        bit = (bit >> 1) & 0x7FFFFFFFFFFFFFFF
+    above = order > last
+    equal = (order == last).to(tl.int32)
+    first_equals = tl.cumsum(equal, 0) <= count - tl.sum(above.to(tl.int32), 0)
+    return tl.where(reached == count, order >= last, above | ((equal == 1) & first_equals))
+
+
+@triton.jit(do_not_specialize=["num_key_blocks", "num_critical", "num_negligible"])
+def labels_kernel(scores, labels, num_key_blocks, num_critical, num_negligible, WIDTH: tl.constexpr):
+    """The classes of the key blocks of one query block. [Eq. 3] [Alg. 1 L6]"""
+    j = tl.arange(0, WIDTH)
+    row = tl.program_id(0).to(tl.int64) * num_key_blocks
+    score = tl.load(scores + row + j, mask=j < num_key_blocks, other=0.0) + 0.0  # 0.0 and -0.0 become the same bits
+    bits = score.to(tl.int64, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)  # integers in the order of the scores
+    order = tl.where(j < num_key_blocks, order, LOWEST)
+    critical = among_largest(order, num_critical)
+    kept = among_largest(order, num_key_blocks - num_negligible)
+    label = tl.where(critical, IS_CRITICAL, tl.where(kept, IS_MARGINAL, IS_NEGLIGIBLE))
+    tl.store(labels + row + j, label.to(tl.int8), mask=j < num_key_blocks)
+
+
+def classify(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
+    """The labels (B, H, Tq, Tk) int8 that `sla_ref.classify_blocks` defines."""
+    with torch.cuda.device_of(query):
+        scores = pool(query, block_q) @ pool(key, block_k).mT  # (B, H, Tq, Tk) [Alg. 1 L5]
+        labels = torch.empty(scores.shape, dtype=torch.int8, device=query.device)
+        num_key_blocks = scores.shape[-1]
+        width = triton.next_power_of_2(num_key_blocks)
+        sizes = (num_key_blocks, num_critical, num_negligible)
+        warps = min(max(width // 512, 1), 16)
+        start(labels_kernel, scores.numel() // num_key_blocks, scores, labels, *sizes, WIDTH=width, num_warps=warps)
+    return labels
+
+
+def pool(tokens: Tensor, block: int) -> Tensor:
+    """The mean of each block, (B, H, T, D) float64; the last block may be partial. [Eq. 2]"""
+    batch, heads, length, head_dim = tokens.shape
+    pooled = torch.empty(batch, heads, math.ceil(length / block), head_dim, dtype=torch.float64, device=tokens.device)
+    cut = {"COLUMNS": columns_of(head_dim), "ROWS": max(1, 8192 // columns_of(head_dim))}
+    sizes = (heads, length, min(block, length), head_dim)
+    start(pool_kernel, pooled.numel() // head_dim, strided(tokens), pooled, *sizes, **cut, num_warps=4)
+    return pooled
