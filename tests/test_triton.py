@@ -72,20 +72,28 @@ FAULTS = {
     "states: Z is skipped": Fault(
         "linear.py",
         "states_kernel",
-        "COLUMNS * COLUMNS + columns, z.to(",
-        "COLUMNS * COLUMNS + columns, (0 * z).to(",
+        "COLUMNS * COLUMNS + columns, z, plan)",
+        "COLUMNS * COLUMNS + columns, 0 * z, plan)",
         "linear",
     ),
     "states: h counts twice, z once": Fault(
-        "linear.py", "states_kernel", "dot(tl.trans(phi), V), 0.0)", "2 * dot(tl.trans(phi), V), 0.0)", "linear"
+        "linear.py", "states_kernel", "tl.where(good == 1, dot(", "tl.where(good == 1, 2 * dot(", "linear"
     ),
     "sums: the weights of another block": Fault(
         "linear.py", "sums_kernel", "inner[None, :] * in_stride", "(inner ^ 1)[None, :] * in_stride", "linear"
     ),
     "softmax: the tail is not masked": Fault("sparse.py", "scores", "    if PARTIAL:", "    if False:", "sparse"),
     "softmax: O is not rescaled": Fault("sparse.py", "softmax_step", "run.O * shrink[:, None]", "run.O", "sparse"),
+    "softmax: the largest score is not taken off": Fault(
+        "sparse.py",
+        "softmax_step",
+        "tl.maximum(run.m, tl.max(S, 1))",
+        "tl.zeros_like(run.m)",
+        "sparse",
+        {"spread": 100.0, "critical_ratio": 0.6},
+    ),
     "softmax: lse in base 2": Fault(
-        "sparse.py", "sparse_rows", "(run.m + tl.log2(l)) * LN_2", "(run.m + tl.log2(l))", "lse"
+        "sparse.py", "sparse_rows", "(run.m * scale + tl.log2(l)) * LN_2", "run.m * scale + tl.log2(l)", "lse"
     ),
     "linear rows: phi(Q) H is not divided": Fault(
         "linear.py", "linear_rows", "O / denominator[:, None]", "O", "linear"
@@ -129,6 +137,14 @@ DEFAULT_PHI_FAULTS = {  # the same, where the kernels compute phi by themselves
     ),
     "grad keys: phi . dphi is forgotten": Fault(
         "linear.py", "grad_keys_kernel", "(dphi - along[:, None])", "dphi", "grad_key"
+    ),
+    "float16: the states have its range": Fault(
+        "launch.py",
+        "__init__",
+        "torch.float32 if self.tf32 else query.dtype",
+        "query.dtype",
+        "linear",
+        {"spread": 20.0, "dtype": torch.float16},
     ),
     "dq: the linear branch's share is overwritten": Fault(
         "sparse.py", "dq_kernel", "dQ += load_slab(grad_query", "_ = load_slab(grad_query", "grad_query"

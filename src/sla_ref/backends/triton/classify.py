@@ -42,8 +42,8 @@ def pool_kernel(tokens, pooled, num_heads, length, block, D, COLUMNS: tl.constex
 @triton.jit
 def among_largest(order, count):
     """Which entries of a row are its `count` largest; of equal ones the earlier come first. # bool [WIDTH]"""
-    # Bit by bit, `last` becomes the largest number that at least `count` entries reach. Once exactly `count` entries reach
-    # it, they are the ones, and the other bits do not matter.
+    # Bit by bit, `last` becomes the largest number that at least `count` entries reach. Once exactly `count` entries
+    # reach it, they are the ones, and the other bits do not matter.
     last = tl.full([], LOWEST, tl.int64)
     bit = last
     reached = count + 1

@@ -35,7 +35,7 @@ class Running(NamedTuple):
 
     O: Any  # not divided by l yet, [ROWS, COLUMNS]
     l: Any  # each row's sum, [ROWS]
-    m: Any  # each row's maximum, in base 2, [ROWS]
+    m: Any  # each row's maximum of Q K^T, not scaled, [ROWS]
 
 
 @triton.jit
@@ -43,9 +43,9 @@ def softmax_step(run, Q, key, value, first_key, scale, PARTIAL: tl.constexpr, pl
     """Take KEYS more keys of a critical block into the softmax. [Eq. 4]"""
     K = load(key, first_key, plan.KEYS, plan.COLUMNS)  # [KEYS, COLUMNS]
     S = scores(Q, K, first_key, key.length, PARTIAL)  # [ROWS, KEYS] [Alg. 1 L9]
-    m = tl.maximum(run.m, tl.max(S, 1) * scale)
-    P = tl.exp2(S * scale - m[:, None])
-    shrink = tl.exp2(run.m - m)
+    m = tl.maximum(run.m, tl.max(S, 1))
+    P = tl.exp2((S - m[:, None]) * scale)  # exactly 1 for the largest score, which a fused S * scale - m misses
+    shrink = tl.exp2((run.m - m) * scale)
     l = run.l * shrink + tl.sum(P, 1)  # [Alg. 1 L10]
     V = load(value, first_key, plan.KEYS, plan.COLUMNS)  # [KEYS, COLUMNS]
     O = dot(P.to(V.dtype), V, run.O * shrink[:, None])  # [Alg. 1 L11]
@@ -73,7 +73,7 @@ def sparse_rows(Q, key, value, kv_indices, num_blocks, scale, plan: tl.constexpr
         first_key = tl.load(kv_indices + step // STEPS) * plan.BLOCK_K + step % STEPS * plan.KEYS
         run = softmax_step(run, Q, key, value, first_key, scale, True, plan)
     l = tl.where(num_steps == 0, 1.0, run.l)  # no critical block: sparse = 0, lse = -inf
-    return run.O / l[:, None], (run.m + tl.log2(l)) * LN_2  # [Alg. 1 L16]
+    return run.O / l[:, None], (run.m * scale + tl.log2(l)) * LN_2  # [Alg. 1 L16]
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
