@@ -127,6 +127,10 @@ def read_cells(script: Path) -> list[Cell]:
         for number, line in enumerate(text.splitlines() if cell.cell_type == "code" else [], start=marker + 1):
             if len(line) > WIDTH:
                 raise BuildError(f"{script.name}:{number}: code must have at most {WIDTH} columns, got {len(line)}")
+        if cell.cell_type == "code" and "plt.show()" in FIGURE.sub("", text):
+            raise BuildError(
+                f"{script.name}:{marker}: plt.show() must close what begins with `figure, ... = plt.subplots`"
+            )
     order = [cell.tag for cell in cells if cell.tag]
     if order != ["exercise", "solution", "check"] * (len(order) // 3):
         raise BuildError(f"{script.name}: an exercise is a stub, a solution and a check in this order, got {order}")

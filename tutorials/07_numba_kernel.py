@@ -552,7 +552,7 @@ for kernel, (threads, registers, shared) in needs.items():
         f"{decided_by[kernel]}"
     )
 
-# Shared memory of the forward: Q, KV, P and the partial results of the lanes, with their spare columns.
+# Shared memory of the forward: Q, KV, P and the lanes' partial results, with spare columns.
 assert needs["forward_kernel"][2] == 4 * (64 * 65 + 32 * 65 + 64 * 33 + 64 * 9)
 assert decided_by.pop("dkdv_kernel") == "shared memory"
 assert set(decided_by.values()) == {"registers"}

@@ -118,60 +118,54 @@ def check_exercise(number: int, answer: Callable[..., object]) -> Iterator[None]
             raise WrongAnswer(f"exercise {number}, {name}: {what_failed(error)}") from error
         print(f"exercise {number}: {name} is not filled in yet")
     else:
-        assert not is_stub(source), (
-            f"the check of exercise {number} passes on the stub, so that it checks nothing"
-        )
+        assert not is_stub(source), f"the check of exercise {number} passes on the stub"
         print(f"exercise {number}: correct")
 
 
 def is_stub(source: Source) -> bool:
     """True for a function with nothing in its body but a docstring and `...`."""
-    (function,) = ast.parse(source.code).body
-    assert isinstance(function, ast.FunctionDef)
-    return all(
+    (definition,) = ast.parse(source.code).body
+    return isinstance(definition, ast.FunctionDef) and all(
         isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
-        for line in function.body
+        for line in definition.body
     )
 
 
 def what_failed(error: Exception) -> str:
     """The message of an error; of an assert that has none, the assert itself."""
     if isinstance(error, AssertionError):
-        return (
-            str(error)
-            or f"this does not hold: {traceback.extract_tb(error.__traceback__)[-1].line}"
-        )
+        failed = traceback.extract_tb(error.__traceback__)[-1].line
+        return str(error) or f"this does not hold: {failed}"
     return f"{type(error).__name__}: {error}"
 
 
 def expect(what: str, got: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> None:
-    """Compares numbers, tensors or arrays, or tuples of these, with what is expected.
+    """Compares a number, a tensor, an array, or a tuple of these with what is expected.
 
     Raises:
-        AssertionError: they differ by more than `atol + rtol * |expected|`. The message begins with `what` and says
-            where they differ first, and what was expected there.
+        AssertionError: they differ by more than `atol + rtol * |expected|`. The message begins with `what`, and says
+            where they differ first and what was expected there.
     """
-    if isinstance(expected, tuple):
-        if not isinstance(got, tuple) or len(got) != len(expected):
-            raise AssertionError(f"{what}: expected a tuple of {len(expected)}, got {got!r}")
-        for place, pair in enumerate(zip(got, expected, strict=True)):
-            expect(f"{what}, [{place}] of the tuple", *pair, rtol=rtol, atol=atol)
-        return
     if got is None:
         raise AssertionError(f"{what}: got None; does the function return its result?")
+    if isinstance(expected, tuple):
+        if not isinstance(got, tuple | list) or len(got) != len(expected):
+            raise AssertionError(f"{what}: expected a tuple of {len(expected)}, got {got!r}")
+        for place, pair in enumerate(zip(got, expected, strict=True)):
+            expect(f"{what}[{place}]", *pair, rtol=rtol, atol=atol)
+        return
     got, expected = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
     if got.shape != expected.shape:
-        raise AssertionError(
-            f"{what}: expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-        )
+        shapes = f"expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"
+        raise AssertionError(f"{what}: {shapes}")
     wrong = ~torch.isclose(got, expected, rtol=rtol, atol=atol)
-    if wrong.any():
-        first = tuple(wrong.nonzero()[0].tolist())
-        where = (
-            f" at {list(first)}, the first of {int(wrong.sum())} wrong numbers of {wrong.numel()}"
-            if first
-            else ""
+    if not wrong.any():
+        return
+    first = tuple(wrong.nonzero()[0].tolist())
+    message = f"expected {expected[first].item()}, got {got[first].item()}"
+    if wrong.ndim:
+        rows = sorted({row for row, *_ in wrong.nonzero().tolist()})
+        message += (
+            f" at {list(first)}; wrong in {len(rows)} of {len(wrong)} rows, {rows[0]} to {rows[-1]}"
         )
-        raise AssertionError(
-            f"{what}{where}: expected {expected[first].item():.7g}, got {got[first].item():.7g}"
-        )
+    raise AssertionError(f"{what}: {message}")

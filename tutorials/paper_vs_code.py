@@ -302,4 +302,4 @@ print(f"mean squared distance to the teacher's prediction: {card['distance']:.3g
 # A fresh layer is its sparse branch, because Proj starts at zero. Proj alone repairs a part of what is missing, so a
 # fine-tune trains all parameters.
 #
-# Next: [Numerics](../numerics.md)
+# Next: [Numerics and guarantees](../numerics.md)
