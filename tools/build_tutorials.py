@@ -358,11 +358,12 @@ def downloads(script: Path) -> str:
     if has_exercises(script):
         files["solutions"] = f"{name}_solutions.py"
     link = {what: f"[{what}]({file}){{ download }}" for what, file in files.items()}
-    needed = [extra for extra in ("triton", "numba") if re.search(rf"^(import|from) {extra}\b", text, re.MULTILINE)]
+    imported = " ".join(re.findall(r"^(?:import|from) (\S+)", text, re.MULTILINE))
+    needed = [extra for extra in ("triton", "numba") if re.search(rf"\b{extra}\b", imported)]
     return (
-        f"{minutes(script)} minutes, exercises not counted · Download: {link.pop('script')} · {link.pop('notebook')}, "
-        f"each with {' · '.join(link.values())}<br>\n"
-        f"To open the notebook, save it in the folder `tutorials` of a clone, then "
+        f"{minutes(script)} minutes, exercises not counted · Download: {link.pop('script')} · {link.pop('notebook')} · "
+        f"{link.pop(LESSON.name)}, which both need{''.join(f' · {each}' for each in link.values())}<br>\n"
+        "To open the notebook, save it in the folder `tutorials` of a clone, then "
         f'`pip install ".[{",".join(["lab", "notebooks", *needed])}]"` and `jupyter lab tutorials/{name}.ipynb`.\n'
         "{ .download }\n"
     )
