@@ -355,13 +355,15 @@ def downloads(script: Path) -> str:
     """The line below the title: how long the tutorial takes, what to download, and how a notebook is opened."""
     name, text = script.stem, script.read_text(encoding="utf-8")
     files = {"script": script.name, "notebook": f"{name}.ipynb", LESSON.name: LESSON.name}
+    takes = f"{minutes(script)} minutes"
     if has_exercises(script):
         files["solutions"] = f"{name}_solutions.py"
+        takes += ", exercises not counted"
     link = {what: f"[{what}]({file}){{ download }}" for what, file in files.items()}
     imported = " ".join(re.findall(r"^(?:import|from) (\S+)", text, re.MULTILINE))
     needed = [extra for extra in ("triton", "numba") if re.search(rf"\b{extra}\b", imported)]
     return (
-        f"{minutes(script)} minutes, exercises not counted · Download: {link.pop('script')} · {link.pop('notebook')} · "
+        f"{takes} · Download: {link.pop('script')} · {link.pop('notebook')} · "
         f"{link.pop(LESSON.name)}, which both need{''.join(f' · {each}' for each in link.values())}<br>\n"
         "To open the notebook, save it in the folder `tutorials` of a clone, then "
         f'`pip install ".[{",".join(["lab", "notebooks", *needed])}]"` and `jupyter lab tutorials/{name}.ipynb`.\n'

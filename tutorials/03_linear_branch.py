@@ -396,7 +396,8 @@ assert torch.equal(of_sla, of_sparse)
 # ## Exercises
 #
 # **1. No loop.** Write the linear branch for all query blocks at once. The sums $H_i$ over the marginal blocks are a
-# product of a 0/1 matrix with the states; `torch.einsum` is one way. Whole blocks only.
+# product of a 0/1 matrix with the states; `torch.einsum` is one way. Whole blocks only; one of the query blocks has no
+# marginal block.
 
 
 # %% tags=["exercise"]
