@@ -93,7 +93,7 @@ def test_import_loads_torch_and_numpy_only():
     assert loaded.split() == []
 
 
-def test_constraints_pin_every_need():
+def test_constraints_pin_every_need_of_make():
     pins = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -101,7 +101,10 @@ def test_constraints_pin_every_need():
             assert canonicalize_name(name) not in pins, f"{name} is pinned twice"
             pins[canonicalize_name(name)] = version
     extras = PROJECT["optional-dependencies"]
-    for need in PROJECT["dependencies"] + [need for extra in extras for need in extras[extra]]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    installed = set(",".join(re.findall(r": *EXTRAS = (\S+)", makefile)).split(","))
+    assert {"lab", "docs", "dev"} <= installed
+    for need in PROJECT["dependencies"] + [need for extra in installed for need in extras[extra]]:
         requirement = Requirement(need)
         if requirement.name == PROJECT["name"]:
             continue

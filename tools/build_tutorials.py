@@ -2,11 +2,18 @@
 
 A tutorial is a script in jupytext's percent format. Its cells run from top to bottom in one namespace, each tutorial in
 a process of its own, two at a time. The page gets the text, the code, what the code printed, the sources it showed and
-its figures; beside the page lie, to download, the script, a notebook and `lesson.py`, which both import. Whatever
-raises, a failing assert too, fails the build, which names the script's line.
+its figures. The code of a figure is folded, and so is a long source. Whatever raises, a failing assert too, fails the
+build, which names the script's line.
 
 An exercise is four cells: the task in a text cell, then code cells with the tags "exercise" (a stub), "solution" and
-"check". The check must fail on the stub and pass on the solution; the page folds the solution.
+"check". The check is written with `lesson.check_exercise`. It must report the stub, pass on the solution, and fail on
+the mistake that the solution's cell names: `mistake=["+ 1", ""]` replaces a piece of the solution's text. The page
+folds the solution.
+
+Beside the page lie, to download, the script and a notebook, both without the solutions, the script with the solutions
+in place of the stubs, and `lesson.py`, which all of them import.
+
+The last cell is a recap, and links to what to read next: "Next: [2. Title](02_name.md)".
 
 Pages are the same, byte for byte, whenever they are built.
 """
@@ -16,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import linecache
 import os
 import re
 import subprocess
@@ -39,6 +47,13 @@ PAGES = ROOT / "docs" / "tutorials"
 LESSON = SCRIPTS / "lesson.py"
 TUTORIALS = sorted(set(SCRIPTS.glob("*.py")) - {LESSON})
 AT_A_TIME = 2
+
+WIDTH = 100  # columns of code that a page shows without a scroll bar on a screen of 1400 pixels
+LONG = 25  # lines of a source, above which the page folds it
+WORDS, LINES = 200, 10  # that somebody reads in a minute
+
+FIGURE = re.compile(r"^figure, [^\n]*plt\.subplots.*?^plt\.show\(\)$", re.DOTALL | re.MULTILINE)
+NEXT = re.compile(r"^Next: \[[^\]]+\]\(([\w./]+)\.md\)$", re.MULTILINE)
 
 INK = "#0f0e0d"  # stands in a figure for the colour of the text around it, which the reader's theme decides
 STYLE = {
@@ -86,6 +101,8 @@ class Cell(NamedTuple):
     """"exercise", "solution", "check" or None."""
     line: int
     """Where the cell's text begins in the script."""
+    mistake: tuple[str, str] | None
+    """Of a solution: what to replace in it, and by what, to make it wrong."""
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -103,13 +120,36 @@ def read_cells(script: Path) -> list[Cell]:
         tags = cell.metadata.get("tags", [])
         if unknown := set(tags) - {"exercise", "solution", "check"}:
             raise BuildError(f"{script.name}:{marker}: a tag must be exercise, solution or check, got {unknown}")
-        cells.append(Cell(cell.cell_type, cell.source, tags[0] if tags else None, marker + 1))
+        text, mistake = cell.source, cell.metadata.get("mistake")
+        cells.append(Cell(cell.cell_type, text, tags[0] if tags else None, marker + 1, mistake and tuple(mistake)))
+        if tags == ["solution"] and (not mistake or text.count(mistake[0]) != 1):
+            raise BuildError(f"{script.name}:{marker}: a solution names a mistake, a piece of its text and another")
+        for number, line in enumerate(text.splitlines() if cell.cell_type == "code" else [], start=marker + 1):
+            if len(line) > WIDTH:
+                raise BuildError(f"{script.name}:{number}: code must have at most {WIDTH} columns, got {len(line)}")
+        if cell.cell_type == "code" and "plt.show()" in FIGURE.sub("", text):
+            raise BuildError(
+                f"{script.name}:{marker}: plt.show() must close what begins with `figure, ... = plt.subplots`"
+            )
     order = [cell.tag for cell in cells if cell.tag]
     if order != ["exercise", "solution", "check"] * (len(order) // 3):
         raise BuildError(f"{script.name}: an exercise is a stub, a solution and a check in this order, got {order}")
+    for number, check in enumerate((cell for cell in cells if cell.tag == "check"), start=1):
+        if f"with check_exercise({number}, " not in check.text:
+            raise BuildError(f"{script.name}:{check.line}: the check must be in `with check_exercise({number}, ...`")
     if not cells or not cells[0].text.startswith("# "):
         raise BuildError(f"{script.name}: the first cell must be text that begins with the title, '# N. Title'")
+    if not cells[-1].text.startswith("## Recap\n") or not re.search(NEXT, cells[-1].text):
+        raise BuildError(f"{script.name}: the last cell must be text: '## Recap', and at its end 'Next: [title](page)'")
     return cells
+
+
+def minutes(script: Path) -> int:
+    """How long it takes to read a tutorial, without its exercises, figures' code and the sources that it shows."""
+    cells = [cell for cell in read_cells(script) if not cell.tag]
+    words = sum(len(cell.text.split()) for cell in cells if cell.kind == "markdown")
+    lines = sum(len(FIGURE.sub("", cell.text).splitlines()) for cell in cells if cell.kind == "code")
+    return 5 * round((words / WORDS + lines / LINES) / 5)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -138,7 +178,11 @@ class Run:
 
         def show(source: lesson.Source) -> None:
             flush()
-            pieces.append(fenced(source.code, f'python title="{source.caption}"'))
+            lines = len(source.code.splitlines())
+            if lines > LONG:
+                pieces.append(folded("quote", f"{source.caption} ({lines} lines)", fenced(source.code, "python")))
+            else:
+                pieces.append(fenced(source.code, f'python title="{source.caption}"'))
 
         lesson.show = show
         # Empty lines in front give every line the number that it has in the script.
@@ -200,15 +244,16 @@ def render(script: Path) -> str:
     for number, cell in enumerate(read_cells(script), start=1):
         try:
             if cell.kind == "markdown":
-                page.append(with_drawings(cell.text) + "\n")
+                page.append(NEXT.sub(with_minutes, with_drawings(cell.text)) + "\n")
             elif cell.tag == "solution":
-                solution = cell  # runs when its check has failed on the stub
+                solution = cell  # runs when its check has been tried on the stub
             elif cell.tag == "check":
-                require_failure(run, cell)
+                try_check(run, cell, solution)
                 hidden = [fenced(solution.text, "python"), *run.execute(solution)]
-                page += [fenced(cell.text, "python"), *run.execute(cell), folded("Solution", "\n".join(hidden))]
-            else:
                 page += [fenced(cell.text, "python"), *run.execute(cell)]
+                page.append(folded("success", "Solution", "\n".join(hidden)))
+            else:
+                page += [*shown(cell.text), *run.execute(cell)]
         except Exception as error:
             raise BuildError(f"{where(script, error, cell)} (cell {number}): {explain(error)}") from error
         if number == 1:
@@ -216,16 +261,46 @@ def render(script: Path) -> str:
     return "\n".join(page)
 
 
-def require_failure(run: Run, check: Cell) -> None:
-    """Runs a check on the stub, where it has to fail; in a copy of this process, so that it leaves nothing behind."""
+def shown(code: str) -> Iterator[str]:
+    """The code of a cell; what draws a figure is folded."""
+    end = 0
+    for figure in FIGURE.finditer(code):
+        if before := code[end : figure.start()].strip():
+            yield fenced(before, "python")
+        yield folded("quote", "Code of the figure", fenced(figure[0], "python"))
+        end = figure.end()
+    if after := code[end:].strip():
+        yield fenced(after, "python")
+
+
+def try_check(run: Run, check: Cell, solution: Cell) -> None:
+    """Raises BuildError unless the check reports the stub, which has run, and fails on the solution's mistake."""
+    if verdict(run, check) != "not filled in yet":
+        raise BuildError("the check must report the stub; it passes there, or fails outside of `with check_exercise`")
+    old, new = solution.mistake
+    wrong = solution._replace(text=solution.text.replace(old, new))
+    if verdict(run, wrong, check) != "wrong":
+        raise BuildError(f"the check must fail on a wrong answer; it passes with {new!r} for {old!r} in the solution")
+
+
+def verdict(run: Run, *cells: Cell) -> str:
+    """What a check at the end of the cells says; they run in a copy of this process, and leave nothing behind."""
+    verdicts = ["correct", "not filled in yet", "wrong", "failed"]
     if (copy := os.fork()) == 0:
+        said = "failed"
         try:
-            run.execute(check)
-        except Exception:
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(copy, 0)[1] == 0:
-        raise BuildError("the check passes on the stub, so that it checks nothing")
+            lines = run.script.read_text(encoding="utf-8").splitlines(keepends=True)
+            for cell in cells:  # Triton reads the source of a kernel: from here, where the text is not that of the file
+                own = [line + "\n" for line in cell.text.splitlines()]
+                lines[cell.line - 1 : cell.line - 1 + len(own)] = own
+            linecache.cache[str(run.script)] = (0, None, lines, str(run.script))
+            printed = "".join(piece for cell in cells for piece in run.execute(cell))
+            said = "not filled in yet" if "not filled in yet" in printed else "correct"
+        except lesson.WrongAnswer:
+            said = "wrong"
+        finally:
+            os._exit(verdicts.index(said))
+    return verdicts[os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])]
 
 
 def where(script: Path, error: BaseException, cell: Cell) -> str:
@@ -240,20 +315,69 @@ def explain(error: BaseException) -> str:
     return str(error) if isinstance(error, BuildError) else f"{type(error).__name__}: {error}"
 
 
-def folded(title: str, body: str) -> str:
+def folded(kind: str, title: str, body: str) -> str:
     indented = "".join(f"    {line}\n" if line else "\n" for line in body.splitlines())
-    return f'??? success "{title}"\n\n{indented}'
+    return f'??? {kind} "{title}"\n\n{indented}'
+
+
+def with_minutes(link: re.Match[str]) -> str:
+    """The link to the next page, with its reading time if it is a tutorial."""
+    script = SCRIPTS / f"{link[1]}.py"
+    return f"{link[0]}, {minutes(script)} minutes." if script.exists() else f"{link[0]}."
+
+
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+def without(tag: str, script: Path) -> str:
+    """The text of a script without the cells that have this tag."""
+    cells = re.split(r"^(?=# %%)", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    left = "".join(cell for cell in cells if not cell.startswith(f'# %% tags=["{tag}"]'))
+    return re.sub(r"^(# %%.*?) mistake=.*$", r"\1", left, flags=re.MULTILINE)
+
+
+def to_fill_in(script: Path) -> str:
+    """The script without the solutions; where it has exercises, the first cell says how to do them."""
+    first, marker, rest = without("solution", script).partition("\n# %%")
+    if has_exercises(script):
+        first = first.rstrip() + "\n" + HOW_TO
+    return first + marker + rest
+
+
+HOW_TO = """\
+#
+# *Exercises: write your answers where a function has nothing in its body but `...`. A check follows each of them. It
+# says "correct". While nothing is filled in, it says so and the lesson goes on. A wrong answer stops it with an error.*
+"""
 
 
 def downloads(script: Path) -> str:
-    notebook = f"[notebook]({script.stem}.ipynb){{ download }}"
-    needed = f"[{LESSON.name}]({LESSON.name}){{ download }}"
-    return f"Download: [script]({script.name}){{ download }} · {notebook}, each with {needed}\n{{ .download }}\n"
+    """The line below the title: how long the tutorial takes, what to download, and how a notebook is opened."""
+    name, text = script.stem, script.read_text(encoding="utf-8")
+    files = {"script": script.name, "notebook": f"{name}.ipynb", LESSON.name: LESSON.name}
+    takes = f"{minutes(script)} minutes"
+    if has_exercises(script):
+        files["solutions"] = f"{name}_solutions.py"
+        takes += ", exercises not counted"
+    link = {what: f"[{what}]({file}){{ download }}" for what, file in files.items()}
+    imported = " ".join(re.findall(r"^(?:import|from) (\S+)", text, re.MULTILINE))
+    needed = [extra for extra in ("triton", "numba") if re.search(rf"\b{extra}\b", imported)]
+    return (
+        f"{takes} · Download: {link.pop('script')} · {link.pop('notebook')} · "
+        f"{link.pop(LESSON.name)}, which both need{''.join(f' · {each}' for each in link.values())}<br>\n"
+        "To open the notebook, save it in the folder `tutorials` of a clone, then "
+        f'`pip install ".[{",".join(["lab", "notebooks", *needed])}]"` and `jupyter lab tutorials/{name}.ipynb`.\n'
+        "{ .download }\n"
+    )
 
 
-def notebook_of(script: Path) -> str:
-    """The script as a notebook that has not been run."""
-    notebook = jupytext.reads(script.read_text(encoding="utf-8"), fmt="py:percent")
+def has_exercises(script: Path) -> bool:
+    return any(cell.tag for cell in read_cells(script))
+
+
+def notebook_of(text: str) -> str:
+    """A script as a notebook that has not been run."""
+    notebook = jupytext.reads(text, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # else random
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -264,9 +388,13 @@ def notebook_of(script: Path) -> str:
 
 
 def build(script: Path, folder: Path) -> None:
-    """Writes the page, the script and the notebook of a tutorial, and the helper that it imports."""
-    files = {f"{script.stem}.md": render(script), f"{script.stem}.ipynb": notebook_of(script)}
-    files |= {each.name: each.read_text(encoding="utf-8") for each in (script, LESSON)}
+    """Writes the page of a tutorial and what can be downloaded from it."""
+    exercises = to_fill_in(script)
+    files = {f"{script.stem}.md": render(script), script.name: exercises}
+    files[f"{script.stem}.ipynb"] = notebook_of(exercises)
+    if has_exercises(script):
+        files[f"{script.stem}_solutions.py"] = without("exercise", script)
+    files[LESSON.name] = LESSON.read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         with whole(folder / name) as path:

@@ -19,7 +19,7 @@
 # %%
 import matplotlib.pyplot as plt
 import torch
-from lesson import show_source
+from lesson import check_exercise, expect, show_source
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
@@ -30,7 +30,8 @@ from sla_ref.lab import evaluate, weights
 teacher, card = weights.load_weights(weights.TEACHER)
 clips = evaluate.held_out(teacher, 4)
 caught = evaluate.attention_inputs(teacher, clips.x, clips.time, clips.labels)
-layers = [(query, key) for query, key, value in caught]  # of each layer: (clip, head, token, feature)
+# of each layer: (clip, head, token, feature)
+layers = [(query, key) for query, key, value in caught]
 
 BLOCK = teacher.config.block
 query, key = layers[2]  # the third layer
@@ -50,14 +51,18 @@ print(f"{N} tokens in {T} blocks of {BLOCK}: {T * T} pairs per head")
 # means is the mean of all $b^2$ scores of the tile.
 
 # %%
-pooled_query = torch.stack([tokens.mean(dim=2) for tokens in query.double().split(BLOCK, dim=2)], dim=2)
+pooled_query = torch.stack(
+    [tokens.mean(dim=2) for tokens in query.double().split(BLOCK, dim=2)], dim=2
+)
 pooled_key = torch.stack([tokens.mean(dim=2) for tokens in key.double().split(BLOCK, dim=2)], dim=2)
 scores = pooled_query @ pooled_key.mT  # (clip, head, Tq, Tk)
 
 every_score = query.double() @ key.double().mT
 of_tiles = every_score.view(B, H, T, BLOCK, T, BLOCK)
 assert torch.allclose(scores, of_tiles.mean(dim=(3, 5)), atol=1e-9)
-assert torch.allclose(scores, sla_ref.block_scores(query, key, block_q=BLOCK, block_k=BLOCK), atol=1e-9)
+assert torch.allclose(
+    scores, sla_ref.block_scores(query, key, block_q=BLOCK, block_k=BLOCK), atol=1e-9
+)
 
 # %% [markdown]
 # The package does the same. It leaves out the softmax and $1/\sqrt{D}$: only the order within a row matters, and
@@ -87,7 +92,8 @@ def classify(scores, critical_ratio, negligible_ratio):
     num_blocks = scores.shape[-1]
     num_critical = max(1, int(critical_ratio * num_blocks))
     num_negligible = min(int(negligible_ratio * num_blocks), num_blocks - num_critical)
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the best of its row
+    # 0 is the best of its row
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     labels = torch.zeros_like(rank)
     labels[rank < num_critical] = 1
     labels[rank >= num_blocks - num_negligible] = -1
@@ -115,11 +121,14 @@ show_source(sla_ref.classify_blocks)
 # %%
 CLIP = 1
 COLOURS = ListedColormap([analysis.CLASS_COLOURS[label] for label in (-1, 0, 1)])
-all_labels = [sla_ref.classify_blocks(q, k, 0.05, 0.10, block_q=BLOCK, block_k=BLOCK).labels for q, k in layers]
+all_labels = [
+    sla_ref.classify_blocks(q, k, 0.05, 0.10, block_q=BLOCK, block_k=BLOCK).labels
+    for q, k in layers
+]
 
 
 def draw_classes(panel, labels):
-    """The labels (Tq, Tk) as a picture; critical blocks also get a dot, so that they show without colour."""
+    """The labels (Tq, Tk) as a picture; critical blocks get a dot, to show without colour."""
     panel.imshow(labels.numpy(), cmap=COLOURS, vmin=-1, vmax=1, interpolation="nearest")
     rows, columns = (labels == 1).nonzero(as_tuple=True)
     panel.plot(columns, rows, ".", markersize=0.8, color="black")
@@ -134,9 +143,14 @@ for layer, of_layer in enumerate(all_labels):
         draw_classes(axes[head, layer], of_layer[CLIP, head])
 for head, row in enumerate(axes, start=1):
     row[0].set_ylabel(f"head {head}\nquery blocks", fontsize=9)
-handles = [Patch(color=analysis.CLASS_COLOURS[label], label=name) for label, name in analysis.CLASS_NAMES.items()]
+handles = [
+    Patch(color=analysis.CLASS_COLOURS[label], label=name)
+    for label, name in analysis.CLASS_NAMES.items()
+]
 figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-figure.suptitle(f"Classes at 5 % critical, 10 % negligible, t = {clips.time[CLIP]:.3f}", fontsize=11)
+figure.suptitle(
+    f"Classes at 5 % critical, 10 % negligible, t = {clips.time[CLIP]:.3f}", fontsize=11
+)
 plt.show()
 
 # %% [markdown]
@@ -163,7 +177,8 @@ assert ragged.shape == (B, H, 63, 63)
 filled_key = torch.nn.functional.pad(short_key, (0, 0, 0, 8))
 filled = sla_ref.block_scores(short_query, filled_key, block_q=BLOCK, block_k=BLOCK)
 assert torch.allclose(filled[..., :62], ragged[..., :62], atol=1e-4)  # whole blocks do not notice
-assert torch.allclose(filled[..., 62], ragged[..., 62] * 8 / 16, atol=1e-4)  # the last one is halved
+# the last one is halved
+assert torch.allclose(filled[..., 62], ragged[..., 62] * 8 / 16, atol=1e-4)
 
 ragged_labels, filled_labels = classify(ragged, 0.05, 0.10), classify(filled, 0.05, 0.10)
 changed = (ragged_labels != filled_labels)[..., 62].double().mean()
@@ -205,8 +220,15 @@ opposite[0, 0, 2:, 0] = 1.0  # the second: two that match a little
 one_query = torch.zeros(1, 1, 1, 8)
 one_query[..., 0] = 1.0
 spent = analysis.block_mass(analysis.attention_weights(one_query, opposite), 1, 2)[0, 0, 0]
-chosen = sla_ref.classify_blocks(one_query, opposite, 0.5, 0.5, block_q=1, block_k=2).labels[0, 0, 0]
-print("attention spent on the two blocks:", [round(part, 3) for part in spent.tolist()], "labels:", chosen.tolist())
+chosen = sla_ref.classify_blocks(one_query, opposite, 0.5, 0.5, block_q=1, block_k=2).labels[
+    0, 0, 0
+]
+print(
+    "attention spent on the two blocks:",
+    [round(part, 3) for part in spent.tolist()],
+    "labels:",
+    chosen.tolist(),
+)
 assert spent[0] > 0.99 and chosen.tolist() == [-1, 1]
 
 # %% [markdown]
@@ -218,7 +240,9 @@ assert spent[0] > 0.99 and chosen.tolist() == [-1, 1]
 # - *kept mass*: the part of all attention that falls on the critical blocks.
 
 # %%
-show_source(analysis.block_mass, analysis.oracle_labels, analysis.critical_recall, analysis.class_mass)
+show_source(
+    analysis.block_mass, analysis.oracle_labels, analysis.critical_recall, analysis.class_mass
+)
 
 # %%
 masses = [analysis.block_mass(analysis.attention_weights(q, k), BLOCK, BLOCK) for q, k in layers]
@@ -227,12 +251,21 @@ print("mean of 4 clips     recall   kept by pooling   by the oracle   lost with 
 for layer, (mass, of_layer) in enumerate(zip(masses, all_labels, strict=True)):
     oracle = analysis.oracle_labels(mass, of_layer)
     recalls.append(analysis.critical_recall(of_layer, oracle).mean(dim=0))  # per head
-    pooled_mass = {label: part.mean(dim=0) for label, part in analysis.class_mass(mass, of_layer).items()}
+    pooled_mass = {
+        label: part.mean(dim=0) for label, part in analysis.class_mass(mass, of_layer).items()
+    }
     kept["pooled"].append(pooled_mass[1])
     kept["oracle"].append(analysis.class_mass(mass, oracle)[1].mean(dim=0))
     for head in range(H):
-        figures = recalls[-1][head], kept["pooled"][-1][head], kept["oracle"][-1][head], pooled_mass[-1][head]
-        columns = "".join(f"{figure:{width}.1%}" for figure, width in zip(figures, (8, 18, 16, 16), strict=True))
+        figures = (
+            recalls[-1][head],
+            kept["pooled"][-1][head],
+            kept["oracle"][-1][head],
+            pooled_mass[-1][head],
+        )
+        columns = "".join(
+            f"{figure:{width}.1%}" for figure, width in zip(figures, (8, 18, 16, 16), strict=True)
+        )
         print(f"layer {layer + 1}, head {head + 1}  {columns}")
 
 recall = torch.stack(recalls)  # (layer, head)
@@ -264,9 +297,16 @@ for panel, (name, (layer, head)) in zip(panels, HEADS.items(), strict=True):
     for ratio in RATIOS:
         of_ratio = classify(head_scores, ratio, 0.0)
         by_ratio["pooled"].append(analysis.class_mass(mass, of_ratio)[1].mean().item())
-        by_ratio["oracle"].append(analysis.class_mass(mass, analysis.oracle_labels(mass, of_ratio))[1].mean().item())
-    assert all(best >= found - 1e-6 for best, found in zip(by_ratio["oracle"], by_ratio["pooled"], strict=True))
-    assert all(found >= ratio - 0.02 for found, ratio in zip(by_ratio["pooled"], RATIOS, strict=True))
+        by_ratio["oracle"].append(
+            analysis.class_mass(mass, analysis.oracle_labels(mass, of_ratio))[1].mean().item()
+        )
+    assert all(
+        best >= found - 1e-6
+        for best, found in zip(by_ratio["oracle"], by_ratio["pooled"], strict=True)
+    )
+    assert all(
+        found >= ratio - 0.02 for found, ratio in zip(by_ratio["pooled"], RATIOS, strict=True)
+    )
     panel.plot(RATIOS, by_ratio["oracle"], "s--", color="#009E73", label="oracle")
     panel.plot(RATIOS, by_ratio["pooled"], "o-", color="#D55E00", label="pooled scores")
     panel.plot([0, 1], [0, 1], ":", color="#8A8F98", label="random blocks, on average")
@@ -283,15 +323,25 @@ plt.show()
 # cent, always less than its share.
 
 # %%
-lost = torch.stack([analysis.class_mass(mass, of_layer)[-1] for mass, of_layer in zip(masses, all_labels, strict=True)])
-print(f"negligible blocks, {6 / 64:.1%} of all, hold {lost.mean():.1%} of the attention, {lost.max():.1%} at most")
+lost = torch.stack(
+    [
+        analysis.class_mass(mass, of_layer)[-1]
+        for mass, of_layer in zip(masses, all_labels, strict=True)
+    ]
+)
+print(
+    f"negligible blocks, {6 / 64:.1%} of all, hold {lost.mean():.1%} of the attention, "
+    f"{lost.max():.1%} at most"
+)
 assert lost.max() < 6 / 64
 assert by_pooling[2, 0] > 0.6 and by_pooling[3, 0] < 0.15
 
 # %%
 layer, head = HEADS["layer 4, head 1"]
 figure, panels = plt.subplots(1, 2, figsize=(8, 3.9), layout="constrained")
-image = panels[0].imshow(masses[layer][CLIP, head].log10().numpy(), cmap="cividis", vmin=-3, vmax=-1)
+image = panels[0].imshow(
+    masses[layer][CLIP, head].log10().numpy(), cmap="cividis", vmin=-3, vmax=-1
+)
 panels[0].set(xlabel="key blocks", ylabel="query blocks", title="log10(mass)")
 figure.colorbar(image, ax=panels[0], shrink=0.8)
 wanted = analysis.oracle_labels(masses[layer], all_labels[layer])[CLIP, head] == 1
@@ -303,9 +353,19 @@ for picked, marker, colour, name in [
     (found & ~wanted, "+", "#0072B2", "taken instead"),
 ]:
     rows, columns = picked.nonzero(as_tuple=True)
-    panels[1].plot(columns, rows, marker, linestyle="none", markersize=5, color=colour, label=f"{name}: {len(rows)}")
+    panels[1].plot(
+        columns,
+        rows,
+        marker,
+        linestyle="none",
+        markersize=5,
+        color=colour,
+        label=f"{name}: {len(rows)}",
+    )
 panels[1].set(xlabel="key blocks", title="critical blocks, against the oracle")
-figure.suptitle(f"Layer {layer + 1}, head {head + 1}: what pooling had to find, and what it found", fontsize=11)
+figure.suptitle(
+    f"Layer {layer + 1}, head {head + 1}: what pooling had to find, and what it found", fontsize=11
+)
 figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
 plt.show()
 
@@ -323,7 +383,7 @@ def class_counts(num_blocks, critical_ratio, negligible_ratio):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["max(1, int(critical_ratio * num_blocks))", "int(critical_ratio * num_blocks)"]
 def class_counts(num_blocks, critical_ratio, negligible_ratio):
     """(critical, marginal, negligible) blocks in a row of `num_blocks`."""
     critical = max(1, int(critical_ratio * num_blocks))
@@ -332,14 +392,20 @@ def class_counts(num_blocks, critical_ratio, negligible_ratio):
 
 
 # %% tags=["check"]
-assert class_counts(64, 0.05, 0.10) == (3, 55, 6)
-assert class_counts(512, 0.05, 0.10) == (25, 436, 51)  # Wan at 480p
-assert class_counts(5, 0.05, 1.0) == (1, 0, 4)
-assert class_counts(1, 0.5, 0.5) == (1, 0, 0)
-for num_blocks in range(1, 40):
-    tokens = torch.randn(1, 1, num_blocks, 4, generator=torch.Generator().manual_seed(num_blocks))
-    row = sla_ref.classify_blocks(tokens, tokens, 0.3, 0.8, block_q=1, block_k=1).labels[0, 0, 0]
-    assert class_counts(num_blocks, 0.3, 0.8) == tuple(int((row == label).sum()) for label in (1, 0, -1))
+with check_exercise(1, class_counts):
+    expect("64 blocks, 5 % and 10 %", class_counts(64, 0.05, 0.10), (3, 55, 6))
+    expect("Wan at 480p", class_counts(512, 0.05, 0.10), (25, 436, 51))
+    expect("5 blocks, 5 % and 100 %", class_counts(5, 0.05, 1.0), (1, 0, 4))
+    expect("1 block, 50 % and 50 %", class_counts(1, 0.5, 0.5), (1, 0, 0))
+    for num_blocks in range(1, 40):
+        tokens = torch.randn(
+            1, 1, num_blocks, 4, generator=torch.Generator().manual_seed(num_blocks)
+        )
+        row = sla_ref.classify_blocks(tokens, tokens, 0.3, 0.8, block_q=1, block_k=1).labels[
+            0, 0, 0
+        ]
+        counted = tuple(int((row == label).sum()) for label in (1, 0, -1))
+        expect(f"{num_blocks} blocks, 30 % and 80 %", class_counts(num_blocks, 0.3, 0.8), counted)
 
 # %% [markdown]
 # **2. Another score.** The mass of a tile grows with the spread of its scores, not only with their mean. If the scores
@@ -360,13 +426,15 @@ def normal_scores(query, key, block):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["(mean_square - mean**2) / 2", "mean_square / 2"]
 def normal_scores(query, key, block):
     """mean(s) + var(s) / 2 of each tile, (B, H, Tq, Tk), for query, key (B, H, N, D)."""
     scale = query.shape[-1] ** -0.5
     query_blocks, key_blocks = (tokens.unflatten(2, (-1, block)) for tokens in (query * scale, key))
     mean = query_blocks.mean(dim=3) @ key_blocks.mean(dim=3).mT
-    query_moments, key_moments = (tokens.mT @ tokens / block for tokens in (query_blocks, key_blocks))
+    query_moments, key_moments = (
+        tokens.mT @ tokens / block for tokens in (query_blocks, key_blocks)
+    )
     mean_square = query_moments.flatten(3) @ key_moments.flatten(3).mT
     return mean + (mean_square - mean**2) / 2
 
@@ -374,15 +442,27 @@ def normal_scores(query, key, block):
 # %% tags=["check"]
 s = of_tiles / D**0.5
 expected = s.mean(dim=(3, 5)) + s.var(dim=(3, 5), correction=0) / 2
-assert torch.allclose(normal_scores(query.double(), key.double(), BLOCK), expected, atol=1e-9)
 
-new_recalls = []
-for (q, k), mass, of_layer in zip(layers, masses, all_labels, strict=True):
-    oracle = analysis.oracle_labels(mass, of_layer)
-    guess = classify(normal_scores(q.double(), k.double(), BLOCK), 0.05, 0.10)
-    new_recalls.append(analysis.critical_recall(guess, oracle).mean(dim=0))
-new_recall = torch.stack(new_recalls)
-print(f"recall: pooling {recall.mean():.1%}, with the variance {new_recall.mean():.1%}")
-print(f"worst head: pooling {recall.min():.1%}, with the variance {new_recall.min():.1%}")
-assert new_recall.min() > recall.min()  # better where pooling is worst ...
-assert (new_recall < recall).any()  # ... and worse elsewhere
+with check_exercise(2, normal_scores):
+    got = normal_scores(query.double(), key.double(), BLOCK)
+    expect("scores (B, H, Tq, Tk)", got, expected, rtol=1e-5, atol=1e-9)
+
+    new_recalls = []
+    for (q, k), mass, of_layer in zip(layers, masses, all_labels, strict=True):
+        oracle = analysis.oracle_labels(mass, of_layer)
+        guess = classify(normal_scores(q.double(), k.double(), BLOCK), 0.05, 0.10)
+        new_recalls.append(analysis.critical_recall(guess, oracle).mean(dim=0))
+    new_recall = torch.stack(new_recalls)
+    print(f"recall: pooling {recall.mean():.1%}, with the variance {new_recall.mean():.1%}")
+    print(f"worst head: pooling {recall.min():.1%}, with the variance {new_recall.min():.1%}")
+    assert new_recall.min() > recall.min()  # better where pooling is worst ...
+    assert (new_recall < recall).any()  # ... and worse elsewhere
+
+# %% [markdown]
+# ## Recap
+#
+# The mean query and the mean key of two blocks give the pair a score. In each row the highest scores are critical, the
+# lowest negligible, and the others marginal, and no attention weight has to be known for that. The guess is good where
+# much depends on it, and the marginal blocks hold too much to be ignored.
+#
+# Next: [3. The linear branch](03_linear_branch.md)

@@ -27,7 +27,7 @@
 # %%
 import matplotlib.pyplot as plt
 import torch
-from lesson import show_source
+from lesson import check_exercise, expect, show_source
 
 import sla_ref
 from sla_ref import SparseLinearAttention, analysis, feature_maps, reference, testing
@@ -45,7 +45,9 @@ assert torch.allclose(left_first, right_first, rtol=0, atol=1e-12)
 
 by_pairs = analysis.attention_flops(32760, 32760, 128)
 by_states = analysis.attention_flops(32760, 32760, 128, critical_share=0, linear=True)
-print(f"one head of Wan at 480p: {by_pairs / 1e9:.0f} GFLOP by pairs, {by_states / 1e9:.1f} by states")
+print(
+    f"one head of Wan at 480p: {by_pairs / 1e9:.0f} GFLOP by pairs, {by_states / 1e9:.1f} by states"
+)
 assert by_pairs / by_states == 32760 / 128  # N / D times less
 
 # %% [markdown]
@@ -130,12 +132,16 @@ row_weights = A_marginal / A_marginal.sum(dim=1, keepdim=True)
 assert torch.allclose(row_weights @ value[0, 0], by_hand, rtol=0, atol=1e-12)
 for row in (0, 77, 199):
     marginal_values = value[0, 0, pair[row] == 0]
-    assert (by_hand[row] >= marginal_values.amin(dim=0)).all() and (by_hand[row] <= marginal_values.amax(dim=0)).all()
+    assert (by_hand[row] >= marginal_values.amin(dim=0)).all() and (
+        by_hand[row] <= marginal_values.amax(dim=0)
+    ).all()
 
 over_all = A_marginal @ value[0, 0] / A.sum(dim=1, keepdim=True)
 share = A_marginal.sum(dim=1, keepdim=True) / A.sum(dim=1, keepdim=True)
 assert torch.allclose(over_all, share * by_hand, rtol=0, atol=1e-12)
-print(f"part of the features' weight that is on marginal keys: {share.min():.2f} to {share.max():.2f}")
+print(
+    f"part of the features' weight that is on marginal keys: {share.min():.2f} to {share.max():.2f}"
+)
 
 # %% [markdown]
 # ## Nothing to divide
@@ -154,7 +160,9 @@ assert all((gradient == 0).all() for gradient in gradients)
 
 dark = query.clone()
 dark[:, :, 5] = -1.0  # relu makes this token's features zero
-out = sla_ref.sparse_linear_attention(dark, key, value, block_map=block_map, feature_map="relu").linear
+out = sla_ref.sparse_linear_attention(
+    dark, key, value, block_map=block_map, feature_map="relu"
+).linear
 assert (out[0, 0, 5] == 0).all() and out.isfinite().all()
 
 # %% [markdown]
@@ -181,7 +189,8 @@ assert twice.item() == 0 and torch.autograd.grad(twice, zero)[0].item() == 0
 # %%
 teacher, card = weights.load_weights(weights.TEACHER)
 clips = evaluate.held_out(teacher, 16)
-caught = evaluate.attention_inputs(teacher, clips.x, clips.time, clips.labels)  # of each layer: (clip, head, token, D)
+# of each layer: (clip, head, token, D)
+caught = evaluate.attention_inputs(teacher, clips.x, clips.time, clips.labels)
 BLOCKS = {"block_q": 16, "block_k": 16}
 CLIP = 6  # t = 0.41
 
@@ -189,10 +198,16 @@ print("distance to softmax weights on the marginal keys (0: the same, 2: nothing
 for layer, (q, k, _) in enumerate(caught, start=1):
     q, k = q[CLIP : CLIP + 1].double(), k[CLIP : CLIP + 1].double()
     marginal = sla_ref.classify_blocks(q, k, **BLOCKS).to_dense() == 0
-    candidates = analysis.attention_weights(q, k), q.softmax(dim=-1) @ k.softmax(dim=-1).mT, torch.ones(1024, 1024)
+    candidates = (
+        analysis.attention_weights(q, k),
+        q.softmax(dim=-1) @ k.softmax(dim=-1).mT,
+        torch.ones(1024, 1024),
+    )
     maps = [each.where(marginal, 0.0) for each in candidates]
     true, from_features, equal = (each / each.sum(dim=-1, keepdim=True) for each in maps)
-    of_features, of_equal = ((each - true).abs().sum(dim=-1).mean() for each in (from_features, equal))
+    of_features, of_equal = (
+        (each - true).abs().sum(dim=-1).mean() for each in (from_features, equal)
+    )
     print(f"layer {layer}:  linear branch {of_features:.2f}   equal weights {of_equal:.2f}")
     assert of_features > 0.5
     assert of_features > 0.75 * of_equal
@@ -245,14 +260,21 @@ for q, k, v in caught:
     out = sla_ref.sparse_linear_attention(q, k, v, **BLOCKS)
     missing, linear = (full - out.sparse).double(), out.linear.double()
     W, b = fit_proj(linear[TRAIN], missing[TRAIN])
-    added = {"sparse only": torch.zeros_like(linear), "plain sum": linear, "Proj fitted": linear @ W.mT + b}
+    added = {
+        "sparse only": torch.zeros_like(linear),
+        "plain sum": linear,
+        "Proj fitted": linear @ W.mT + b,
+    }
     for name, tensor in added.items():
         error = (missing - tensor)[TEST].square().mean() / missing[TEST].square().mean()
         left[name].append(error.item())
 
 print("squared error on other clips, beside that of the sparse branch alone")
 for name, errors in left.items():
-    print(f"{name:12}", "  ".join(f"layer {layer}: {error:.2f}" for layer, error in enumerate(errors, start=1)))
+    print(
+        f"{name:12}",
+        "  ".join(f"layer {layer}: {error:.2f}" for layer, error in enumerate(errors, start=1)),
+    )
 assert min(left["plain sum"]) > 1.5
 assert max(left["Proj fitted"][:3]) < 0.9
 assert left["Proj fitted"][3] > 0.9
@@ -270,7 +292,11 @@ assert left["Proj fitted"][3] > 0.9
 
 # %%
 figure, panel = plt.subplots(figsize=(7, 3.3), layout="constrained")
-STYLES = {"sparse only": ("#8A8F98", ""), "plain sum": ("#E69F00", "//"), "Proj fitted": ("#0072B2", "..")}
+STYLES = {
+    "sparse only": ("#8A8F98", ""),
+    "plain sum": ("#E69F00", "//"),
+    "Proj fitted": ("#0072B2", ".."),
+}
 for place, (name, errors) in enumerate(left.items()):
     colour, hatch = STYLES[name]
     bars = [layer + 0.27 * (place - 1) for layer in range(1, 5)]
@@ -326,7 +352,9 @@ torch.manual_seed(0)
 layer = SparseLinearAttention(64, feature_map="hedgehog", **BLOCKS)
 optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
 seen = {}
-layer.proj_l.register_forward_hook(lambda proj, inputs, output: seen.update(O_linear=inputs[0].detach()))
+layer.proj_l.register_forward_hook(
+    lambda proj, inputs, output: seen.update(O_linear=inputs[0].detach())
+)
 history = []
 for step in range(4):
     output = layer(q, k, v)
@@ -334,8 +362,13 @@ for step in range(4):
     loss = (output - full).square().mean()
     optimizer.zero_grad()
     loss.backward()
-    of_proj, of_phi = (weight.grad.norm().item() for weight in (layer.proj_l.weight, layer.phi_query.weight))
-    print(f"step {step}: loss {loss.item():.5f}, gradient of Proj {of_proj:.3g}, of the feature map {of_phi:.3g}")
+    of_proj, of_phi = (
+        weight.grad.norm().item() for weight in (layer.proj_l.weight, layer.phi_query.weight)
+    )
+    print(
+        f"step {step}: loss {loss.item():.5f}, gradient of Proj {of_proj:.3g}, "
+        f"of the feature map {of_phi:.3g}"
+    )
     assert of_proj > 0
     assert of_phi == 0 if step == 0 else of_phi > 0
     G, O_linear = output.grad.flatten(0, 2), seen["O_linear"].flatten(0, 2)
@@ -354,14 +387,17 @@ assert history == sorted(history, reverse=True)
 # %%
 swapped = {arm: with_attention(teacher, arm).eval() for arm in ("sla", "sparse")}
 with torch.no_grad():
-    of_sla, of_sparse = (model(clips.x[:1], clips.time[:1], clips.labels[:1]) for model in swapped.values())
+    of_sla, of_sparse = (
+        model(clips.x[:1], clips.time[:1], clips.labels[:1]) for model in swapped.values()
+    )
 assert torch.equal(of_sla, of_sparse)
 
 # %% [markdown]
 # ## Exercises
 #
 # **1. No loop.** Write the linear branch for all query blocks at once. The sums $H_i$ over the marginal blocks are a
-# product of a 0/1 matrix with the states; `torch.einsum` is one way. Whole blocks only.
+# product of a 0/1 matrix with the states; `torch.einsum` is one way. Whole blocks only; one of the query blocks has no
+# marginal block.
 
 
 # %% tags=["exercise"]
@@ -370,28 +406,41 @@ def linear_branch(phi_query, phi_key, value, labels, block):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["nothing = denominator == 0", "nothing = denominator < 0"]
 def linear_branch(phi_query, phi_key, value, labels, block):
     """O^l (N, D) of one head, from phi_query, phi_key, value (N, D) and labels (T, T)."""
-    phi_Q, phi_K, V = (tokens.unflatten(0, (-1, block)) for tokens in (phi_query, phi_key, value))  # (T, block, D)
+    # (T, block, D)
+    phi_Q, phi_K, V = (tokens.unflatten(0, (-1, block)) for tokens in (phi_query, phi_key, value))
     marginal = (labels == 0).to(value.dtype)
     H = torch.einsum("ij,jde->ide", marginal, phi_K.mT @ V)
     Z = marginal @ phi_K.sum(dim=1)
     denominator = (phi_Q @ Z[:, :, None]).flatten(0, 1)  # (N, 1)
     nothing = denominator == 0
-    return ((phi_Q @ H).flatten(0, 1) / denominator.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    return ((phi_Q @ H).flatten(0, 1) / denominator.masked_fill(nothing, 1.0)).masked_fill(
+        nothing, 0.0
+    )
 
 
 # %% tags=["check"]
 problem = testing.make_problem(
-    heads=1, query_length=128, head_dim=16, block_q=16, block_k=16, labels="random", dtype=torch.float64
+    heads=1,
+    query_length=128,
+    head_dim=16,
+    block_q=16,
+    block_k=16,
+    labels="random",
+    dtype=torch.float64,
 )
 random_labels = problem.inputs.block_map.labels[0, 0].clone()
-random_labels[2] = 1  # a query block without a marginal block
+random_labels[2] = 1  # rows 32 to 47 have no marginal block
 inputs = problem.inputs
 tensors = (inputs.phi_query[0, 0], inputs.phi_key[0, 0], inputs.value[0, 0])
-_, expected, _ = reference.sparse_linear_attention(*inputs[:5], random_labels[None, None], 16, 16, inputs.scale)
-assert torch.allclose(linear_branch(*tensors, random_labels, 16), expected[0, 0], rtol=0, atol=1e-12)
+_, expected, _ = reference.sparse_linear_attention(
+    *inputs[:5], random_labels[None, None], 16, 16, inputs.scale
+)
+
+with check_exercise(1, linear_branch):
+    expect("O^l", linear_branch(*tensors, random_labels, 16), expected[0, 0], atol=1e-12)
 
 # %% [markdown]
 # **2. Two halves.** Keys may live in two places, on two GPUs for example. Each computes the linear branch over its own
@@ -405,7 +454,7 @@ def merge(output_1, denominator_1, output_2, denominator_2):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["+ denominator_2 * output_2", "+ output_2"]
 def merge(output_1, denominator_1, output_2, denominator_2):
     """Output (N, D) over both halves from outputs (N, D) and denominators (N, 1) of each."""
     total = denominator_1 + denominator_2
@@ -421,7 +470,18 @@ for first, last in ((0, 96), (96, 200)):
     denominator = part.sum(dim=1, keepdim=True)
     part_output = part @ value[0, 0, first:last] / denominator.masked_fill(denominator == 0, 1.0)
     halves += [part_output, denominator]
-assert torch.allclose(merge(*halves), by_hand, rtol=0, atol=1e-12)
 nothing = [torch.zeros(200, 16, dtype=torch.float64), torch.zeros(200, 1, dtype=torch.float64)]
-assert torch.allclose(merge(*halves[:2], *nothing), halves[0], rtol=0, atol=1e-12)
-assert (merge(*nothing, *nothing) == 0).all()
+
+with check_exercise(2, merge):
+    expect("two halves", merge(*halves), by_hand, atol=1e-12)
+    expect("no key in the second half", merge(*halves[:2], *nothing), halves[0], atol=1e-12)
+    expect("no key in either half", merge(*nothing, *nothing), nothing[0])
+
+# %% [markdown]
+# ## Recap
+#
+# The states of the marginal blocks add up to one small matrix for each query block, which stands for all their keys.
+# The result is an average over the marginal blocks alone, and Proj, which starts at zero, learns how to add it to the
+# sparse branch. **You now know SLA, and this is a good place to stop.** The next two tutorials derive its algorithms.
+#
+# Next: [4. Algorithm 1: the forward, block by block](04_algorithm_1.md)

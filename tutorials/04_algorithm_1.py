@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
-from lesson import show_source
+from lesson import check_exercise, expect, show_source
 
 from sla_ref import reference, testing
 from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
@@ -38,11 +38,13 @@ problem = testing.make_problem(
     negligible_ratio=0.2,
     dtype=torch.float64,
 )
-query, key, value, phi_query, phi_key = (tensor[0, 0] for tensor in problem.inputs[:5])  # (44, 8) each
+# (44, 8) each
+query, key, value, phi_query, phi_key = (tensor[0, 0] for tensor in problem.inputs[:5])
 block_map, scale = problem.inputs.block_map, problem.inputs.scale
 labels = block_map.labels[0, 0]  # (6, 6): 1 critical, 0 marginal, -1 negligible
 block_q, block_k = block_map.block_q, block_map.block_k
-K, V, phi_K = (tokens.split(block_k) for tokens in (key, value, phi_key))  # the key blocks, K[j] and so on
+# the key blocks, K[j] and so on
+K, V, phi_K = (tokens.split(block_k) for tokens in (key, value, phi_key))
 print(labels.numpy())
 
 assert math.isclose(scale, 1 / math.sqrt(8))
@@ -86,7 +88,7 @@ torch.testing.assert_close(shifted, torch.softmax(large, dim=0))
 
 # %%
 def online_step(m, l, O, S, V):
-    """Take in one tile: m, l (rows, 1) and O (rows, D) before, scores S (rows, keys), V (keys, D) -> m, l, O after."""
+    """Take in a tile, S (rows, keys) and V (keys, D): m, l (rows, 1), O (rows, D) -> the same."""
     m_new = torch.maximum(m, S.amax(1, keepdim=True))  # [Alg. 1 L9]
     P = (S - m_new).exp()  # [Alg. 1 L9]
     correction = (m - m_new).exp()
@@ -140,7 +142,7 @@ z = [phi.sum(0) for phi in phi_K]  # [Alg. 1 L4]
 
 # %%
 def walk(Q, labels):
-    """Algorithm 1, lines 7 to 15, for a query block (rows, D) and its labels (Tk); yields m, l, O, H, Z."""
+    """Lines 7 to 15, for a query block (rows, D) and its labels (Tk); yields m, l, O, H, Z."""
     D = Q.shape[1]
     m, l, O = Q.new_full((len(Q), 1), -math.inf), Q.new_zeros(len(Q), 1), Q.new_zeros(len(Q), D)
     H, Z = Q.new_zeros(D, D), Q.new_zeros(D)
@@ -161,7 +163,8 @@ trace = list(walk(query.split(block_q)[i], labels[i]))
 print("key block  class           m      l    |O|    |H|    |Z|")
 for j, (m, l, O, H, Z) in enumerate(trace):
     print(
-        f"{j:9}  {CLASS_NAMES[int(labels[i, j])]:10} {m[row].item():6.2f} {l[row].item():6.2f} {O[row].norm():6.2f}"
+        f"{j:9}  {CLASS_NAMES[int(labels[i, j])]:10} {m[row].item():6.2f} {l[row].item():6.2f} "
+        f"{O[row].norm():6.2f}"
         f" {H.norm():6.2f} {Z.norm():6.2f}"
     )
 
@@ -171,7 +174,13 @@ for j, (m, l, O, H, Z) in enumerate(trace):
 
 # %%
 moved = {1: set(), 0: set(), -1: set()}
-start = (torch.full((8, 1), -math.inf), torch.zeros(8, 1), torch.zeros(8, 8), torch.zeros(8, 8), torch.zeros(8))
+start = (
+    torch.full((8, 1), -math.inf),
+    torch.zeros(8, 1),
+    torch.zeros(8, 8),
+    torch.zeros(8, 8),
+    torch.zeros(8),
+)
 for j, after in enumerate(trace):
     before = trace[j - 1] if j else start
     for name, old, new in zip("mlOHZ", before, after, strict=True):
@@ -192,15 +201,24 @@ lse = [a + math.log(b) if b else -math.inf for a, b in zip(m, l, strict=True)]
 assert m[2] > m[1] and l[2] < l[1]
 assert all(lse[j] > lse[j - 1] for j in blocks if labels[i, j] == 1)
 
-figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(7, 6), sharex=True, layout="constrained")
+figure, (top, middle, bottom) = plt.subplots(
+    3, 1, figsize=(7, 6), sharex=True, layout="constrained"
+)
 top.step(blocks, m, "o-", where="post", color="#0072B2", label="m, largest score so far")
 top.step(blocks, lse, "s--", where="post", color="#E69F00", label="m + log l")
-top.set(ylabel="score (natural log)", title=f"Row {row} of query block {i} on its way along the key blocks")
+top.set(
+    ylabel="score (natural log)",
+    title=f"Row {row} of query block {i} on its way along the key blocks",
+)
 top.legend(loc="upper left")
 middle.step(blocks, l, "o-", where="post", color="#009E73")
 middle.set(ylabel="l (sum of exp(S - m))")
-bottom.step(blocks, [state[3].norm() for state in trace], "o-", where="post", color="#CC79A7", label="|H|")
-bottom.step(blocks, [state[4].norm() for state in trace], "s--", where="post", color="#0072B2", label="|Z|")
+bottom.step(
+    blocks, [state[3].norm() for state in trace], "o-", where="post", color="#CC79A7", label="|H|"
+)
+bottom.step(
+    blocks, [state[4].norm() for state in trace], "s--", where="post", color="#0072B2", label="|Z|"
+)
 bottom.set(ylabel="norm of the states", xlabel="key block and its class")
 bottom.set_xticks(blocks, [f"{j}\n{CLASS_NAMES[int(labels[i, j])]}" for j in blocks])
 bottom.legend(loc="upper left")
@@ -237,7 +255,9 @@ def algorithm_1(labels, divide=torch.divide):
 
 # %%
 ours = algorithm_1(labels)
-dense = reference.sparse_linear_attention(*problem.inputs[:5], block_map.labels, block_q, block_k, scale)
+dense = reference.sparse_linear_attention(
+    *problem.inputs[:5], block_map.labels, block_q, block_k, scale
+)
 for name, here, there in zip(("O^s", "O^l", "L"), ours, dense, strict=True):
     difference = (here - there[0, 0]).abs().max().item()
     print(f"{name:3} differs by less than 1e-12: {difference < 1e-12}")
@@ -255,7 +275,9 @@ for name, here, there in zip(("O^s", "O^l", "L"), ours, dense, strict=True):
 # join two attentions over different keys, which is the first exercise.
 
 # %%
-critical_tokens = torch.cat([torch.arange(44).split(block_k)[j] for j in range(6) if labels[i, j] == 1])
+critical_tokens = torch.cat(
+    [torch.arange(44).split(block_k)[j] for j in range(6) if labels[i, j] == 1]
+)
 S = scale * query.split(block_q)[i] @ key[critical_tokens].T
 P = (S - ours[2].split(block_q)[i][:, None]).exp()
 torch.testing.assert_close(P, torch.softmax(S, dim=1))
@@ -292,7 +314,9 @@ def divide(numerator, denominator):
 
 ours = algorithm_1(by_hand, divide)
 hand_map = replace(block_map, labels=by_hand[None, None], num_critical=None)
-dense = reference.sparse_linear_attention(*problem.inputs[:5], hand_map.labels, block_q, block_k, scale)
+dense = reference.sparse_linear_attention(
+    *problem.inputs[:5], hand_map.labels, block_q, block_k, scale
+)
 for here, there in zip(ours, dense, strict=True):
     torch.testing.assert_close(here, there[0, 0], rtol=0, atol=1e-12)
 assert (ours[0][:8] == 0).all() and (ours[1][8:16] == 0).all()
@@ -337,13 +361,13 @@ for one_map in (block_map, hand_map):
 
 # %% tags=["exercise"]
 def join(m_a, l_a, O_a, m_b, l_b, O_b):
-    """m, l (rows, 1) and O (rows, D) of two walks over different keys -> m, l, O of one walk over all of them."""
+    """m, l (rows, 1), O (rows, D) of two walks over different keys -> of one walk over all."""
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["a * l_a + b * l_b", "l_a + l_b"]
 def join(m_a, l_a, O_a, m_b, l_b, O_b):
-    """m, l (rows, 1) and O (rows, D) of two walks over different keys -> m, l, O of one walk over all of them."""
+    """m, l (rows, 1), O (rows, D) of two walks over different keys -> of one walk over all."""
     m = torch.maximum(m_a, m_b)
     a, b = (m_a - m).exp(), (m_b - m).exp()
     return m, a * l_a + b * l_b, a * O_a + b * O_b
@@ -357,9 +381,10 @@ def walk_over(keys):
     return state
 
 
-for half, other in (([0, 1, 2], [3, 4, 5]), ([4], [0, 5]), ([], [2, 3]), ([1], [])):
-    for joined, single in zip(join(*walk_over(half), *walk_over(other)), walk_over(half + other), strict=True):
-        torch.testing.assert_close(joined, single)
+with check_exercise(1, join):
+    for half, other in (([0, 1, 2], [3, 4, 5]), ([4], [0, 5]), ([], [2, 3]), ([1], [])):
+        joined, single = join(*walk_over(half), *walk_over(other)), walk_over(half + other)
+        expect(f"(m, l, O) of key blocks {half} and {other}", joined, single, rtol=1e-7, atol=1e-7)
 
 # %% [markdown]
 # **2. Powers of two.** GPUs compute $2^x$ faster than $e^x$. Because $e^x = 2^{x \log_2 e}$, a kernel multiplies the
@@ -374,7 +399,7 @@ def sparse_base_2(Q, K, V, scale):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["(m + torch.log2(l)) / math.log2(math.e)", "m + torch.log2(l)"]
 def sparse_base_2(Q, K, V, scale):
     """Q (rows, D), K, V (keys, D) -> O^s (rows, D), L (rows, 1)."""
     S = (scale * math.log2(math.e)) * Q @ K.T
@@ -385,6 +410,17 @@ def sparse_base_2(Q, K, V, scale):
 
 
 # %% tags=["check"]
-O, L = sparse_base_2(Q, key, value, scale)
-torch.testing.assert_close(O, torch.softmax(scale * Q @ key.T, 1) @ value)
-torch.testing.assert_close(L, torch.logsumexp(scale * Q @ key.T, 1, keepdim=True))
+S = scale * Q @ key.T
+expected = torch.softmax(S, 1) @ value, torch.logsumexp(S, 1, keepdim=True)
+
+with check_exercise(2, sparse_base_2):
+    expect("(O^s, L)", sparse_base_2(Q, key, value, scale), expected, rtol=1e-7, atol=1e-7)
+
+# %% [markdown]
+# ## Recap
+#
+# One walk along the key blocks gives both outputs: $m$ and $l$ correct $O^s$ whenever a larger score comes, and $H$ and
+# $Z$ add up the marginal blocks. Nothing larger than a tile is ever held. Each row keeps one number, the log-sum-exp
+# $L$, from which the backward makes the weights again.
+#
+# Next: [5. Algorithm 2: the backward, by hand](05_algorithm_2.md)

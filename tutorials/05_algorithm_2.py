@@ -12,7 +12,7 @@ import math
 
 import matplotlib.pyplot as plt
 import torch
-from lesson import show_source
+from lesson import check_exercise, expect, show_source
 
 import sla_ref
 from sla_ref import reference, testing
@@ -76,7 +76,9 @@ def finite_difference(position, direction, step=1e-5):
 for position, name in enumerate(testing.GRADIENTS):
     direction = torch.randn(1, 1, 44, 8, generator=generator, dtype=torch.float64)
     predicted = (exact[name] * direction[0, 0]).sum().item()
-    assert math.isclose(finite_difference(position, direction), predicted, rel_tol=1e-6, abs_tol=1e-6)
+    assert math.isclose(
+        finite_difference(position, direction), predicted, rel_tol=1e-6, abs_tol=1e-6
+    )
 
 # %% [markdown]
 # ## Three rules
@@ -96,7 +98,10 @@ for position, name in enumerate(testing.GRADIENTS):
 # row.
 
 # %%
-A, B, dY = (torch.randn(4, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
+A, B, dY = (
+    torch.randn(4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    for _ in range(3)
+)
 dA, dB = torch.autograd.grad(A @ B, (A, B), dY)
 assert_equal(dY @ B.T, dA)
 assert_equal(A.T @ dY, dB)
@@ -120,7 +125,9 @@ for a in range(5):
     for b in range(5):
         axes.text(b, a, f"{jacobian[a, b]:+.2f}", ha="center", va="center", color="#222222")
 axes.set(
-    xlabel="score S_b that is raised", ylabel="weight P_a that answers", title="Jacobian of a softmax over five keys"
+    xlabel="score S_b that is raised",
+    ylabel="weight P_a that answers",
+    title="Jacobian of a softmax over five keys",
 )
 figure.colorbar(image, label="change of P_a per unit of S_b")
 plt.show()
@@ -243,7 +250,9 @@ assert_equal(dV_sparse + dV_linear, exact["grad_value"])
 # %%
 def algorithm_2(line_12_factor=scale, line_17_adds=True):
     """Algorithm 2 for one head: the five gradients, each (44, 8)."""
-    query, key, value, features_q, features_k = (tensor.split(8) for tensor in (Q, K, V, phi_Q, phi_K))
+    query, key, value, features_q, features_k = (
+        tensor.split(8) for tensor in (Q, K, V, phi_Q, phi_K)
+    )
     do_s, do_l, lse = dO_s.split(8), dO_l.split(8), exact["lse"][:, None].split(8)
     delta_s = (dO_s * exact["sparse"]).sum(1, keepdim=True).split(8)  # [Alg. 2 L2]
     delta_l = (dO_l * exact["linear"]).sum(1, keepdim=True).split(8)  # [Alg. 2 L2]
@@ -254,7 +263,9 @@ def algorithm_2(line_12_factor=scale, line_17_adds=True):
         dZ.append(-((phi / d).T @ delta_l[i]))  # [Alg. 2 L4]
         dphi_Q.append((do_l[i] @ H[i].T - delta_l[i] @ Z[i][None]) / d)  # [Alg. 2 L5]
 
-    dQ, dK, dV, dphi_K = ([torch.zeros_like(block) for block in blocks] for blocks in (query, key, value, features_k))
+    dQ, dK, dV, dphi_K = (
+        [torch.zeros_like(block) for block in blocks] for blocks in (query, key, value, features_k)
+    )
     for j in range(6):
         dh, dz = torch.zeros_like(dH[0]), torch.zeros_like(dZ[0])
         for i in range(6):
@@ -308,7 +319,9 @@ assert_equal(exact["grad_value"] - printed_17["grad_value"], dV_sparse)
 # %%
 printed_labels = torch.where(labels == 1, 1, 0).to(labels)
 assert (labels == -1).sum() == 6 and (printed_labels == -1).sum() == 0
-printed_6 = reference.sparse_linear_attention(*problem.inputs[:5], printed_labels[None, None], 8, 8, scale)
+printed_6 = reference.sparse_linear_attention(
+    *problem.inputs[:5], printed_labels[None, None], 8, 8, scale
+)
 assert_equal(printed_6[0][0, 0], exact["sparse"])  # the critical blocks are the same
 assert (printed_6[1][0, 0] - exact["linear"]).abs().max() > 0.01
 
@@ -333,7 +346,12 @@ assert over_all.sum(1).max() < 0.7
 # %%
 def relative_error(ours):
     return [
-        max(1e-16, ((ours[name] - exact[name]).square().mean() / exact[name].square().mean()).sqrt().item())
+        max(
+            1e-16,
+            ((ours[name] - exact[name]).square().mean() / exact[name].square().mean())
+            .sqrt()
+            .item(),
+        )
         for name in testing.GRADIENTS
     ]
 
@@ -378,7 +396,9 @@ for name, gradient in zip(testing.GRADIENTS, gradients, strict=True):
 
 leaves = [tensor.clone().requires_grad_() for tensor in problem.inputs[:3]]
 out = sla_ref.sparse_linear_attention(*leaves, block_map=block_map)
-dV_public = torch.autograd.grad((out.sparse, out.linear), leaves[2], (problem.grad_sparse, problem.grad_linear))[0]
+dV_public = torch.autograd.grad(
+    (out.sparse, out.linear), leaves[2], (problem.grad_sparse, problem.grad_linear)
+)[0]
 assert_equal(dV_public[0, 0], right["grad_value"])
 
 # %% [markdown]
@@ -391,13 +411,13 @@ assert_equal(dV_public[0, 0], right["grad_value"])
 
 # %% tags=["exercise"]
 def through_softmax_map(phi, dphi):
-    """phi = softmax(x) over the last dimension (N, D), gradient by phi (N, D) -> gradient by x (N, D)."""
+    """phi = softmax(x) over the last dimension, gradient by phi -> gradient by x, all (N, D)."""
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["(phi * dphi).sum(1, keepdim=True)", "dphi.sum(1, keepdim=True)"]
 def through_softmax_map(phi, dphi):
-    """phi = softmax(x) over the last dimension (N, D), gradient by phi (N, D) -> gradient by x (N, D)."""
+    """phi = softmax(x) over the last dimension, gradient by phi -> gradient by x, all (N, D)."""
     return phi * (dphi - (phi * dphi).sum(1, keepdim=True))
 
 
@@ -406,8 +426,11 @@ dQ_public = torch.autograd.grad(
     sla_ref.sparse_linear_attention(*leaves, block_map=block_map)[:2],
     leaves[0],
     (problem.grad_sparse, problem.grad_linear),
-)[0]
-assert_equal(right["grad_query"] + through_softmax_map(phi_Q, right["grad_phi_query"]), dQ_public[0, 0])
+)[0][0, 0]
+
+with check_exercise(1, through_softmax_map):
+    second_part = through_softmax_map(phi_Q, right["grad_phi_query"])
+    expect("the share of dQ", second_part, dQ_public - right["grad_query"], atol=1e-11)
 
 # %% [markdown]
 # **2. Proj.** The layer's output is $O = O^s + O^l W^\top + b$, Equation 6. From the gradient $dO$ by it, give those by
@@ -421,7 +444,7 @@ def backward_of_proj(dO, O_l, W):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["dO @ W,", "dO @ W.T,"]
 def backward_of_proj(dO, O_l, W):
     """dO, O_l (N, D), W (D, D) -> dO_s (N, D), dO_l (N, D), dW (D, D), db (D)."""
     return dO, dO @ W, dO.T @ O_l, dO.sum(0)
@@ -431,9 +454,20 @@ def backward_of_proj(dO, O_l, W):
 W, b = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((8, 8), (8,)))
 parts = [tensor.clone().requires_grad_() for tensor in (exact["sparse"], exact["linear"], W, b)]
 expected = torch.autograd.grad(reference.combine(*parts), parts, dO_s)
-for ours, theirs in zip(backward_of_proj(dO_s, exact["linear"], W), expected, strict=True):
-    assert_equal(ours, theirs)
 
-# A new layer: the gradient reaches W and b at once, but the linear branch behind W only when W has left zero.
-_, dO_linear, dW, _ = backward_of_proj(dO_s, exact["linear"], torch.zeros_like(W))
-assert (dO_linear == 0).all() and dW.abs().max() > 0
+with check_exercise(2, backward_of_proj):
+    got = backward_of_proj(dO_s, exact["linear"], W)
+    expect("(dO_s, dO_l, dW, db)", got, expected, rtol=1e-12, atol=1e-12)
+
+    # A new layer: the gradient reaches W and b at once, the linear branch behind W one step later.
+    _, dO_linear, dW, _ = backward_of_proj(dO_s, exact["linear"], torch.zeros_like(W))
+    assert (dO_linear == 0).all() and dW.abs().max() > 0
+
+# %% [markdown]
+# ## Recap
+#
+# Three rules give the whole backward. The Jacobian of the softmax shrinks to one number per row, and the linear branch
+# sends its gradient back through the same sums of states. **You can now derive SLA, and this is the second place to
+# stop.** What follows makes it fast, on paper and on a GPU, and then puts it to use.
+#
+# Next: [8. Cheap states](08_cheap_states.md)

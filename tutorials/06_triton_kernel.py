@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 import triton
 import triton.language as tl
-from lesson import show_source
+from lesson import check_exercise, expect, show_source
 
 from sla_ref import testing
 from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
@@ -38,7 +38,9 @@ from sla_ref.backends import triton as backend
 from sla_ref.backends.triton import labels as of_labels
 from sla_ref.backends.triton import launch, linear, sparse, tokens
 
-assert triton.knobs.runtime.interpret, "the cells below look into running kernels: leave TRITON_INTERPRET unset, or 1"
+assert triton.knobs.runtime.interpret, (
+    "the cells below look into running kernels: leave TRITON_INTERPRET unset, or 1"
+)
 
 # %% [markdown]
 # ## Three lines
@@ -92,7 +94,9 @@ def number(scalar):
 
 
 def look(program, place, tile):
-    print(f"program {number(program)}: places {values(place).tolist()}, tile {values(tile).tolist()}")
+    print(
+        f"program {number(program)}: places {values(place).tolist()}, tile {values(tile).tolist()}"
+    )
 
 
 @triton.jit
@@ -185,7 +189,8 @@ problem = testing.make_problem(
     negligible_ratio=0.25,
     seed=2,
 )
-query, key, value, phi_query, phi_key = (in_nan(tensor[0, 0]) for tensor in problem.inputs[:5])  # (120, 16) each
+# (120, 16) each
+query, key, value, phi_query, phi_key = (in_nan(tensor[0, 0]) for tensor in problem.inputs[:5])
 block_map, scale = problem.inputs.block_map, problem.inputs.scale
 labels = block_map.labels[0, 0]  # (8, 8): 1 critical, 0 marginal, -1 negligible
 print(labels.numpy())
@@ -210,7 +215,9 @@ trace = []
 def watch(i, j, m, l, O):
     """Notes row 3 of query block 3 after key block j."""
     if number(i) == 3:
-        trace.append((number(j), values(m)[3].item(), values(l)[3].item(), values(O)[3].norm().item()))
+        trace.append(
+            (number(j), values(m)[3].item(), values(l)[3].item(), values(O)[3].norm().item())
+        )
 
 
 def print_trace():
@@ -225,7 +232,8 @@ def softmax_step(m, l, O, S, V):
     P = tl.exp(S - m_new[:, None])  # [Alg. 1 L9]
     correction = tl.exp(m - m_new)
     l = l * correction + tl.sum(P, 1)  # [Alg. 1 L10]
-    O = tl.dot(P, V, O * correction[:, None], input_precision="ieee")  # P V, added to the third argument [Alg. 1 L11]
+    # P V, added to the third argument [Alg. 1 L11]
+    O = tl.dot(P, V, O * correction[:, None], input_precision="ieee")
     return m_new, l, O
 
 
@@ -330,7 +338,8 @@ def sparse_kernel(
         S = tl.where((j * BLOCK + tl.arange(0, BLOCK) < length)[None, :], S, float("-inf"))
         m, l, O = softmax_step(m, l, O, S, V)
         watch(i, j, m, l, O)
-    tl.store(tile_of(out, i * BLOCK, BLOCK, D), O / l[:, None], mask=(row < length)[:, None])  # [Alg. 1 L16]
+    # [Alg. 1 L16]
+    tl.store(tile_of(out, i * BLOCK, BLOCK, D), O / l[:, None], mask=(row < length)[:, None])
     tl.store(lse + row, m + tl.log(l), mask=row < length)  # [Alg. 1 L16]
 
 
@@ -340,7 +349,8 @@ lists = block_map.kv_num_blocks, block_map.kv_indices
 sparse_kernel[(8,)](query, key, value, *lists, out, lse, 120, scale, capacity, D=16, BLOCK=16)
 print_trace()
 
-assert trace[1][1] > trace[0][1] and trace[1][2] < trace[0][2]  # a larger score came, and shrank what was there
+# a larger score came, and shrank what was there
+assert trace[1][1] > trace[0][1] and trace[1][2] < trace[0][2]
 assert [j for j, *_ in trace] == block_map.kv_indices[0, 0, 3].tolist()
 
 # %% [markdown]
@@ -449,11 +459,15 @@ show_source(linear.states_kernel)
 # float and leaves its digits alone.
 
 # %%
-phi_K, V = (torch.nn.functional.pad(tensor, (0, 0, 0, 8)).view(8, 16, 16) for tensor in (phi_key, value))
-states = torch.cat([phi_K.mT @ V, phi_K.sum(1, keepdim=True)], dim=1).flatten(1)  # (8, 16 * 16 + 16)
+phi_K, V = (
+    torch.nn.functional.pad(tensor, (0, 0, 0, 8)).view(8, 16, 16) for tensor in (phi_key, value)
+)
+# (8, 16 * 16 + 16)
+states = torch.cat([phi_K.mT @ V, phi_K.sum(1, keepdim=True)], dim=1).flatten(1)
 marginal = (labels == 0).float()
 count = marginal.sum(1, keepdim=True)
-W = of_labels.marginal_weights(block_map, torch.float32)[0, :8, :8]  # padded with zeros to whole tiles
+# padded with zeros to whole tiles
+W = of_labels.marginal_weights(block_map, torch.float32)[0, :8, :8]
 print(f"marginal blocks in a row: {int(count[0])}, weight: {W.max():.3f}")
 
 assert torch.equal(W, marginal * 2.0 ** -count.log2().floor())
@@ -467,9 +481,12 @@ def linear_branch(W):
 
 
 torch.testing.assert_close(linear_branch(W), saved.out_linear[0, 0])
-assert torch.equal(linear_branch(W), linear_branch(marginal)), "a factor of a power of two costs no bit"
+assert torch.equal(linear_branch(W), linear_branch(marginal)), (
+    "a factor of a power of two costs no bit"
+)
 assert not torch.equal(linear_branch(marginal / 3), linear_branch(marginal)), "another factor does"
-assert torch.tensor(32760 * 2.5).half().isinf() and torch.tensor(32760 * 2.5 / 256).half().isfinite()  # Z, weighted Z
+Z = torch.tensor(32760 * 2.5)
+assert Z.half().isinf() and (Z / 256).half().isfinite()
 
 # %% [markdown]
 # The matrix $W$ comes from a kernel that reads the labels. For each row it counts the zeros, and then writes.
@@ -576,7 +593,10 @@ with (
 ):
     backend.forward(problem.inputs)
     gradients = backend.backward(*grads, problem.inputs, fused)
-print(f"{len(running)} launches, {len(writes)} tiles of outputs, each written {max(writes.values())} time")
+print(
+    f"{len(running)} launches, {len(writes)} tiles of outputs, "
+    f"each written {max(writes.values())} time"
+)
 
 expected = pytorch.backward(*grads, problem.inputs, saved)
 torch.testing.assert_close(tuple(gradients), tuple(expected))
@@ -599,7 +619,9 @@ figure, panels = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True, layout="const
 for panel, title in zip(panels, ("forward_kernel", "dkdv_kernel"), strict=True):
     for i in range(8):
         for j in range(8):
-            panel.add_patch(plt.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **style[int(labels[i, j])]))
+            panel.add_patch(
+                plt.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **style[int(labels[i, j])])
+            )
     panel.set(xlim=(-0.5, 7.5), ylim=(7.5, -0.5), aspect="equal", xlabel="key block j", title=title)
     panel.set(xticks=range(8), yticks=range(8))
 panels[0].set_ylabel("query block i")
@@ -677,14 +699,24 @@ with tempfile.TemporaryDirectory() as folder:
     script = Path(folder, "compile_it.py")
     script.write_text(program, encoding="utf-8")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, encoding="utf-8"
+    )
 assert done.returncode == 0, done.stderr
 wanted = ("%ctaid.x;", "%tid.x;", "setp.", "ld.global", "add.f32", "st.global", ".reqntid")
-ptx = [" ".join(line.split()) for line in done.stdout.splitlines() if any(word in line for word in wanted)]
+ptx = [
+    " ".join(line.split())
+    for line in done.stdout.splitlines()
+    if any(word in line for word in wanted)
+]
 print(*ptx, sep="\n")
 
-assert [line for line in ptx if line.startswith("@%p") and "ld.global" in line], "the load has a condition"
-assert [line for line in ptx if line.startswith("@%p") and "st.global" in line], "and so has the store"
+assert [line for line in ptx if line.startswith("@%p") and "ld.global" in line], (
+    "the load has a condition"
+)
+assert [line for line in ptx if line.startswith("@%p") and "st.global" in line], (
+    "and so has the store"
+)
 
 # %% [markdown]
 # The program id is `%ctaid.x`. Of the tile each of the 128 threads (`.reqntid`) has one element, found from its own
@@ -713,7 +745,7 @@ def states_kernel(phi_key, value, h, z, length, D: tl.constexpr, BLOCK: tl.const
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["tl.dot(tl.trans(phi), V", "tl.dot(phi, V"]
 @triton.jit
 def states_kernel(phi_key, value, h, z, length, D: tl.constexpr, BLOCK: tl.constexpr):
     """Key block j = program: writes h[j] (D, D) and z[j] (D). [Alg. 1 L4]"""
@@ -726,9 +758,11 @@ def states_kernel(phi_key, value, h, z, length, D: tl.constexpr, BLOCK: tl.const
 
 # %% tags=["check"]
 h, z = torch.full((8, 16, 16), float("nan")), torch.full((8, 16), float("nan"))
-states_kernel[(8,)](phi_key, value, h, z, 120, D=16, BLOCK=16)
-torch.testing.assert_close(h, phi_K.mT @ V)
-torch.testing.assert_close(z, phi_K.sum(1))
+
+with check_exercise(1, states_kernel):
+    states_kernel[(8,)](phi_key, value, h, z, 120, D=16, BLOCK=16)
+    expect("h[j, d, e]", h, phi_K.mT @ V, rtol=1.3e-6, atol=1e-5)
+    expect("z[j, d]", z, phi_K.sum(1), rtol=1.3e-6, atol=1e-5)
 
 # %% [markdown]
 # **2. Down a column.** Write the kernel for the sparse branch's share of $dV$: one program per key block, which walks
@@ -739,16 +773,36 @@ torch.testing.assert_close(z, phi_K.sum(1))
 # %% tags=["exercise"]
 @triton.jit
 def dv_kernel(
-    query, key, grad_sparse, lse, q_offsets, q_indices, grad_value, length, scale, D: tl.constexpr, BLOCK: tl.constexpr
+    query,
+    key,
+    grad_sparse,
+    lse,
+    q_offsets,
+    q_indices,
+    grad_value,
+    length,
+    scale,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Key block j = program: writes dV_j, rows j * BLOCK ... of grad_value (N, D)."""
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["tl.trans(P), dO", "P, dO"]
 @triton.jit
 def dv_kernel(
-    query, key, grad_sparse, lse, q_offsets, q_indices, grad_value, length, scale, D: tl.constexpr, BLOCK: tl.constexpr
+    query,
+    key,
+    grad_sparse,
+    lse,
+    q_offsets,
+    q_indices,
+    grad_value,
+    length,
+    scale,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Key block j = program: writes dV_j, rows j * BLOCK ... of grad_value (N, D)."""
     j = tl.program_id(0)
@@ -770,7 +824,20 @@ def dv_kernel(
 # %% tags=["check"]
 grad_value = in_nan(torch.full((120, 16), float("nan")))
 dO = in_nan(problem.grad_sparse[0, 0])
-dv_kernel[(8,)](query, key, dO, in_nan(lse), q_offsets, q_indices, grad_value, 120, scale, D=16, BLOCK=16)
 no_linear = torch.zeros_like(problem.grad_linear)
 sparse_share = pytorch.backward(problem.grad_sparse, no_linear, None, problem.inputs, saved).value
-torch.testing.assert_close(grad_value, sparse_share[0, 0])
+
+with check_exercise(2, dv_kernel):
+    dv_kernel[(8,)](
+        query, key, dO, in_nan(lse), q_offsets, q_indices, grad_value, 120, scale, D=16, BLOCK=16
+    )
+    expect("dV", grad_value, sparse_share[0, 0], rtol=1.3e-6, atol=1e-5)
+
+# %% [markdown]
+# ## Recap
+#
+# A Triton kernel is written for one tile, and many programs run it at once. The forward walks along the rows of the map
+# and the backward down its columns, so that no two programs write the same number. The interpreter proves the
+# arithmetic; races, precision and speed need a compiler or a GPU.
+#
+# Next: [7. The Numba kernel](07_numba_kernel.md)

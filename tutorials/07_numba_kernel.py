@@ -28,14 +28,16 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from lesson import show_source
+from lesson import check_exercise, expect, show_source
 from numba import cuda, float32
 
 from sla_ref import testing
 from sla_ref.backends import numba_cuda, pytorch
 from sla_ref.backends.triton.sparse import softmax_step as triton_step
 
-assert numba_cuda.SIMULATED, "Numba was imported before the variable was set: start again in a fresh Python"
+assert numba_cuda.SIMULATED, (
+    "Numba was imported before the variable was set: start again in a fresh Python"
+)
 
 # %% [markdown]
 # ## Thread, block, grid
@@ -174,7 +176,7 @@ class Recorded:
         self.data[at] = number
 
     def instructions(self):
-        """Places, (accesses of a thread, threads): a row is what all threads ask for at the same moment."""
+        """Places, (accesses of a thread, threads): a row is what all threads ask for at once."""
         return np.array([places for _, places in sorted(self.log.items())]).T
 
 
@@ -207,7 +209,7 @@ show_source(numba_cuda.load)
 
 # %%
 def sectors(places):
-    """How many sectors of 32 bytes these numbers of 4 bytes lie in; an array begins with a sector."""
+    """How many sectors of 32 bytes these numbers of 4 bytes lie in; an array begins a sector."""
     return len({place * 4 // 32 for place in places})
 
 
@@ -236,7 +238,7 @@ assert of_load == {4} and row_each == {32}
 
 # %%
 def passes(places):
-    """How many numbers the busiest bank has to give out: threads that want the same number count once."""
+    """How many numbers the busiest bank gives out; one that several threads want counts once."""
     return max(Counter(place % 32 for place in set(places)).values())
 
 
@@ -248,10 +250,17 @@ def passes_of_product(acc_width, A, B, depth):
 
 taken = {}
 for spare in (0, 1):
-    taken["Q", spare], taken["K", spare] = passes_of_product(4, zeros(64, 64 + spare).T, zeros(32, 64 + spare).T, 4)
-    taken["P", spare], taken["V", spare] = passes_of_product(8, zeros(64, 32 + spare).T, zeros(32, 64 + spare), 4)
+    taken["Q", spare], taken["K", spare] = passes_of_product(
+        4, zeros(64, 64 + spare).T, zeros(32, 64 + spare).T, 4
+    )
+    taken["P", spare], taken["V", spare] = passes_of_product(
+        8, zeros(64, 32 + spare).T, zeros(32, 64 + spare), 4
+    )
 for tile in "QKPV":
-    print(f"passes to read {tile}: {taken[tile, 0]} without the spare column, {taken[tile, 1]} with it")
+    print(
+        f"passes to read {tile}: {taken[tile, 0]} without the spare column, "
+        f"{taken[tile, 1]} with it"
+    )
 
 assert [taken[tile, 0] for tile in "QKPV"] == [4, 8, 4, 1]
 assert [taken[tile, 1] for tile in "QKPV"] == [1, 1, 1, 1]
@@ -302,15 +311,22 @@ show_source(numba_cuda.row_of_thread, numba_cuda.lane_of_thread, numba_cuda.prod
 
 # %%
 def count(width):
-    """Different numbers of A and B that thread 0 reads in a product of depth 1, and its multiplications."""
+    """Numbers of A and B that thread 0 reads in a product of depth 1, and its multiplications."""
     A, B, acc = zeros(1, 64), zeros(1, 64), zeros(4, width)
     record(numba_cuda.product, acc, A, B, 1, threads=1)
     return len(set(A.log[0])), len(set(B.log[0])), len(acc.log[0]) // 2
 
 
-for width, product in ((1, "4 x 1, for comparison"), (4, "S = Q K^T, 4 x 4"), (8, "O += P V, 4 x 8")):
+for width, product in (
+    (1, "4 x 1, for comparison"),
+    (4, "S = Q K^T, 4 x 4"),
+    (8, "O += P V, 4 x 8"),
+):
     a, b, products = count(width)
-    print(f"{product:22} {a} + {b} numbers for {products:2} multiplications: {products / (a + b):.2f} for each")
+    print(
+        f"{product:22} {a} + {b} numbers for {products:2} multiplications: "
+        f"{products / (a + b):.2f} for each"
+    )
 
 assert count(4) == (4, 4, 16)
 assert count(8) == (4, 8, 32)
@@ -331,7 +347,9 @@ record(numba_cuda.store, computed, 0, 0, 0, np.zeros((4, 4), dtype=np.float32), 
 
 figure, panels = plt.subplots(1, 2, figsize=(7.4, 4.1), sharey=True, layout="constrained")
 titles = ("Who loads Q", "Who computes S")
-for panel, tile, title, across in zip(panels, (loaded, computed), titles, ("feature d", "key"), strict=True):
+for panel, tile, title, across in zip(
+    panels, (loaded, computed), titles, ("feature d", "key"), strict=True
+):
     owner = np.full(tile.data.size, -1)
     for thread, places in tile.log.items():
         owner[places] = thread
@@ -339,9 +357,21 @@ for panel, tile, title, across in zip(panels, (loaded, computed), titles, ("feat
     for n, row in enumerate(owner):
         for d, thread in enumerate(row):
             if thread == 10:
-                panel.add_patch(plt.Rectangle((d - 0.5, n - 0.5), 1, 1, color="#E69F00", alpha=0.7, lw=0))
-            panel.text(d, n, thread, ha="center", va="center", fontsize=6.5, weight="bold" if thread == 10 else None)
-    panel.set(xlim=(-0.5, 15.5), ylim=(11.5, -0.5), xlabel=across, title=f"{title}: thread of each number")
+                panel.add_patch(
+                    plt.Rectangle((d - 0.5, n - 0.5), 1, 1, color="#E69F00", alpha=0.7, lw=0)
+                )
+            panel.text(
+                d,
+                n,
+                thread,
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                weight="bold" if thread == 10 else None,
+            )
+    panel.set(
+        xlim=(-0.5, 15.5), ylim=(11.5, -0.5), xlabel=across, title=f"{title}: thread of each number"
+    )
 panels[0].set_ylabel("row of the query block")
 plt.show()
 
@@ -402,8 +432,16 @@ real_product, LOG2_E = numba_cuda.product, math.log2(math.e)
 
 def watched_product(acc, A, B, depth):
     kernel = inspect.currentframe().f_back.f_locals
-    if acc is kernel.get("O") and "feature" not in kernel and kernel["i"] == 0 and kernel["row"] == 4:
-        watched[kernel["first_key"] // 16][kernel["lane"]] = float(kernel["m"][1]), float(kernel["l"][1])
+    if (
+        acc is kernel.get("O")
+        and "feature" not in kernel
+        and kernel["i"] == 0
+        and kernel["row"] == 4
+    ):
+        watched[kernel["first_key"] // 16][kernel["lane"]] = (
+            float(kernel["m"][1]),
+            float(kernel["l"][1]),
+        )
     real_product(acc, A, B, depth)
 
 
@@ -414,7 +452,9 @@ with mock.patch.object(numba_cuda, "product", watched_product):
 q, k = problem.inputs.query[0, 0], problem.inputs.key[0, 0]
 seen = []
 for j in critical:
-    m, l = (np.array(values) for values in zip(*(watched[j][lane] for lane in range(8)), strict=True))
+    m, l = (
+        np.array(values) for values in zip(*(watched[j][lane] for lane in range(8)), strict=True)
+    )
     lanes = " ".join(f"{part:.2f}" for part in l)
     print(f"key block {j}: m {m[0]:.2f}, l of the lanes {lanes}, together {l.sum():.2f}")
     seen += range(16 * j, min(16 * (j + 1), 76))
@@ -460,7 +500,8 @@ smaller = testing.make_problem(
     critical_ratio=0.5,
     negligible_ratio=0.0,
 )
-assert sorted(smaller.inputs.block_map.labels.flatten().tolist()) == [0, 1]  # one key block is critical, one marginal
+# one key block is critical, one marginal
+assert sorted(smaller.inputs.block_map.labels.flatten().tolist()) == [0, 1]
 
 
 class WatchedLauncher(numba_cuda.Launcher):
@@ -506,9 +547,12 @@ for kernel, (threads, registers, shared) in needs.items():
     fit = {store: LIMITS[store] // demand[store] for store in LIMITS}
     decided_by[kernel] = min(fit, key=fit.get)
     share = min(fit.values()) * threads / LIMITS["threads"]
-    print(f"{kernel:16} {min(fit.values())} thread blocks, {share:4.0%} of the threads: {decided_by[kernel]}")
+    print(
+        f"{kernel:16} {min(fit.values())} thread blocks, {share:4.0%} of the threads: "
+        f"{decided_by[kernel]}"
+    )
 
-# Shared memory of the forward: Q, KV, P and the partial results of the lanes, with their spare columns.
+# Shared memory of the forward: Q, KV, P and the lanes' partial results, with spare columns.
 assert needs["forward_kernel"][2] == 4 * (64 * 65 + 32 * 65 + 64 * 33 + 64 * 9)
 assert decided_by.pop("dkdv_kernel") == "shared memory"
 assert set(decided_by.values()) == {"registers"}
@@ -564,7 +608,7 @@ def transpose_kernel(source, target):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["tile[d, n]", "tile[n, d]"]
 @cuda.jit
 def transpose_kernel(source, target):
     """target = source^T, both (16, 16); 256 threads, and a warp touches 4 sectors at a time."""
@@ -577,11 +621,14 @@ def transpose_kernel(source, target):
 
 # %% tags=["check"]
 source, target = Recorded(np.arange(256.0).reshape(16, 16)), Recorded(np.full((16, 16), np.nan))
-transpose_kernel[1, 256](source, target)
-assert (target.data == source.data.T).all()
-for array in (source, target):
-    for places in array.instructions():
-        assert all(sectors(warp) == 4 for warp in places.reshape(8, 32))
+
+with check_exercise(1, transpose_kernel):
+    transpose_kernel[1, 256](source, target)
+    expect("target", target.data, source.data.T)
+    for name, array in (("source", source), ("target", target)):
+        for places in array.instructions():
+            touched = [sectors(warp) for warp in places.reshape(8, 32)]
+            assert set(touched) == {4}, f"{name}: the warps touch {touched} sectors, not 4 each"
 
 # %% [markdown]
 # **2. Join the lanes.** The log-sum-exp $L$ of a row, by eight threads. Thread `lane` takes every eighth score, from
@@ -596,7 +643,7 @@ def lse_kernel(scores, lse):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["math.exp(highest[other] - m) * total[other]", "total[other]"]
 @cuda.jit
 def lse_kernel(scores, lse):
     """lse[row] = log of the sum of exp(scores[row, :]), for row = thread block; 8 threads."""
@@ -625,10 +672,22 @@ def lse_kernel(scores, lse):
 
 # %% tags=["check"]
 generator = np.random.default_rng(1)
-for length in (3, 21):
-    scores = (100 * generator.normal(size=(4, length))).astype(np.float32)
-    scores[1] += 1000  # exp overflows
-    scores[2, :2] = -math.inf  # a lane begins with a score that weighs nothing
-    lse = np.full(4, np.nan, dtype=np.float32)
-    lse_kernel[4, 8](scores, lse)
-    torch.testing.assert_close(torch.from_numpy(lse), torch.from_numpy(scores).logsumexp(1))
+
+with check_exercise(2, lse_kernel):
+    for length in (3, 21):
+        scores = (100 * generator.normal(size=(4, length))).astype(np.float32)
+        scores[1] += 1000  # exp overflows
+        scores[2, :2] = -math.inf  # a lane begins with a score that weighs nothing
+        lse = np.full(4, np.nan, dtype=np.float32)
+        lse_kernel[4, 8](scores, lse)
+        expected = torch.from_numpy(scores).logsumexp(1)
+        expect(f"lse of rows of {length} scores", lse, expected, rtol=1.3e-6, atol=1e-5)
+
+# %% [markdown]
+# ## Recap
+#
+# A tile is the work of many threads, which load what is contiguous and compute what they can keep in registers. Shared
+# memory stands between the two, with a barrier after each change of hands and a spare column against bank conflicts.
+# Triton decides all of this for you.
+#
+# Next: [9. Fine-tuning a video transformer](09_fine_tuning.md)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lesson import show_source
+from lesson import check_exercise, expect, show_source
 
 import sla_ref
 from sla_ref import protocol, testing
@@ -57,7 +57,9 @@ show_source(protocol.Inputs, protocol.Saved, protocol.Gradients)
 
 # %%
 def to_numpy(tensor):
-    return np.ascontiguousarray(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).numpy())
+    return np.ascontiguousarray(
+        tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+    )
 
 
 def unavailable():
@@ -65,7 +67,11 @@ def unavailable():
 
 
 def unsupported(query, block_map):
-    return None if query.device.type == "cpu" else f"NumPy computes on the CPU, query is on {query.device}"
+    return (
+        None
+        if query.device.type == "cpu"
+        else f"NumPy computes on the CPU, query is on {query.device}"
+    )
 
 
 # %% [markdown]
@@ -77,23 +83,29 @@ def unsupported(query, block_map):
 
 # %%
 def query_blocks(block_map):
-    """For every query block the indices (b, h, tokens) of its rows, its critical keys and its marginal keys."""
+    """For every query block the indices (b, h, tokens) of its rows, critical and marginal keys."""
     key_block = np.arange(block_map.key_length) // block_map.block_k  # of every key
     labels = block_map.labels.numpy()
     for b, h, i in np.ndindex(labels.shape[:3]):
-        rows = slice(i * block_map.block_q, min((i + 1) * block_map.block_q, block_map.query_length))
+        rows = slice(
+            i * block_map.block_q, min((i + 1) * block_map.block_q, block_map.query_length)
+        )
         label = labels[b, h, i][key_block]
-        yield (b, h, rows), (b, h, np.flatnonzero(label == CRITICAL)), (b, h, np.flatnonzero(label == MARGINAL))
+        yield (
+            (b, h, rows),
+            (b, h, np.flatnonzero(label == CRITICAL)),
+            (b, h, np.flatnonzero(label == MARGINAL)),
+        )
 
 
 def divide(numerator, denominator):
-    """Row by row, and 0 where the denominator counts as 0: too small for the dtype, as the specification has it."""
+    """Row by row; 0 where the denominator counts as 0, too small for the dtype, as specified."""
     large = abs(denominator) >= np.finfo(denominator.dtype).tiny * 2.0**30
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=large)
 
 
 def sparse_rows(Q, K, V, scale):
-    """Q (rows, D), critical K and V (keys, D) -> O^s (rows, D), L (rows, 1). At least one key. [Eq. 4]"""
+    """Q (rows, D), critical K, V (keys, D), at least one -> O^s (rows, D), L (rows, 1). [Eq. 4]"""
     S = scale * Q @ K.T
     m = S.max(axis=1, keepdims=True)
     P = np.exp(S - m)
@@ -105,7 +117,8 @@ def make_forward(sparse_rows):
     def forward(inputs):
         Q, K, V, phi_Q, phi_K = map(to_numpy, inputs[:5])
         sparse, linear = np.zeros_like(Q), np.zeros_like(Q)
-        lse = np.full((*Q.shape[:3], 1), -np.inf, Q.dtype)  # what it is for a row without a critical key
+        # what it is for a row without a critical key
+        lse = np.full((*Q.shape[:3], 1), -np.inf, Q.dtype)
         for q, c, m in query_blocks(inputs.block_map):
             if len(c[2]):
                 sparse[q], lse[q] = sparse_rows(Q[q], K[c], V[c], inputs.scale)
@@ -129,7 +142,12 @@ forward = make_forward(sparse_rows)
 
 # %%
 def backend(name, forward, backward):
-    parts = {"unavailable": unavailable, "unsupported": unsupported, "forward": forward, "backward": backward}
+    parts = {
+        "unavailable": unavailable,
+        "unsupported": unsupported,
+        "forward": forward,
+        "backward": backward,
+    }
     return types.SimpleNamespace(name=name, softmax_inside=False, **parts)
 
 
@@ -157,11 +175,19 @@ def careless_forward(inputs):
     return forward(inputs._replace(block_map=sla_ref.BlockMap(labels, *sizes)))
 
 
-sla_ref.register_backend("numpy-careless", backend("numpy-careless", careless_forward, pytorch.backward))
+sla_ref.register_backend(
+    "numpy-careless", backend("numpy-careless", careless_forward, pytorch.backward)
+)
 report = testing.check_backend("numpy-careless", device="cpu", dtypes=[torch.float32], quick=True)
 print(dict(failures(report)), "in", sorted({check.case for check in report.failures}))
 
-assert set(failures(report)) == {"linear", "grad_phi_query", "grad_phi_key", "grad_query", "grad_key"}
+assert set(failures(report)) == {
+    "linear",
+    "grad_phi_query",
+    "grad_phi_key",
+    "grad_query",
+    "grad_key",
+}
 
 # %% [markdown]
 # The report points at the right place: `linear` is wrong, `sparse` and `lse` are not. The gradients of both features
@@ -242,7 +268,8 @@ assert report.ok and not report.refused
 query, key, value = testing.make_problem(query_length=300, head_dim=32).inputs[:3]
 layer = sla_ref.SparseLinearAttention(head_dim=32, critical_ratio=0.3, negligible_ratio=0.2)
 torch.manual_seed(0)
-torch.nn.init.normal_(layer.proj_l.weight, std=0.1)  # a new layer's Proj is zero, and the linear branch does not show
+# a new layer's Proj is zero, and the linear branch does not show
+torch.nn.init.normal_(layer.proj_l.weight, std=0.1)
 
 gradients = {}
 for name in ("numpy", "torch"):
@@ -282,8 +309,12 @@ with tempfile.TemporaryDirectory() as folder:
     Path(folder, "sla_borrowed.py").write_text(plug_in, encoding="utf-8")
     about = Path(folder, "sla_borrowed-1.0.dist-info")
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sla-borrowed\nVersion: 1.0\n", encoding="utf-8")
-    (about / "entry_points.txt").write_text("[sla_ref.backends]\nborrowed = sla_borrowed\n", encoding="utf-8")
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: sla-borrowed\nVersion: 1.0\n", encoding="utf-8"
+    )
+    (about / "entry_points.txt").write_text(
+        "[sla_ref.backends]\nborrowed = sla_borrowed\n", encoding="utf-8"
+    )
 
     assert "borrowed" not in sla_ref.list_backends()
     sys.path.insert(0, folder)
@@ -315,14 +346,21 @@ flex = torch.compile(flex_attention) if device == "cuda" else flex_attention
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
     sparse, extra = flex(
-        query, key, value, block_mask=problem.inputs.block_map.to_flex(), return_aux=AuxRequest(lse=True)
+        query,
+        key,
+        value,
+        block_mask=problem.inputs.block_map.to_flex(),
+        return_aux=AuxRequest(lse=True),
     )
 ours = sla_ref.sparse_linear_attention(query, key, value, block_map=problem.inputs.block_map)
 torch.testing.assert_close(sparse, ours.sparse, rtol=0, atol=1e-4)
 torch.testing.assert_close(extra.lse, ours.lse, rtol=0, atol=1e-4)
 
 if device == "cuda":
-    both = [torch.autograd.grad(out, (query, key, value), problem.grad_sparse) for out in (sparse, ours.sparse)]
+    both = [
+        torch.autograd.grad(out, (query, key, value), problem.grad_sparse)
+        for out in (sparse, ours.sparse)
+    ]
     for theirs, mine in zip(*both, strict=True):
         torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-3)
 
@@ -339,13 +377,13 @@ if device == "cuda":
 
 # %% tags=["exercise"]
 def picky(query, block_map):
-    """None for a head_dim that is a multiple of 16 and blocks of 64 x 64, else the reason why not."""
+    """None for a head_dim that is a multiple of 16 and blocks of 64 x 64, else why not."""
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["query.shape[-1] % 16", "query.shape[-1] % 8"]
 def picky(query, block_map):
-    """None for a head_dim that is a multiple of 16 and blocks of 64 x 64, else the reason why not."""
+    """None for a head_dim that is a multiple of 16 and blocks of 64 x 64, else why not."""
     if query.shape[-1] % 16:
         return f"head_dim must be a multiple of 16, got {query.shape[-1]}"
     if (block_map.block_q, block_map.block_k) != (64, 64):
@@ -355,18 +393,25 @@ def picky(query, block_map):
 
 # %% tags=["check"]
 x = torch.randn(1, 1, 200, 24)
-assert picky(x[..., :16], sla_ref.classify_blocks(x, x)) is None
-assert "24" in picky(x, sla_ref.classify_blocks(x, x))
-assert "32" in picky(x[..., :16], sla_ref.classify_blocks(x, x, block_q=32))
 namespace = backend("picky", forward, backward)
 namespace.unsupported = picky
 sla_ref.register_backend("picky", namespace)
-try:
-    sla_ref.sparse_linear_attention(x, x, x, backend="picky")
-except ValueError as error:
-    print(error)
-else:
-    raise AssertionError("head_dim 24 was taken")
+
+with check_exercise(1, picky):
+    for head_dim, block_q in ((16, 64), (24, 64), (16, 32)):
+        reason = picky(x[..., :head_dim], sla_ref.classify_blocks(x, x, block_q=block_q))
+        case = f"head_dim {head_dim}, blocks {block_q} x 64: got {reason!r}"
+        if (head_dim, block_q) == (16, 64):
+            assert reason is None, f"{case}, and this can be taken"
+        else:
+            named = str(head_dim if head_dim != 16 else block_q)
+            assert named in str(reason), f"{case}, expected a reason that names {named}"
+    try:
+        sla_ref.sparse_linear_attention(x, x, x, backend="picky")
+    except ValueError as error:
+        print(error)
+    else:
+        raise AssertionError("head_dim 24 was taken")
 
 # %% [markdown]
 # **2. Keys in chunks.** `sparse_rows` looks at all critical keys at once. Write it as [4. Algorithm
@@ -379,21 +424,44 @@ def sparse_rows_online(Q, K, V, scale):
     ...
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] mistake=["correction * O + P @", "O + P @"]
 def sparse_rows_online(Q, K, V, scale):
     """As `sparse_rows`, with no more than 16 keys at a time."""
-    m, l, O = np.full((len(Q), 1), -np.inf, Q.dtype), np.zeros((len(Q), 1), Q.dtype), np.zeros_like(Q)
+    m, l, O = (
+        np.full((len(Q), 1), -np.inf, Q.dtype),
+        np.zeros((len(Q), 1), Q.dtype),
+        np.zeros_like(Q),
+    )
     for start in range(0, len(K), 16):
         chunk = slice(start, start + 16)
         S = scale * Q @ K[chunk].T
         m_new = np.maximum(m, S.max(axis=1, keepdims=True))
         P, correction = np.exp(S - m_new), np.exp(m - m_new)
-        m, l, O = m_new, correction * l + P.sum(axis=1, keepdims=True), correction * O + P @ V[chunk]
+        m, l, O = (
+            m_new,
+            correction * l + P.sum(axis=1, keepdims=True),
+            correction * O + P @ V[chunk],
+        )
     return O / l, m + np.log(l)
 
 
 # %% tags=["check"]
-sla_ref.register_backend("numpy-online", backend("numpy-online", make_forward(sparse_rows_online), backward))
-report = testing.check_backend("numpy-online", device="cpu", dtypes=[torch.float32], quick=True)
-print(report)
-assert report.ok
+Q, K, V = np.random.default_rng(0).normal(size=(3, 40, 16))
+
+with check_exercise(2, sparse_rows_online):
+    got, expected = sparse_rows_online(Q, K, V, 0.25), sparse_rows(Q, K, V, 0.25)
+    expect("(O^s, L)", got, expected, rtol=1e-12, atol=1e-12)
+    online = backend("numpy-online", make_forward(sparse_rows_online), backward)
+    sla_ref.register_backend("numpy-online", online)
+    report = testing.check_backend("numpy-online", device="cpu", dtypes=[torch.float32], quick=True)
+    print(report)
+    assert report.ok, report
+
+# %% [markdown]
+# ## Recap
+#
+# A backend is four functions and can be built half by half. `check_backend` compares it with the specification on
+# problems that are meant to break it, and names what is wrong. Registered or installed, it serves every call, and
+# refuses what it cannot take.
+#
+# Next: [Experiments](../experiments.md)

@@ -23,7 +23,8 @@ from sla_ref.feature_maps import softmax as phi
 
 torch.manual_seed(0)
 B, H, N, D, block = 1, 1, 640, 32, 32
-centre = torch.randn(3, B, H, N // block, 1, D).double()  # the tokens of a block resemble each other
+# the tokens of a block resemble each other
+centre = torch.randn(3, B, H, N // block, 1, D).double()
 tokens = centre + 0.7 * torch.randn(3, B, H, N // block, block, D)
 query, key, value = tokens.flatten(3, 4)  # (B, H, N, D)
 scale = D**-0.5
@@ -76,7 +77,11 @@ def main(query, key, value):
     return sparse, phi(query) @ state / (phi(query) @ weight + 1e-5), lse
 
 
-outputs = {"paper": paper(query, key, value), "SLA-1": sla_1(query, key, value), "main": main(query, key, value)}
+outputs = {
+    "paper": paper(query, key, value),
+    "SLA-1": sla_1(query, key, value),
+    "main": main(query, key, value),
+}
 for name, (sparse, linear, _) in outputs.items():
     same = torch.equal(sparse, outputs["paper"][0])
     change = (linear - outputs["paper"][1]).norm() / outputs["paper"][1].norm()
@@ -261,7 +266,9 @@ for number, (q, k, v, full) in caught.items():
     assert errors[number][1] < errors[number][0]
 
 figure, axes = plt.subplots(figsize=(6.4, 3.0))
-for shift, (name, hatch) in enumerate({"sparse branch alone": "", "with the best Proj": "//"}.items()):
+for shift, (name, hatch) in enumerate(
+    {"sparse branch alone": "", "with the best Proj": "//"}.items()
+):
     heights = [float(pair[shift]) for pair in errors.values()]
     places = [number + 0.36 * (shift - 0.5) for number in errors]
     axes.bar(places, heights, 0.34, label=name, hatch=hatch, color=("#E69F00", "#0072B2")[shift])
@@ -287,3 +294,12 @@ from sla_ref.lab.weights import STUDENT
 with safe_open(STUDENT, framework="pt") as file:
     card = json.loads(file.metadata()["card"])
 print(f"mean squared distance to the teacher's prediction: {card['distance']:.3g}")
+
+# %% [markdown]
+# ## Recap
+#
+# The paper and the two branches of the code differ in the classes, in the denominator and in how the keys are smoothed.
+# A fresh layer is its sparse branch, because Proj starts at zero. Proj alone repairs a part of what is missing, so a
+# fine-tune trains all parameters.
+#
+# Next: [Numerics and guarantees](../numerics.md)
