@@ -138,7 +138,9 @@ def test_takes_only_tensors_of_its_device(backend: ModuleType) -> None:
 def test_without_gpu_and_simulator_a_backend_says_how_to_get_either() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in SIMULATOR.values()}
     code = "import json, sla_ref; print(json.dumps(sla_ref.list_backends()))"
-    seen = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    seen = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8", check=True
+    )
     for name, reason in json.loads(seen.stdout).items():
         if name in SIMULATOR and backends.list_backends()[name] is None:
             assert f"{SIMULATOR[name]}=1" in reason
