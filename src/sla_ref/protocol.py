@@ -2,6 +2,8 @@
 
 A backend is a module (or any object) with the attributes of `Backend`. It computes the two branches of SLA for a block
 map it is given; classification, feature maps, Proj and the final sum are not its business.
+
+Official implementation: thu-ml/SLA, branch SLA-1 at 325cc75, sparse_linear_attention/kernel.py, lines 380 to 491.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ Every other rung of this package is tested against this page. It needs N x N mem
 float dtype, and leaves the gradients to autograd. It does not have: blocks of work, an online softmax, a hand-written
 backward.
 
+Official implementation: thu-ml/SLA, branch SLA-1 at 325cc75, in sparse_linear_attention/: utils.py, lines 55 to 67
+(classes), and kernel.py, lines 51 to 148 (both branches). It has no negligible class.
+
 Glossary, for this file and for the one-letter names inside the kernels (paper symbol: meaning)
     query, key, value   Q, K, V         (B, H, N, D): batch, heads, tokens, head dimension (the paper's d)
     phi_query, phi_key  Q^phi, K^phi    the feature map phi applied to Q and K

@@ -3,6 +3,9 @@
     from sla_ref.integrations.thu_ml import SparseLinearAttention  # instead of: from sparse_linear_attention import ...
 
 Their code departs from the paper. Those departures live here and nowhere else in this package.
+
+Official implementation: thu-ml/SLA, sparse_linear_attention/core.py, lines 24 to 105 at d973e55 (branch main) and 24 to
+101 at 325cc75 (branch SLA-1).
 """
 
 from __future__ import annotations
