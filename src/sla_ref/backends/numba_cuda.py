@@ -576,8 +576,8 @@ def states_kernel(COLUMNS: int, BLOCK: int) -> Kernel:
             if thread < TOKENS:
                 V[thread, COLUMNS] = spare[head, first + thread] if first + thread < spare.shape[1] else ZERO
             cuda.syncthreads()
-            product(h, phi, V, TOKENS)
-            product_spare(z, phi, V, TOKENS)
+            product(h, phi, V, TOKENS)  # [Alg. 1 L4] [Alg. 2 L3]
+            product_spare(z, phi, V, TOKENS)  # [Alg. 1 L4] [Alg. 2 L4]
         finite = True
         for r in range(HEIGHT):
             finite = finite and math.isfinite(z[r])

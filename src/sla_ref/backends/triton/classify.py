@@ -35,7 +35,7 @@ def pool_kernel(tokens, pooled, num_heads, length, block, D, COLUMNS: tl.constex
         inside = (row < end)[:, None] & (column < D)[None, :]
         tile = tl.load(data + row.to(tl.int64)[:, None] * tokens.token + column[None, :], mask=inside, other=0.0)
         total += tl.sum(tile.to(tl.float64), 0)
-    mean = total / (end - first).to(tl.float64)
+    mean = total / (end - first).to(tl.float64)  # [Eq. 2]
     tl.store(pooled + tl.program_id(0).to(tl.int64) * D + column, mean, mask=column < D)
 
 
@@ -69,7 +69,7 @@ def labels_kernel(scores, labels, num_key_blocks, num_critical, num_negligible, 
     order = tl.where(j < num_key_blocks, order, LOWEST)
     critical = among_largest(order, num_critical)
     kept = among_largest(order, num_key_blocks - num_negligible)
-    label = tl.where(critical, IS_CRITICAL, tl.where(kept, IS_MARGINAL, IS_NEGLIGIBLE))
+    label = tl.where(critical, IS_CRITICAL, tl.where(kept, IS_MARGINAL, IS_NEGLIGIBLE))  # [Eq. 3] [Alg. 1 L6]
     tl.store(labels + row + j, label.to(tl.int8), mask=j < num_key_blocks)
 
 
