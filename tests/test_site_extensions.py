@@ -76,6 +76,16 @@ def bare():
     return first
 
 
+def spaced():
+    first = 1
+
+    second = 2
+    third = 3  # [Eq. 9]
+    fourth = 4
+
+    return fourth
+
+
 def part():
     """About the step, which is below. [Eq. 9]"""
     before = 1
@@ -101,6 +111,7 @@ def test_what_is_shown_for_a_tag():
     assert ends == [
         ("def whole(self):", "return 1"),
         ("first = 1  # [Eq. 9]", "return first"),
+        ("second = 2", "fourth = 4"),
         ("also = (", "last = 4"),
         ("# From here on. [Eq. 9]", "then = 6"),
     ]
@@ -112,9 +123,13 @@ FENCE = r'(?ms)^```python title="(.+?)" hl_lines="([\d ]+)"\n(.*?)\n```$'
 
 def panes(step: paper_tags.Step) -> dict[str, str]:
     """Rung -> what the page shows of it."""
-    rungs = re.findall(r'<div class="rung (\w+)[^>]*>\n\n(.*?)\n\n</div>', paper_tags.side_by_side(step), re.DOTALL)
-    assert [rung for rung, _ in rungs] == [rung.lower() for rung in paper_tags.RUNGS]
-    return dict(rungs)
+    rungs = re.findall(
+        r'(?s)<div class="rung (\w+)( first)?" markdown>\n\n(.*?)\n\n</div>', paper_tags.side_by_side(step)
+    )
+    assert [rung for rung, *_ in rungs] == [rung.lower() for rung in paper_tags.RUNGS]
+    with_code = [bool(first) for _, first, pane in rungs if "```" in pane]
+    assert with_code == [True, False, False, False][: len(with_code)], "only the first is marked as such"
+    return {rung: pane for rung, _, pane in rungs}
 
 
 @pytest.mark.parametrize("step", paper_tags.read_steps(), ids=lambda step: step.tag)
@@ -145,8 +160,7 @@ def test_code_is_shown_when_its_file_is_there(tmp_path, monkeypatch):
     (tmp_path / "backends" / "numba_cuda.py").write_text(SOURCE, encoding="utf-8")
     pane = panes(step)["numba"]
     assert '```python title="Numba: backends/numba_cuda.py::Thing, line 7" hl_lines="2"\ndef whole(self):\n' in pane
-    assert '```python title="Numba: backends/numba_cuda.py::part, line 20" hl_lines="4"\nalso = (\n' in pane
-    assert '<div class="rung numba first" markdown>' in paper_tags.side_by_side(step)
+    assert '```python title="Numba: backends/numba_cuda.py::part, line 30" hl_lines="4"\nalso = (\n' in pane
 
 
 def test_a_line_asks_for_steps_and_one_for_the_buttons():

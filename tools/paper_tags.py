@@ -101,6 +101,8 @@ def excerpts(text: str, tag: str) -> list[Excerpt]:
     the lines down to the next empty one; in the docstring of a short function, for the function. In the docstring of a
     long one it says what the function is about, and not where the step is.
     """
+    if f"[{tag}]" not in text:
+        return []
     lines = text.splitlines()
     nodes = list(ast.walk(ast.parse(text)))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
@@ -130,6 +132,8 @@ def excerpts(text: str, tag: str) -> list[Excerpt]:
             continue
         while not lines[first - 1].strip():
             first += 1
+        while not lines[last - 1].strip():
+            last -= 1
         found.append(Excerpt(first, last, frozenset({number})))
     return list(_joined(found))
 
