@@ -178,11 +178,11 @@ def side_by_side(step: Step) -> str:
             panes.append(_box(f"rung {rung.lower()}", _elsewhere(rung, step)))
     heading = f"### [{step.tag}] {step.title} {{ #{anchor(step.tag)} }}"
     words = _box("words", heading, step.reason, f"{step.formula}\n{{ .formula }}")
-    return _box("step", words, _box("code", *panes))
+    return _box("step", words, _box("code", *panes, attributes=" data-search-exclude"))
 
 
-def _box(kind: str, *parts: str) -> str:
-    return f'<div class="{kind.strip()}" markdown>\n\n' + "\n\n".join(parts) + "\n\n</div>"
+def _box(kind: str, *parts: str, attributes: str = "") -> str:
+    return f'<div class="{kind.strip()}"{attributes} markdown>\n\n' + "\n\n".join(parts) + "\n\n</div>"
 
 
 def _code_blocks(rung: str, file: str, tag: str) -> Iterator[str]:
