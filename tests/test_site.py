@@ -141,7 +141,6 @@ ONE_LINE_CODE = """
 UNEVEN_NUMBERS = """
 (() => {
   document.querySelectorAll('details').forEach(part => { part.open = true; });
-  document.querySelectorAll('.tabbed-set > input:last-of-type').forEach(tab => { tab.checked = true; });
   return [...document.querySelectorAll('.highlighttable')].filter(table => {
     const [numbers, code] = table.querySelectorAll('pre');
     return Math.abs(numbers.offsetHeight - code.offsetHeight) > 22;  // the code has room below for a scroll bar
@@ -219,6 +218,97 @@ def test_figures_take_the_colour_of_the_text(browser, address):
             )
         )
     assert colours[0] != colours[1], colours
+
+
+# --- side by side ----------------------------------------------------------------------------------------------------
+
+SHOWN = """
+[...document.querySelectorAll('.step')].map(step =>
+  [...step.querySelectorAll('.rung')].filter(rung => rung.offsetHeight).map(rung => rung.classList[1]).join())
+"""
+CLIPPED = """
+[...document.querySelectorAll('.step :is(.maths, pre, code)')].filter(part => {
+  const right = part.getBoundingClientRect().right, column = part.closest('.words, .code').getBoundingClientRect();
+  return right > column.right + 1 || part.clientWidth && part.scrollWidth > part.clientWidth + 1;
+}).length
+"""
+PLACES = """
+(() => {
+  const box = part => document.querySelector(part).getBoundingClientRect().toJSON();
+  return {bar: box('.rungs'), step: box('.step:has(#alg-2-l11)'), title: box('#alg-2-l11'),
+          words: box('.step:has(#alg-2-l11) .words'), code: box('.step:has(#alg-2-l11) .code')};
+})()
+"""
+
+
+def places(page: Page) -> dict[str, dict[str, float]]:
+    """Where the bar and the parts of one step are in the window, after two frames."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return page.evaluate(PLACES)
+
+
+@pytest.mark.parametrize("size", [(1400, 900), PHONE], ids=["desktop", "phone"])
+def test_a_rung_is_chosen_once_for_all_steps(browser, address, size):
+    browser.open(f"{address}/side_by_side.html#alg-2-l11", width=size[0], height=size[1], dark=False)
+    browser.evaluate("document.fonts.ready.then(() => true)")
+    seen = places(browser)
+    assert seen["bar"]["top"] >= 0 and seen["bar"]["bottom"] <= seen["title"]["top"] < size[1] / 2, (
+        "the link leads there"
+    )
+    assert set(browser.evaluate(SHOWN)) == {"equations", "torch"}, "without a choice, the first rung that has the step"
+    for rung in ("equations", "torch", "numba", "triton"):
+        before = places(browser)["step"]["top"]
+        browser.evaluate(f"document.querySelector('label[for=rung-{rung}]').click()")
+        after = places(browser)
+        assert abs(after["step"]["top"] - max(before, after["bar"]["bottom"])) < 2, "the step stays where it is"
+        assert set(browser.evaluate(SHOWN)) == {rung}
+        assert browser.evaluate(CLIPPED) == 0, rung
+
+    browser.evaluate("window.before = true")
+    browser.send("Page.reload")
+    browser.wait_for("!window.before && document.readyState === 'complete'")
+    assert set(browser.evaluate(SHOWN)) == {"triton"}, "the choice is remembered"
+    assert browser.problems == []
+
+
+def test_words_stay_in_view_while_their_code_scrolls(browser, address):
+    browser.open(f"{address}/side_by_side.html", width=1400, height=900, dark=False)
+    browser.evaluate("document.querySelector('label[for=rung-numba]').click()")
+    browser.evaluate(f"scrollBy({{top: {places(browser)['step']['bottom'] - 350}, behavior: 'instant'}})")
+    seen = places(browser)
+    assert seen["words"]["right"] < seen["code"]["left"]
+    assert seen["code"]["top"] < seen["bar"]["bottom"] <= seen["words"]["top"]
+
+
+def test_words_are_above_their_code_on_a_phone(browser, address):
+    browser.open(f"{address}/side_by_side.html", width=PHONE[0], height=PHONE[1], dark=True)
+    seen = places(browser)
+    assert seen["words"]["bottom"] <= seen["code"]["top"] and seen["words"]["left"] == seen["code"]["left"]
+
+
+def test_side_by_side_works_without_scripts(browser, address):
+    browser.send("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(f"{address}/side_by_side.html", width=1400, height=900, dark=False)
+        assert set(browser.evaluate(SHOWN)) == {"equations", "torch"}
+        browser.evaluate("document.querySelector('label[for=rung-triton]').click()")
+        assert set(browser.evaluate(SHOWN)) == {"triton"}
+    finally:
+        browser.send("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_tags_lead_to_their_steps_from_every_page(site, names):
+    anchors = set(re.findall(r'<h3 id="([^"]+)"', (site / "side_by_side.html").read_text(encoding="utf-8")))
+    linking = set()
+    for name in names:
+        page = (site / name).read_text(encoding="utf-8")
+        assert '<span class="paper-tag"' not in page and "<autoref" not in page, name
+        for start in re.findall(r"<a [^>]*paper-tag[^>]*>", page):
+            target, anchor = re.search(r'href="(?:(\S*side_by_side\.html))?#(\S+)"', start).groups()
+            assert ((site / name).parent / (target or "side_by_side.html")).samefile(site / "side_by_side.html"), name
+            assert anchor in anchors, f"{name}: {anchor}"
+            linking.add(name)
+    assert {"api.html", "paper.html", "side_by_side.html", "tutorials/03_linear_branch.html"} <= linking
 
 
 # --- the mask explorer -----------------------------------------------------------------------------------------------

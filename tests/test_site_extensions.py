@@ -11,7 +11,8 @@ from tools import glossary, maths, paper_tags
 
 
 def to_html(text: str) -> str:
-    return markdown.markdown(text, extensions=["tables", maths.Maths(), paper_tags.PaperTags()])
+    ours = [maths.Maths(), paper_tags.PaperTags()]
+    return markdown.markdown(text, extensions=["attr_list", "md_in_html", "tables", *ours])
 
 
 # --- maths -----------------------------------------------------------------------------------------------------------
@@ -70,10 +71,27 @@ class Thing:
         return 1
 
 
+def bare():
+    first = 1  # [Eq. 9]
+    return first
+
+
+def spaced():
+    first = 1
+
+    second = 2
+    third = 3  # [Eq. 9]
+    fourth = 4
+
+    return fourth
+
+
 def part():
-    """Parts."""
+    """About the step, which is below. [Eq. 9]"""
     before = 1
-    also = 2
+    also = (
+        2
+    )
     here = before  # [Eq. 9]
     after = 3
     last = 4
@@ -88,46 +106,80 @@ def part():
 
 def test_what_is_shown_for_a_tag():
     lines = SOURCE.splitlines()
-    shown = [lines[first - 1 : last] for first, last, _ in paper_tags.excerpts(SOURCE, "Eq. 9")]
-    assert [part[0].strip() for part in shown] == ["def whole(self):", "before = 1", "# From here on. [Eq. 9]"]
-    assert [part[-1].strip() for part in shown] == ["return 1", "last = 4", "then = 6"]
-    marked = [lines[number - 1] for *_, numbers in paper_tags.excerpts(SOURCE, "Eq. 9") for number in numbers]
-    assert all("[Eq. 9]" in line for line in marked) and len(marked) == 2
+    found = paper_tags.excerpts(SOURCE, "Eq. 9")
+    ends = [(lines[first - 1].strip(), lines[last - 1].strip()) for first, last, _ in found]
+    assert ends == [
+        ("def whole(self):", "return 1"),
+        ("first = 1  # [Eq. 9]", "return first"),
+        ("second = 2", "fourth = 4"),
+        ("also = (", "last = 4"),
+        ("# From here on. [Eq. 9]", "then = 6"),
+    ]
+    assert all("[Eq. 9]" in lines[number - 1] for *_, marked in found for number in marked)
 
 
-def test_every_step_shows_code_and_every_excerpt_its_tag():
-    for step in paper_tags.read_steps():
-        page = paper_tags.side_by_side(step)
-        assert f"[{step.tag}]" in page, step.tag
-        tabs = re.findall(r'^=== "(\w+)"', page, re.MULTILINE)
-        assert tabs[0] == "Formula"
-        wanted = {"reference"} if step.tag.startswith("Eq") else {"torch"}
-        if step.tag.startswith("Alg") and step.tag not in ("Alg. 1 L5", "Alg. 1 L6"):
-            wanted.add("Triton")
-        assert wanted <= set(tabs), step.tag
+FENCE = r'(?ms)^```python title="(.+?)" hl_lines="([\d ]+)"\n(.*?)\n```$'
 
 
-def test_a_backend_gets_its_tab_when_its_file_is_there(tmp_path, monkeypatch):
+def panes(step: paper_tags.Step) -> dict[str, str]:
+    """Rung -> what the page shows of it."""
+    rungs = re.findall(
+        r'(?s)<div class="rung (\w+)( first)?" markdown>\n\n(.*?)\n\n</div>', paper_tags.side_by_side(step)
+    )
+    assert [rung for rung, *_ in rungs] == [rung.lower() for rung in paper_tags.RUNGS]
+    with_code = [bool(first) for _, first, pane in rungs if "```" in pane]
+    assert with_code == [True, False, False, False][: len(with_code)], "only the first is marked as such"
+    return {rung: pane for rung, _, pane in rungs}
+
+
+@pytest.mark.parametrize("step", paper_tags.read_steps(), ids=lambda step: step.tag)
+def test_a_step_shows_a_few_marked_lines_on_each_rung_or_where_they_are(step):
+    assert step.title and step.reason.endswith(".")
+    others = {other.tag for other in paper_tags.read_steps()}
+    for rung, pane in panes(step).items():
+        blocks = re.findall(FENCE, pane)
+        for title, marked, code in blocks:
+            lines = code.splitlines()
+            assert 3 <= len(lines) <= paper_tags.MOST, title
+            assert all(f"[{step.tag}]" in lines[int(number) - 1] for number in marked.split()), title
+        is_line = step.tag.startswith("Alg")
+        if rung == "equations":
+            assert bool(blocks) is not is_line
+        elif rung != "torch" or is_line:
+            assert blocks, rung
+        if not blocks:
+            elsewhere = set(re.findall(paper_tags.TAG, pane))
+            assert elsewhere and elsewhere <= others - {step.tag}
+
+
+def test_code_is_shown_when_its_file_is_there(tmp_path, monkeypatch):
     (tmp_path / "backends").mkdir()
     monkeypatch.setattr(paper_tags, "SOURCES", tmp_path)
-    step = paper_tags.Step("Eq. 9", "$x$", [])
-    assert "Numba" not in paper_tags.side_by_side(step)
+    step = paper_tags.Step("Eq. 9", "Look", "To see.", "$x$", [], [])
+    assert "```" not in panes(step)["numba"]
     (tmp_path / "backends" / "numba_cuda.py").write_text(SOURCE, encoding="utf-8")
-    page = paper_tags.side_by_side(step)
-    assert '=== "Numba"' in page
-    assert '```python title="backends/numba_cuda.py" linenums="14" hl_lines="3"' in page
+    pane = panes(step)["numba"]
+    assert '```python title="Numba: backends/numba_cuda.py::Thing, line 7" hl_lines="2"\ndef whole(self):\n' in pane
+    assert '```python title="Numba: backends/numba_cuda.py::part, line 30" hl_lines="4"\nalso = (\n' in pane
 
 
-def test_a_line_asks_for_steps():
-    html = to_html("::: steps Alg. 1\n")
-    assert html.count("<h3>Alg. 1 L") == sum(step.tag.startswith("Alg. 1") for step in paper_tags.read_steps()) > 5
+def test_a_line_asks_for_steps_and_one_for_the_buttons():
+    html = to_html("::: rungs\n\n::: steps Alg. 1\n")
+    assert html.count('type="radio"') == 1 + len(paper_tags.RUNGS) and html.count(" checked") == 1
+    steps = [step for step in paper_tags.read_steps() if step.tag.startswith("Alg. 1")]
+    assert html.count("<h3 id=") == len(steps) > 5
+    assert all(f'<h3 id="{paper_tags.anchor(step.tag)}">' in html for step in steps)
     with pytest.raises(ValueError, match=r"begins with 'Alg\. 7'"):
         to_html("::: steps Alg. 7\n")
 
 
-def test_tags_are_labels_and_links_stay_links():
-    html = to_html("[Eq. 4] [Eq. 5] and [Eq. 6](side.md)")
-    assert html.count('<span class="paper-tag">') == 2 and '<a href="side.md">Eq. 6</a>' in html
+def test_tags_are_links_to_their_steps_and_other_links_stay():
+    html = to_html("[Eq. 4] [Alg. 1 L9] and [Eq. 6](side.md)")
+    assert re.findall(r'<autoref class="paper-tag" identifier="(.+?)">(.+?)</autoref>', html) == [
+        ("eq-4", "Eq. 4"),
+        ("alg-1-l9", "Alg. 1 L9"),
+    ]
+    assert '<a href="side.md">Eq. 6</a>' in html
 
 
 # --- glossary --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Python-Markdown extension: the tags of the paper's steps, as [Eq. 5] or [Alg. 1 L9].
+"""Python-Markdown extension: the tags of the paper's steps, as [Eq. 5] or [Alg. 1 L9], and the page that shows them.
 
-In the text a tag is a label and no link. Without that, two tags side by side in a docstring read as Markdown's
-`[text][target]`.
+In the text a tag becomes a link to its step on the page "Side by side". The link is one of mkdocs-autorefs, which finds
+the page from any other, and from docstrings too.
 
-A line `::: steps Alg. 1` becomes every step of Algorithm 1 in the tables of docs/paper.md, each with tabs: the formula,
-and the code that carries the tag, read from the sources when the site is built.
+A line `::: steps Alg. 1` becomes every step of Algorithm 1 in the tables of docs/paper.md: in words and as a formula on
+the left, and on the right the code that carries the tag, on each rung, read from the sources when the site is built.
+A line `::: rungs` becomes the buttons that choose the rung to be shown (by CSS alone, in docs/stylesheets/extra.css).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from markdown.preprocessors import Preprocessor
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "sla_ref"
 RUNGS = {
-    "reference": ["reference.py"],
-    "torch": ["block_map.py", "backends/pytorch.py", "module.py"],
-    "Triton": [f"backends/triton/{room}.py" for room in ("__init__", "sparse", "linear", "labels")],
-    "Numba": ["backends/numba_cuda.py"],
+    "equations": ["reference.py"],
+    "torch": ["block_map.py", "module.py", "backends/pytorch.py"],
+    "Triton": ["module.py", *sorted(f"backends/triton/{room.name}" for room in SOURCES.glob("backends/triton/*.py"))],
+    "Numba": ["block_map.py", "module.py", "backends/numba_cuda.py"],
 }
 
 TAG = r"\[((?:Eq|Alg)\. \d+(?: L\d+)?)\]"
@@ -42,30 +43,47 @@ BEFORE_FENCES_AFTER_SNIPPETS = 31
 
 class _Tag(InlineProcessor):
     def handleMatch(self, m: Match[str], data: str) -> tuple[Element, int, int]:
-        label = Element("span", {"class": "paper-tag"})
+        label = Element("autoref", {"identifier": anchor(m[1]), "class": "paper-tag"})
         label.text = m[1]
         return label, m.start(0), m.end(0)
 
 
+def anchor(tag: str) -> str:
+    """The id of a step on the page: alg-1-l9 for Alg. 1 L9."""
+    return tag.lower().replace(". ", "-").replace(" ", "-")
+
+
 # --- the tables of docs/paper.md -------------------------------------------------------------------------------------
+
+ROW = rf"^\| {TAG} \*\*(.+?)\.\*\* (.+?) \| (.+?) \| (?:([^|`]+) \| )?([^|]+) \|$"
 
 
 class Step(NamedTuple):
-    """A row of the tables: its tag, its formula in Markdown, and the functions named for it, as "file.py::function"."""
+    """A row of the tables. Title, reason and formula are Markdown."""
 
     tag: str
+    title: str
+    reason: str
     formula: str
+    part_of: list[str]
+    """The equations that a line of the algorithms belongs to."""
     places: list[str]
+    """The functions that take the step, as "file.py::function"."""
 
 
 def read_steps() -> list[Step]:
     """All rows in the order of the page."""
     page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
-    rows = re.findall(rf"^\| {TAG}(?:\([^)]*\))? \| (.*) \| ([^|]+) \|$", page, re.MULTILINE)
-    return [Step(tag, formula, re.findall(r"`(\S+::\S+)`", where)) for tag, formula, where in rows]
+    return [
+        Step(*words, re.findall(TAG, part_of), re.findall(r"`(\S+::\S+)`", where))
+        for *words, part_of, where in re.findall(ROW, page, re.MULTILINE)
+    ]
 
 
 # --- the code that carries a tag -------------------------------------------------------------------------------------
+
+MOST = 10  # lines of an excerpt
+AROUND = 2  # lines on either side of a statement
 
 
 class Excerpt(NamedTuple):
@@ -77,34 +95,46 @@ class Excerpt(NamedTuple):
 
 
 def excerpts(text: str, tag: str) -> list[Excerpt]:
-    """The pieces of a source file to show for a tag.
+    """The pieces of a source file to show for a tag, of MOST lines at most.
 
-    In a function's docstring the tag stands for the function; in a comment of its own, for the lines down to the next
-    empty one; beside a statement, for that statement and its neighbours.
+    At a statement the tag stands for that statement, which is shown with its neighbours; in a comment of its own, for
+    the lines down to the next empty one; in the docstring of a short function, for the function. In the docstring of a
+    long one it says what the function is about, and not where the step is.
     """
+    if f"[{tag}]" not in text:
+        return []
     lines = text.splitlines()
-    tree = ast.parse(text)
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
+    nodes = list(ast.walk(ast.parse(text)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    simple = [node for node in nodes if isinstance(node, ast.stmt) and not hasattr(node, "body")]
+    statement_at = {number: node for node in simple for number in range(node.lineno, node.end_lineno + 1)}
     found: list[Excerpt] = []
     for number, line in enumerate(lines, start=1):
-        if f"[{tag}]" not in line:
-            continue
         inside = [node for node in functions if node.lineno <= number <= node.end_lineno]
-        if not inside:
-            continue  # in the docstring of a class or of the module
+        if f"[{tag}]" not in line or not inside:  # outside it is in the docstring of a class or of the module
+            continue
         function = max(inside, key=lambda node: node.lineno)
-        statement = next((node for node in statements if node.lineno <= number <= node.end_lineno), None)
-        if statement is function.body[0] and ast.get_docstring(function):
-            found.append(Excerpt(function.lineno, function.end_lineno, frozenset()))
-        elif statement is None:  # a comment
-            last = number
-            while last < function.end_lineno and lines[last].strip():
+        docstring = function.body[0] if ast.get_docstring(function) else None
+        statement = statement_at.get(number)
+        if statement is None:  # a comment
+            first = last = number
+            while last < min(function.end_lineno, number + MOST - 1) and lines[last].strip():
                 last += 1
-            found.append(Excerpt(number, last, frozenset({number})))
+        elif statement is not docstring:
+            start = docstring.end_lineno + 1 if docstring else function.body[0].lineno
+            first = max(start, statement.lineno - AROUND)
+            last = min(function.end_lineno, statement.end_lineno + AROUND)
+            first = statement_at[first].lineno if first in statement_at else first
+            last = statement_at[last].end_lineno if last in statement_at else last
+        elif function.end_lineno - function.lineno < MOST:
+            first, last = function.lineno, function.end_lineno
         else:
-            first = max(function.body[0].end_lineno + 1, statement.lineno - 2)
-            found.append(Excerpt(first, min(statement.end_lineno + 2, function.end_lineno), frozenset({number})))
+            continue
+        while not lines[first - 1].strip():
+            first += 1
+        while not lines[last - 1].strip():
+            last -= 1
+        found.append(Excerpt(first, last, frozenset({number})))
     return list(_joined(found))
 
 
@@ -125,31 +155,59 @@ def _joined(found: list[Excerpt]) -> Iterator[Excerpt]:
 # --- side by side ----------------------------------------------------------------------------------------------------
 
 
+def buttons() -> str:
+    """The choice of the rung, as HTML. Without a choice each step shows the first rung that has it."""
+    choices = {"first": "first rung with the step"} | {rung.lower(): rung for rung in RUNGS}
+    fields = "".join(
+        f'<input type="radio" name="rung" id="rung-{value}" value="{value}"{" checked" * (value == "first")}>'
+        f'<label for="rung-{value}">{text}</label>'
+        for value, text in choices.items()
+    )
+    return f'<fieldset class="rungs"><legend>Code</legend>{fields}</fieldset>'
+
+
 def side_by_side(step: Step) -> str:
-    """A heading and the tabs of one step; a rung that has no such tag, or whose file is not there, has no tab."""
-    tabs = [_tab("Formula", step.formula)]
+    """One step of the page, as Markdown."""
+    panes, kind = [], "first"
     for rung, files in RUNGS.items():
-        blocks = [block for file in files for block in _code_blocks(SOURCES / file, step.tag)]
+        blocks = [block for file in files for block in _code_blocks(rung, file, step.tag)]
         if blocks:
-            tabs.append(_tab(rung, "\n".join(blocks)))
-    return f"### {step.tag}\n\n" + "\n".join(tabs)
+            panes.append(_box(f"rung {rung.lower()} {kind}", *blocks))
+            kind = ""
+        else:
+            panes.append(_box(f"rung {rung.lower()}", _elsewhere(rung, step)))
+    heading = f"### [{step.tag}] {step.title} {{ #{anchor(step.tag)} }}"
+    words = _box("words", heading, step.reason, f"{step.formula}\n{{ .formula }}")
+    return _box("step", words, _box("code", *panes, attributes=" data-search-exclude"))
 
 
-def _tab(title: str, body: str) -> str:
-    return f'=== "{title}"\n\n' + "".join(f"    {line}\n" if line else "\n" for line in body.splitlines())
+def _box(kind: str, *parts: str, attributes: str = "") -> str:
+    return f'<div class="{kind.strip()}"{attributes} markdown>\n\n' + "\n\n".join(parts) + "\n\n</div>"
 
 
-def _code_blocks(path: Path, tag: str) -> Iterator[str]:
+def _code_blocks(rung: str, file: str, tag: str) -> Iterator[str]:
+    path = SOURCES / file
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8")
     for first, last, marked in excerpts(text, tag):
         lines = text.splitlines()[first - 1 : last]
         indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
-        code = "\n".join(line[indent:] for line in lines).strip("\n")
+        code = "\n".join(line[indent:] for line in lines)
+        place = next(node for node in ast.parse(text).body if node.lineno <= first <= node.end_lineno).name
         highlight = " ".join(str(number - first + 1) for number in sorted(marked))
-        options = f'title="{path.relative_to(SOURCES)}" linenums="{first}"' + f' hl_lines="{highlight}"' * bool(marked)
-        yield f"```python {options}\n{code}\n```\n"
+        yield f'```python title="{rung}: {file}::{place}, line {first}" hl_lines="{highlight}"\n{code}\n```'
+
+
+def _elsewhere(rung: str, step: Step) -> str:
+    """Where a rung takes a step that has no tag there: torch has no equation in one place, the equations no lines."""
+    if not step.part_of:
+        lines = [line.tag for line in read_steps() if line.tag.startswith("Alg. 1") and step.tag in line.part_of]
+        return f"{rung} does this line by line: {', '.join(f'[{tag}]' for tag in lines)}."
+    whole = " and ".join(f"[{tag}]" for tag in step.part_of)
+    if step.tag.startswith("Alg. 2"):
+        return f"In the {rung}, autograd does this: it differentiates {whole}."
+    return f"In the {rung}, this is a part of {whole}."
 
 
 class _Steps(Preprocessor):
@@ -157,12 +215,14 @@ class _Steps(Preprocessor):
         return [out for line in lines for out in self._expand(line)]
 
     def _expand(self, line: str) -> list[str]:
+        if line == "::: rungs":
+            return [buttons()]
         if not (match := re.fullmatch(r"::: steps (.+)", line)):
             return [line]
         steps = [step for step in read_steps() if step.tag.startswith(match[1])]
         if not steps:
             raise ValueError(f"no tag of docs/paper.md begins with {match[1]!r}")
-        return "\n".join(map(side_by_side, steps)).splitlines()
+        return "\n\n".join(map(side_by_side, steps)).splitlines()
 
 
 class PaperTags(Extension):

@@ -43,7 +43,7 @@ def pool_blocks(tokens: Tensor, block: int) -> Tensor:
     dtype = torch.float32 if tokens.device.type == "mps" else torch.float64
     block = min(block, tokens.shape[2])
     whole = tokens.shape[2] // block * block
-    pooled = tokens[:, :, :whole].unflatten(2, (whole // block, block)).mean(dim=3, dtype=dtype)
+    pooled = tokens[:, :, :whole].unflatten(2, (whole // block, block)).mean(dim=3, dtype=dtype)  # [Eq. 2]
     if whole < tokens.shape[2]:
         tail = tokens[:, :, whole:].mean(dim=2, keepdim=True, dtype=dtype)
         pooled = torch.cat([pooled, tail], dim=2)
@@ -70,7 +70,7 @@ def block_scores(query: Tensor, key: Tensor, *, block_q: int = DEFAULT_BLOCK, bl
     check_tensors(query=query, key=key)
     check_block_size("block_q", block_q)
     check_block_size("block_k", block_k)
-    return pool_blocks(query.detach(), block_q) @ pool_blocks(key.detach(), block_k).mT
+    return pool_blocks(query.detach(), block_q) @ pool_blocks(key.detach(), block_k).mT  # [Eq. 2]
 
 
 def classify_blocks(

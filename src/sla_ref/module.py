@@ -110,12 +110,12 @@ class SparseLinearAttention(nn.Module):
                 block_k=self.block_k,
             )
         sparse, linear, _ = attend(prepared, self.phi_query, self.phi_key, block_map)
-        # [Eq. 6] proj_l may be float32 with bfloat16 tokens. A quantised one is given the tokens as they are. Calling
+        # proj_l may be float32 with bfloat16 tokens. A quantised one is given the tokens as they are. Calling
         # it, rather than taking its weight, keeps hooks and adapters.
         weight = getattr(self.proj_l, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype in FLOATS:
             linear = linear.to(weight.dtype)
-        return sparse + self.proj_l(linear).to(sparse.dtype)
+        return sparse + self.proj_l(linear).to(sparse.dtype)  # [Eq. 6]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a new feature_map, which would only be printed: phi is made of it once."""

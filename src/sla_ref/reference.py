@@ -40,17 +40,17 @@ def classify(
     equal scores the earlier block ranks higher. The softmax and 1/sqrt(d) of Eq. 2 keep the order and are left out.
     """
 
-    def pool(tokens: Tensor, block: int) -> Tensor:  # (B, H, T, D)
+    def pool(tokens: Tensor, block: int) -> Tensor:  # (B, H, T, D) [Eq. 2]
         return torch.stack([rows.mean(2) for rows in tokens.detach().double().split(block, 2)], 2)
 
-    scores = pool(query, block_q) @ pool(key, block_k).mT  # (B, H, Tq, Tk)
+    scores = pool(query, block_q) @ pool(key, block_k).mT  # (B, H, Tq, Tk) [Eq. 2]
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the highest score of its row
 
     num_blocks = scores.shape[-1]
     num_critical = max(1, int(critical_ratio * num_blocks))
     num_negligible = min(int(negligible_ratio * num_blocks), num_blocks - num_critical)
     labels = torch.zeros_like(rank, dtype=torch.int8)
-    labels[rank < num_critical] = 1
+    labels[rank < num_critical] = 1  # [Eq. 3]
     labels[rank >= num_blocks - num_negligible] = -1
     return labels
 

@@ -308,7 +308,7 @@ def forward_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
         first = i * BLOCK_Q + cuda.blockIdx.x % PARTS * ROWS
         row, lane = row_of_thread(), lane_of_thread()
 
-        # Sparse branch: online softmax over the critical blocks. [Eq. 4]
+        # Sparse branch: online softmax over the critical blocks.
         num_steps = kv_num_blocks[head, i] * STEPS
         log2_scale = scale * LOG2_E
         load(Q, query, head, first, 0)
@@ -322,7 +322,7 @@ def forward_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
             load(KV, key, head, first_key, 0)
             cuda.syncthreads()  # all of K is there
             clear(S)
-            product(S, Q.T, KV.T, COLUMNS)  # [Alg. 1 L9]
+            product(S, Q.T, KV.T, COLUMNS)  # [Eq. 4] [Alg. 1 L9]
             for r in range(HEIGHT):
                 highest[r] = -INFINITY
                 for c in range(KEY_WIDTH):
@@ -344,7 +344,7 @@ def forward_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
                 for c in range(WIDTH):
                     O[r, c] *= shrink  # [Alg. 1 L11]
             cuda.syncthreads()  # all of V and P is there
-            product(O, P.T, KV, KEYS)  # [Alg. 1 L11]
+            product(O, P.T, KV, KEYS)  # [Eq. 4] [Alg. 1 L11]
         sum_lanes(partial, l)
         for r in range(HEIGHT):
             inverse = ONE / l[r] if num_steps > 0 else ZERO  # without a critical block O^s is zero, and so is O
@@ -354,7 +354,7 @@ def forward_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
                 lse[head, first + row + r] = -INFINITY if l[r] == ZERO else (m[r] + math.log2(l[r])) * LN_2
         store(out_sparse, head, first, 0, O)
 
-        # Linear branch: phi(Q_i) H_i / (phi(Q_i) Z_i), KEYS rows of [H_i | Z_i] at a time. [Eq. 5] [Alg. 1 L16]
+        # Linear branch: phi(Q_i) H_i / (phi(Q_i) Z_i), KEYS rows of [H_i | Z_i] at a time.
         cuda.syncthreads()  # nobody needs Q any more
         load(Q, phi_query, head, first, 0)
         clear(O)
@@ -365,14 +365,14 @@ def forward_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
             load_state(KV, sums, head, i, feature)
             cuda.syncthreads()
             depth = min(KEYS, COLUMNS - feature)
-            product(O, Q.T[feature:], KV, depth)
+            product(O, Q.T[feature:], KV, depth)  # [Eq. 5]
             product_spare(denominator, Q.T[feature:], KV, depth)
         for r in range(HEIGHT):
             # A NaN is not smaller than anything, and goes on.
             defined = num_marginal[head, i] > 0 and not abs(denominator[r]) < SMALLEST_DENOMINATOR
             inverse = ONE / denominator[r] if defined else ZERO
             for c in range(WIDTH):
-                O[r, c] = O[r, c] * inverse if defined else ZERO
+                O[r, c] = O[r, c] * inverse if defined else ZERO  # [Alg. 1 L16]
         store(out_linear, head, first, 0, O)
 
     return Kernel(forward, PARTS, ROWS)
@@ -576,8 +576,8 @@ def states_kernel(COLUMNS: int, BLOCK: int) -> Kernel:
             if thread < TOKENS:
                 V[thread, COLUMNS] = spare[head, first + thread] if first + thread < spare.shape[1] else ZERO
             cuda.syncthreads()
-            product(h, phi, V, TOKENS)
-            product_spare(z, phi, V, TOKENS)
+            product(h, phi, V, TOKENS)  # [Alg. 1 L4] [Alg. 2 L3]
+            product_spare(z, phi, V, TOKENS)  # [Alg. 1 L4] [Alg. 2 L4]
         finite = True
         for r in range(HEIGHT):
             finite = finite and math.isfinite(z[r])

@@ -180,7 +180,7 @@ def _sparse_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         S = _scores(Q[rows], K_crit, bias, index[rows], scratch)  # (n, block_q, C * block_k)
         m = S.amax(-1, keepdim=True)
         m.masked_fill_(m == -torch.inf, 0.0)  # no critical key at all: keep exp(-inf - m) = 0 from being NaN
-        P = S.sub_(m).exp_()
+        P = S.sub_(m).exp_()  # [Alg. 1 L9]
         l = P.sum(-1, keepdim=True)  # [Alg. 1 L10]
         torch.bmm(P, V_crit, out=out[rows])  # [Alg. 1 L11]
         out[rows] /= l.masked_fill(l == 0, 1.0)  # [Alg. 1 L16]

@@ -35,7 +35,7 @@ def pool_kernel(tokens, pooled, num_heads, length, block, D, COLUMNS: tl.constex
         inside = (row < end)[:, None] & (column < D)[None, :]
         tile = tl.load(data + row.to(tl.int64)[:, None] * tokens.token + column[None, :], mask=inside, other=0.0)
         total += tl.sum(tile.to(tl.float64), 0)
-    mean = total / (end - first).to(tl.float64)
+    mean = total / (end - first).to(tl.float64)  # [Eq. 2]
     tl.store(pooled + tl.program_id(0).to(tl.int64) * D + column, mean, mask=column < D)
 
 
@@ -69,14 +69,14 @@ def labels_kernel(scores, labels, num_key_blocks, num_critical, num_negligible, 
     order = tl.where(j < num_key_blocks, order, LOWEST)
     critical = among_largest(order, num_critical)
     kept = among_largest(order, num_key_blocks - num_negligible)
-    label = tl.where(critical, IS_CRITICAL, tl.where(kept, IS_MARGINAL, IS_NEGLIGIBLE))
+    label = tl.where(critical, IS_CRITICAL, tl.where(kept, IS_MARGINAL, IS_NEGLIGIBLE))  # [Eq. 3] [Alg. 1 L6]
     tl.store(labels + row + j, label.to(tl.int8), mask=j < num_key_blocks)
 
 
 def classify(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
     """The labels (B, H, Tq, Tk) int8 that `sla_ref.classify_blocks` defines."""
     with torch.cuda.device_of(query):
-        scores = pool(query, block_q) @ pool(key, block_k).mT  # (B, H, Tq, Tk) [Alg. 1 L5]
+        scores = pool(query, block_q) @ pool(key, block_k).mT  # (B, H, Tq, Tk) [Eq. 2] [Alg. 1 L5]
         labels = torch.empty(scores.shape, dtype=torch.int8, device=query.device)
         num_key_blocks = scores.shape[-1]
         width = triton.next_power_of_2(num_key_blocks)
@@ -87,7 +87,7 @@ def classify(query: Tensor, key: Tensor, num_critical: int, num_negligible: int,
 
 
 def pool(tokens: Tensor, block: int) -> Tensor:
-    """The mean of each block, (B, H, T, D) float64; the last block may be partial. [Eq. 2]"""
+    """The mean of each block, (B, H, T, D) float64; the last block may be partial."""
     batch, heads, length, head_dim = tokens.shape
     pooled = torch.empty(batch, heads, math.ceil(length / block), head_dim, dtype=torch.float64, device=tokens.device)
     cut = {"COLUMNS": columns_of(head_dim), "ROWS": max(1, 8192 // columns_of(head_dim))}

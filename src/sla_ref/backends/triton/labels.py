@@ -85,7 +85,7 @@ def weights_kernel(
         j = first + tl.arange(0, TILE)
         inside = (i < num_query_blocks)[:, None] & (j < num_key_blocks)[None, :]
         label = tl.load(label_row[:, None] + j[None, :], mask=inside, other=IS_NEGLIGIBLE)  # the padding weighs nothing
-        tile = tl.where(label == IS_MARGINAL, weight[:, None], 0.0).to(weights.dtype.element_ty)
+        tile = tl.where(label == IS_MARGINAL, weight[:, None], 0.0).to(weights.dtype.element_ty)  # [Alg. 1 L12]
         tl.store(weight_row[:, None] + j[None, :], tile, mask=(j < padded_columns)[None, :])
 
 

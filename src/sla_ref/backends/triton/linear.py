@@ -88,7 +88,7 @@ def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
         denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
         O = dot(phi, H, O, plan.TF32)
     denominator = sound(denominator, sums, plan)
-    return tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])
+    return tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])  # [Alg. 1 L16]
 
 
 # --- states and their sums -------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def states_kernel(
 
     phi = load_phi(phi_of(phi_key, first, plan.BLOCK_K, plan), 0, plan.BLOCK_K, COLUMNS, plan)
     columns = tl.arange(0, COLUMNS)
-    z = tl.sum(phi.to(tl.float32), 0)  # [COLUMNS]
+    z = tl.sum(phi.to(tl.float32), 0)  # [COLUMNS] [Alg. 1 L4]
     # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So what a NaN or Inf has spoilt counts
     # as zero, and the block as bad; the query blocks that it is marginal to turn their rows into NaN.
     good = tl.min(finite(z), 0)
@@ -118,7 +118,7 @@ def states_kernel(
         good = tl.minimum(good, tl.min(tl.min(finite(V), 1), 0))
         h = tl.where(
             good == 1, dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32), 0.0
-        )  # [COLUMNS, FEATURES]
+        )  # [COLUMNS, FEATURES] [Alg. 1 L4]
         place = columns[:, None] * COLUMNS + (column + tl.arange(0, plan.FEATURES))[None, :]
         store_state(state + place, h, plan)
     counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
@@ -151,7 +151,7 @@ def sums_kernel(
         W = tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))  # [OUT, IN]
         mask = (inner < num_in)[:, None] & (column < SIZE)[None, :]
         h = tl.load(states + (inner.to(tl.int64)[:, None] * SIZE + column[None, :]), mask=mask, other=0.0)  # [IN, TILE]
-        acc = dot(W, h, acc, TF32)
+        acc = dot(W, h, acc, TF32)  # [Alg. 1 L13] [Alg. 2 L14]
     if TF32:
         acc = to_tf32(acc)
     mask = (out < num_out)[:, None] & (column < SIZE)[None, :]
