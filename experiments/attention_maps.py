@@ -55,7 +55,7 @@ def of_all_layers(
 
 def mean_and_bounds(figures: Figures) -> dict[str, float]:
     """Each figure's mean over clips, layers and heads, and its smallest and largest value."""
-    bounds = {"": Tensor.mean, "_min": Tensor.min, "_max": Tensor.max}
+    bounds: dict[str, Callable[[Tensor], Tensor]] = {"": Tensor.mean, "_min": Tensor.min, "_max": Tensor.max}
     return {f"{name}{bound}": of(each).item() for name, each in figures.items() for bound, of in bounds.items()}
 
 

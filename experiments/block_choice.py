@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[s
         looked_at = teacher
     compared = choices(seed)
     data = noisy_clips(teacher, seed, torch.tensor(TIMES).repeat(setting.clips)[: setting.clips])
-    found = of_all_layers(looked_at, data, MAP_CLIPS, lambda *layer: map_figures(*layer, sla.config, compared))
+    of_layer = partial(map_figures, config=sla.config, compared=compared)
+    found = of_all_layers(looked_at, data, MAP_CLIPS, of_layer)
     values = {name: figure.mean().item() for name, figure in found.items()}
     models = {name: with_choice(sla, choose) for name, choose in compared.items()} | {"teacher": teacher}
     losses = {name: evaluate.held_out_loss(evaluate.predict(model, data), data) for name, model in models.items()}

@@ -31,8 +31,6 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
     **{f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.", "grid.")},
 }
-REFERENCES = ("teacher", "sparse only, 15 %", "sparse only, 5 %")  # cases of main n1024
-
 Marks = dict[str, float]  # losses to compare with
 Series = dict[str, dict[Any, Spread | None]]  # by name: what to show in a row, or at an x
 Draw = Callable[[Lines, Marks], Figure]
@@ -43,10 +41,11 @@ def draw(name: str, groups: dict[str, Lines]) -> str | None:
     group, function = FIGURES[name]
     if group not in groups:
         return None
-    references = {case: spread_of(groups.get("main n1024", []), case) for case in REFERENCES}
+    main = groups.get("main n1024", [])
+    found = {case: spread_of(main, case) for case in ("teacher", "sparse only, 15 %", "sparse only, 5 %")}
     svg = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = function(groups[group], {case: found.mean for case, found in references.items() if found})
+        figure = function(groups[group], {case: loss.mean for case, loss in found.items() if loss})
         figure.savefig(svg, format="svg", metadata={"Date": None})
         plt.close(figure)
     return svg.getvalue()
@@ -55,9 +54,9 @@ def draw(name: str, groups: dict[str, Lines]) -> str | None:
 # --- three kinds -----------------------------------------------------------------------------------------------------
 
 
-def rows(series: Series, label: str, marks: Marks, *, log: bool = False, zero: bool = False) -> Figure:
+def rows(series: Series, label: str, marks: Marks, *, log: bool = False) -> Figure:
     """A mark at the mean of every row and series, and a line from the lowest to the highest value."""
-    names = list(dict.fromkeys(row for each in series.values() for row in each))
+    names = list(next(iter(series.values())))
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.36 * len(names)))
     for number, (name, each) in enumerate(series.items()):
         colour, shift = COLOURS[number], 0.16 * (number - (len(series) - 1) / 2)
@@ -71,8 +70,6 @@ def rows(series: Series, label: str, marks: Marks, *, log: bool = False, zero: b
     axes.grid(visible=False, axis="y")
     if log:
         _logarithmic(axes, "x")
-    if zero:
-        axes.axvline(0, color=INK, linewidth=1.5)
     for name, value in marks.items():
         axes.axvline(value, color=INK, linewidth=1, linestyle="--")
         axes.text(value, -0.6, typeset(name), ha="center", va="bottom")
@@ -81,8 +78,8 @@ def rows(series: Series, label: str, marks: Marks, *, log: bool = False, zero: b
     return figure
 
 
-def curves(series: Series, label: str, marks: Marks, ticks: Collection[float] = (), *, log: bool = False) -> Figure:
-    """The mean of every series over x, and a band from lowest to highest. With `ticks`, x is logarithmic."""
+def curves(series: Series, label: str, marks: Marks, ticks: Collection[float] = ()) -> Figure:
+    """The mean of every series over x, and a band from lowest to highest; x is logarithmic with `ticks`, else y is."""
     figure, axes = plt.subplots(figsize=(7.2, 3.9))
     for number, (name, each) in enumerate(series.items()):
         found = {x: at_x for x, at_x in each.items() if at_x}
@@ -90,12 +87,9 @@ def curves(series: Series, label: str, marks: Marks, ticks: Collection[float] = 
         axes.plot(list(found), mean, color=COLOURS[number], marker=MARKERS[number], label=typeset(name))
         axes.fill_between(list(found), low, high, color=COLOURS[number], alpha=0.2)
     axes.set(xlabel=label, ylabel="held-out loss")
+    _logarithmic(axes, "x" if ticks else "y")
     if ticks:
-        axes.set_xscale("log")
-        axes.set_xticks(list(ticks), [f"{tick:,g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-    if log:
-        _logarithmic(axes, "y")
+        axes.set_xticks(list(ticks))
     for name, value in marks.items():
         axes.axhline(value, color=INK, linewidth=1, linestyle="--")
         axes.annotate(typeset(name), (1.01, value), xycoords=("axes fraction", "data"), va="center")
@@ -115,14 +109,14 @@ def pareto(lines: Lines, marks: Marks) -> Figure:
             of_sla = case.startswith("SLA")
             axes.plot(flops.mean, loss.mean, MARKERS[of_sla], color=COLOURS[of_sla], markersize=7)
             away = places.get(case, (8, 0))
-            axes.annotate(
-                *(typeset(names.get(case, case)), (flops.mean, loss.mean), away),
-                textcoords="offset points",
-                ha="left" if away[0] > 0 else "right",
-                va="center",
-            )
+            how: dict[str, Any] = {
+                "textcoords": "offset points",
+                "ha": "left" if away[0] > 0 else "right",
+                "va": "center",
+            }
+            axes.annotate(typeset(names.get(case, case)), (flops.mean, loss.mean), away, **how)
     _logarithmic(axes, "x")
-    axes.margins(x=0.3)  # room for the labels
+    axes.margins(x=0.4)  # room for the labels
     axes.set(xlabel="attention MFLOPs of one forward", ylabel="held-out loss")
     return figure
 
@@ -138,14 +132,13 @@ def _logarithmic(axes: Axes, name: str) -> None:
 # --- what they show --------------------------------------------------------------------------------------------------
 
 
-def by_case(names: dict[str, str], label: str, references: Collection[str] = (), *, log: bool = False) -> Draw:
+def by_case(names: dict[str, str], label: str, *, compare: bool = False, log: bool = False) -> Draw:
     """A row for each case and a series for each of the quantities; `names` has these by the series' names."""
 
     def function(lines: Lines, marks: Marks) -> Figure:
-        series: Series = {
-            series: {case: spread_of(lines, case, name) for case in cases_of(lines)} for series, name in names.items()
-        }
-        return rows(series, label, {case: loss for case, loss in marks.items() if case in references}, log=log)
+        cases = cases_of(lines)
+        series = {title: {case: spread_of(lines, case, name) for case in cases} for title, name in names.items()}
+        return rows(series, label, marks if compare else {}, log=log)
 
     return function
 
@@ -154,11 +147,9 @@ def crossing(lines: Lines, marks: Marks) -> Figure:
     """Loss against steps, for the arms of "when" and for SLA with both of its changes."""
     conditions = {100: "100 steps", 400: AS_IN_MAIN, 1600: "1600 steps", 3200: "3200 steps"}
     improved = {steps: f"{name}, {IMPROVED}".removeprefix(f"{AS_IN_MAIN}, ") for steps, name in conditions.items()}
-    arms = [(arm, arm, conditions) for arm in ARMS] + [(f"{SLA}, {IMPROVED}", SLA, improved)]
-    series: Series = {
-        title: {steps: spread_of(lines, f"{condition}: {arm}") for steps, condition in of_arm.items()}
-        for title, arm, of_arm in arms
-    }
+    cases = {arm: {steps: f"{name}: {arm}" for steps, name in conditions.items()} for arm in ARMS}
+    cases[f"{SLA}, {IMPROVED}"] = {steps: f"{name}: {SLA}" for steps, name in improved.items()}
+    series = {title: {x: spread_of(lines, case) for x, case in each.items()} for title, each in cases.items()}
     return curves(series, "fine-tuning steps", {"teacher": marks["teacher"]}, conditions)
 
 
@@ -170,27 +161,23 @@ def critical(lines: Lines, marks: Marks) -> Figure:
 
 def over_steps(lines: Lines, marks: Marks) -> Figure:
     """Loss against steps, of each recipe."""
-    steps = sorted(int(name[8:]) for name in lines[0]["values"] if name.startswith("loss_at_"))
-    series: Series = {
-        case: {step: spread_of(lines, case, f"loss_at_{step}") for step in steps} for case in cases_of(lines)
-    }
-    return curves(series, "fine-tuning steps", marks, log=True)
+    points = {50 * point: f"loss_at_{50 * point}" for point in range(9)}
+    series = {case: {x: spread_of(lines, case, name) for x, name in points.items()} for case in cases_of(lines)}
+    return curves(series, "fine-tuning steps", marks)
 
 
 def when(lines: Lines, marks: Marks) -> Figure:
     """SLA's loss less that of each sparse-only arm, in each condition."""
     found = {condition: pairs(lines, condition) for condition in conditions_of(lines)}
     others = dict(enumerate(list(ARMS)[1:], start=len(ARMS)))
-    series: Series = {
-        f"SLA minus {arm}": {name: each[at] for name, each in found.items()} for at, arm in others.items()
-    }
-    return rows(series, "difference in held-out loss", {}, zero=True)
+    series = {f"SLA minus {arm}": {row: each[at] for row, each in found.items()} for at, arm in others.items()}
+    return rows(series, "difference in held-out loss", {"level": 0.0})
 
 
 RANKS = {"whole map": "stable_rank", "largest 8 %": "stable_rank_top_8", "the rest": "stable_rank_rest"}
 FLATNESS = {"features in use, of all": "features_in_use", "distance from the average of V": "from_average"}
 CHOICES = {name: f"held_out_loss_{name}" for name in ("random", "pooled", "oracle", "teacher")}
-ablation = by_case({"SLA": "held_out_loss"}, "held-out loss", REFERENCES)
+ABLATION = by_case({"SLA": "held_out_loss"}, "held-out loss", compare=True)
 FIGURES: dict[str, tuple[str, Draw]] = {  # by name of the file: whose lines it shows, and how
     "crossing": ("when n1024", crossing),
     "motivation": ("motivation n1024", by_case(RANKS, "stable rank", log=True)),
@@ -198,7 +185,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {  # by name of the file: whose lines it 
     "main": ("main n1024", pareto),
     "main-4096": ("main n4096", pareto),
     "critical": ("ablation-critical n1024", critical),
-    **{part: (f"ablation-{part} n1024", ablation) for part in ("negligible", "feature-map", "block", "proj")},
+    **{part: (f"ablation-{part} n1024", ABLATION) for part in ("negligible", "feature-map", "block", "proj")},
     "recipes": ("recipes n1024", over_steps),
     "when": ("when n1024", when),
     "when-4096": ("when n4096", when),

@@ -92,8 +92,9 @@ def _sla(recipe: Recipe, options: ArmOptions) -> nn.Module:
     if recipe.temperature != 1:
         feature_map = lambda tokens: torch.softmax(recipe.temperature * tokens, dim=-1)  # noqa: E731
     ratios = options.critical_ratio, options.negligible_ratio
-    blocks = {"block_q": options.block, "block_k": options.block}
-    sla = sla_ref.SparseLinearAttention(options.head_dim, *ratios, **blocks, feature_map=feature_map)
+    sla = sla_ref.SparseLinearAttention(
+        options.head_dim, *ratios, block_q=options.block, block_k=options.block, feature_map=feature_map
+    )
     if recipe.proj != "zero":
         nn.init.eye_(sla.proj_l.weight)
     sla.proj_l.requires_grad_(recipe.proj != "absent")

@@ -34,8 +34,9 @@ class Setting:
     @property
     def model(self) -> ModelConfig:
         """The teacher's configuration."""
-        sizes = {"width": self.width, "depth": self.depth, "heads": self.heads, "block": self.block}
-        return ModelConfig(frames=self.frames, size=self.size, **sizes)
+        return ModelConfig(
+            frames=self.frames, size=self.size, width=self.width, depth=self.depth, heads=self.heads, block=self.block
+        )
 
 
 _TINY = {"width": 32, "depth": 2, "steps": 8, "batch": 4, "teacher_steps": 60}
