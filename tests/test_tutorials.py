@@ -250,6 +250,13 @@ def test_what_is_no_tutorial(tmp_path, text, message):
         read_cells(write(tmp_path, text))
 
 
+def test_a_page_offers_the_modules_that_its_tutorial_imports():
+    beside = {path.stem for path in LESSON.parent.glob("*.py")}
+    for script in TUTORIALS:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", script.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        assert imported & beside <= {helper.stem for helper in helpers(script)}, script.name
+
+
 @pytest.mark.parametrize("script", TUTORIALS, ids=lambda path: path.stem)
 def test_is_written_as_a_tutorial(script: Path):
     text = read_cells(script)[-1].text
