@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from needs import SITE
 
-from tools.build_tutorials import LESSON, NEXT, ROOT, SCRIPTS, TUTORIALS, BuildError, build_in_process, helpers, read_cells
+from tools.build_tutorials import (
+    LESSON,
+    NEXT,
+    ROOT,
+    SCRIPTS,
+    TUTORIALS,
+    BuildError,
+    build_in_process,
+    helpers,
+    read_cells,
+)
 
 SCRIPT = '''\
 # %% [markdown]

@@ -366,9 +366,10 @@ def downloads(script: Path) -> str:
     link = {what: f"[{what}]({file}){{ download }}" for what, file in files.items()}
     imported = " ".join(re.findall(r"^(?:import|from) (\S+)", text, re.MULTILINE))
     needed = [extra for extra in ("triton", "numba") if re.search(rf"\b{extra}\b", imported)]
+    needed_files = " and ".join(link.pop(each.name) for each in helpers(script))
     return (
         f"{takes} · Download: {link.pop('script')} · {link.pop('notebook')} · "
-        f"{' and '.join(link.pop(each.name) for each in helpers(script))}, which both need{''.join(f' · {each}' for each in link.values())}<br>\n"
+        f"{needed_files}, which both need{''.join(f' · {each}' for each in link.values())}<br>\n"
         "To open the notebook, save it in the folder `tutorials` of a clone, then "
         f'`pip install ".[{",".join(["lab", "notebooks", *needed])}]"` and `jupyter lab tutorials/{name}.ipynb`.\n'
         "{ .download }\n"

@@ -390,7 +390,7 @@ with check_exercise(2, train_only):
 # ## Recap
 #
 # A swap damages the model, and a few training steps repair most of it, if all parameters are trained. The linear branch
-# learns from the second step on, because Proj starts at zero. At the size of this lab SLA and the sparse branch alone
-# end close together.
+# learns from the second step on, because Proj starts at zero. After runs as short as these, SLA and the sparse branch
+# alone are close together; longer ones tell them apart ([Experiments](../experiments.md)).
 #
 # Next: [10. Your own backend](10_your_own_backend.md)
