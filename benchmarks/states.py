@@ -1,7 +1,7 @@
-"""Time the four ways to add up block states (`sla_ref.lab.states`) on this CPU.
+"""Time the four ways to add up block states of tutorial 8 on this CPU.
 
-    python benchmarks/states.py                       # the table
-    python benchmarks/states.py --json benchmarks/results/states.json
+    python -m benchmarks.states                       # the table; from the root of a clone
+    python -m benchmarks.states --json benchmarks/results/states.json
 
 One head of a long video: 512 x 512 blocks, or 32,768 tokens in blocks of 64. As in `benchmarks/cpu.py`, all run in
 turn and each time is the minimum of all turns. Finding the marginal blocks in the labels is part of every way.
@@ -17,13 +17,13 @@ from typing import Annotated
 
 import torch
 import typer
-from cpu import fastest
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cpu import fastest
 from sla_ref.files import whole
-from sla_ref.lab import states
 from sla_ref.lab.machine import machine
+from tutorials import block_states as states
 
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.85, 0.95, 0.98, 1.0)
 GROUPS = (2, 4, 7)

@@ -9,64 +9,37 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sla_ref.cli import Backend, Device, find_device, using
+from sla_ref.cli import Device, find_device
 
 from . import EXPERIMENTS
 from .report import report
 from .run import RESULTS, run
 from .setting import QUICK, SETTINGS, Context
 
-app = typer.Typer(
-    help="The paper's experiments on the lab's model.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-console = Console()
-
-Results = Annotated[Path | None, typer.Option(help="Folder of the measured lines; benchmarks/results/experiments.")]
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command("run")
 def run_command(
     names: Annotated[list[str] | None, typer.Argument(help="Experiments; all if left out.")] = None,
-    setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "n1024",
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds on a CPU: --setting quick, one seed.")] = False,
-    seeds: Annotated[str | None, typer.Option(help="Default: 0,1,2; with --quick 0.")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="Only this case; repeat it for several.")] = None,
+    setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}; quick takes seconds.")] = "n1024",
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat it for several. Default: 0, 1 and 2.")] = None,
     device: Device = "auto",
-    backend: Backend = None,
-    graph: Annotated[bool, typer.Option(help="On a GPU, record a training step once and replay it.")] = True,
-    out: Results = None,
     work: Annotated[Path, typer.Option(help="Folder of trained teachers and classifiers.")] = Path("runs/experiments"),
 ) -> None:
-    """Measure what is not measured yet: a line of JSON for every case and seed. The same command goes on."""
+    """Measure what is not measured yet, into benchmarks/results/experiments (quick: into runs/experiments-quick)."""
     if setting not in SETTINGS:
         raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {setting!r}")
-    chosen = QUICK if quick else SETTINGS[setting]
-    numbers = seeds or ("0" if quick else "0,1,2")
-    if not all(part.strip().isdecimal() for part in numbers.split(",")):
-        raise ValueError(f"seeds must be numbers with commas between them, got {numbers!r}")
-    with using(backend):
-        run(
-            names or list(EXPERIMENTS),
-            chosen,
-            [int(part) for part in numbers.split(",")],
-            out or (Path("runs/experiments-quick") if chosen == QUICK else RESULTS),
-            Context(find_device(device), work, graph),
-            console,
-            case,
-        )
+    out = Path("runs/experiments-quick") if setting == QUICK.name else RESULTS
+    context = Context(find_device(device), work)
+    added = run(names or list(EXPERIMENTS), SETTINGS[setting], seed or [0, 1, 2], out, context, Console())
+    print(f"{added} measurements added in {out}")
 
 
 @app.command("report")
-def report_command(
-    results: Results = None,
-    docs: Annotated[Path, typer.Option(help="Folder of experiments.md; figures go to experiments/.")] = Path("docs"),
-) -> None:
-    """Put tables and figures of all measured lines into the documentation."""
-    for path in report(results or RESULTS, docs):
-        console.print(str(path), highlight=False, soft_wrap=True)
+def report_command() -> None:
+    """Put the tables and figures of all measured lines into docs/experiments.md and docs/experiments/."""
+    report()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from .fine_tuning import find_teacher
 from .setting import Context, Experiment, Setting
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the flow: 0 is the clip, 1 is noise
+CASES = {f"t = {time}": time for time in TIMES}
 CLIPS = 4  # whose maps are looked at, per time; 4 layers and 2 heads make 32 maps of them
 LARGE_SHARE, SMALL_SHARE = 0.081, 0.45  # the paper's shares of its map
 RANK_SHARE = 0.08
@@ -54,10 +55,8 @@ def of_all_layers(
 
 def mean_and_bounds(figures: Figures) -> dict[str, float]:
     """Each figure's mean over clips, layers and heads, and its smallest and largest value."""
-    values: dict[str, float] = {}
-    for name, each in figures.items():
-        values |= {name: each.mean().item(), f"{name}_min": each.min().item(), f"{name}_max": each.max().item()}
-    return values
+    bounds: dict[str, Callable[[Tensor], Tensor]] = {"": Tensor.mean, "_min": Tensor.min, "_max": Tensor.max}
+    return {f"{name}{bound}": of(each).item() for name, each in figures.items() for bound, of in bounds.items()}
 
 
 def map_figures(query: Tensor, key: Tensor, value: Tensor) -> Figures:
@@ -87,21 +86,10 @@ def map_figures(query: Tensor, key: Tensor, value: Tensor) -> Figures:
     }
 
 
-def _cases(setting: Setting) -> list[str]:
-    return [f"t = {time}" for time in TIMES]
-
-
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
-    time = TIMES[_cases(setting).index(case)]
     teacher = find_teacher(setting, context)
-    data = noisy_clips(teacher, seed, torch.full((CLIPS,), time))
+    data = noisy_clips(teacher, seed, torch.full((CLIPS,), CASES[case]))
     return mean_and_bounds(of_all_layers(teacher, data, CLIPS, map_figures))
 
 
-EXPERIMENT = Experiment(
-    "motivation",
-    "Are few attention weights large and most small, and has the rest a low rank?",
-    _cases,
-    _measure,
-    "stable_rank_rest",
-)
+EXPERIMENT = Experiment(lambda setting: list(CASES), _measure)

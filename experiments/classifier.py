@@ -1,8 +1,8 @@
 """Which digit a frame shows: a small classifier, and what it says about generated clips.
 
-It is trained here, on frames of the training clips. Two figures of a set of clips come from it: the share in which it
-recognises the digit that was asked for, and the Fréchet distance between its features of these clips and of real ones
-(what FID does with a network trained on photographs).
+It is trained here, on frames of the training clips. Two quantities of a set of clips come from it: the share in which
+it recognises the digit that was asked for, and the Fréchet distance between its features of these clips and of real
+ones (what FID does with a network trained on photographs).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .setting import QUICK, Context, Setting
 
 FEATURES = 32
 SIDE = 32  # frames of every size are brought to this one; a digit has 8 x 8 pixels behind it, so nothing gets lost
-BATCH, LEARNING_RATE = 128, 3e-3
 CLIPS_AT_A_TIME = 64
 
 
@@ -34,12 +33,9 @@ class DigitClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            nn.Conv2d(1, 16, 5, stride=2, padding=2),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.ReLU(),
+            *(nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()),
             nn.Conv2d(64, 64, 3, padding=1),
         )
         self.hidden = nn.Linear(64, FEATURES)
@@ -60,17 +56,17 @@ def train_classifier(size: int, steps: int, device: torch.device | str = "cpu") 
         torch.manual_seed(0)
         classifier = DigitClassifier().to(device)
     data = MovingDigits("train", 0, size=size, frames=1)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1, pct_start=0.1)
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         for _ in range(steps):
-            clips, labels = data.batch(BATCH, device)
+            clips, labels = data.batch(128, device)
             loss = F.cross_entropy(classifier(clips[:, 0]), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             scheduler.step()
-    return classifier.eval().requires_grad_(False)
+    return classifier
 
 
 @cache
@@ -79,29 +75,21 @@ def find_classifier(setting: Setting, context: Context) -> DigitClassifier:
     steps = 40 if setting == QUICK else 600
     path = context.work / f"classifier-{setting.size}-{steps}.safetensors"
     if path.exists():
-        classifier = DigitClassifier()
+        classifier = DigitClassifier().to(context.device)
         classifier.load_state_dict(load_file(path))
-        return classifier.to(context.device).eval().requires_grad_(False)
-    classifier = train_classifier(setting.size, steps, context.device)
-    context.work.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        save_file({name: weight.cpu().contiguous() for name, weight in classifier.state_dict().items()}, temporary)
-    return classifier
-
-
-# --- what it says of clips -------------------------------------------------------------------------------------------
+    else:
+        classifier = train_classifier(setting.size, steps, context.device)
+        context.work.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            save_file(classifier.state_dict(), temporary)
+    return classifier.eval()
 
 
 @torch.no_grad()
-def _mean_over_frames(function: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
-    """What `function` makes of a frame, mean over the frames of each clip, a few clips at a time."""
+def mean_over_frames(function: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
+    """What `function` makes of a frame, mean over the frames of each clip (n, frames, size, size) -> (n, ...)."""
     parts = clips.split(CLIPS_AT_A_TIME)
     return torch.cat([function(part.flatten(0, 1)).unflatten(0, part.shape[:2]).mean(dim=1) for part in parts])
-
-
-def clip_features(classifier: DigitClassifier, clips: Tensor) -> Tensor:
-    """One row per clip: (n, frames, size, size) -> (n, FEATURES), the mean over its frames."""
-    return _mean_over_frames(classifier.features, clips)
 
 
 def recognised_share(classifier: DigitClassifier, clips: Tensor, labels: Tensor) -> float:
@@ -109,7 +97,7 @@ def recognised_share(classifier: DigitClassifier, clips: Tensor, labels: Tensor)
 
     The class of a clip is the largest of its frames' mean logits.
     """
-    return (_mean_over_frames(classifier, clips).argmax(dim=1) == labels).double().mean().item()
+    return (mean_over_frames(classifier, clips).argmax(dim=1) == labels).double().mean().item()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -133,7 +121,7 @@ def _judged(clips: Tensor, labels: Tensor, setting: Setting, context: Context) -
     classifier = find_classifier(setting, context)
     real, _ = setting.model.clips("held_out", evaluate.HELD_OUT_SEED + 1).batch(setting.samples, context.device)
     return {
-        "frechet": frechet_distance(*(clip_features(classifier, each) for each in (clips, real))),
+        "frechet": frechet_distance(*(mean_over_frames(classifier.features, each) for each in (clips, real))),
         "recognised": recognised_share(classifier, clips, labels),
     }
 

@@ -1,4 +1,4 @@
-"""Fine-tunes of equal length, compared: SLA beside its halves, one part varied at a time, and when the order holds."""
+"""Fine-tunes that are compared: SLA against its halves, one part varied at a time, and when the paper's order holds."""
 
 from __future__ import annotations
 
@@ -11,38 +11,24 @@ from .setting import Setting
 
 Recipes = dict[str, Recipe]
 
-# --- the paper's Tables 1 and 2 --------------------------------------------------------------------------------------
+# The paper's Tables 1 and 2. All arms are fine-tuned equally long; the first two rows are not trained at all.
+MAIN = {
+    "teacher": Recipe("full", length=0),
+    "SLA, swapped in, not trained": Recipe(length=0),
+    "full attention": Recipe("full"),
+    "linear only": Recipe("linear"),
+    "sparse only, 5 %": Recipe("sparse"),
+    "sparse only, 15 %": Recipe("sparse", critical_ratio=0.15),
+    "L+S": Recipe("l+s"),
+    "SLA (paper)": Recipe(),
+    "SLA-1": Recipe(negligible_ratio=0.0),
+    "SLA, released code": Recipe("released"),
+}
 
-
-def _main(setting: Setting) -> Recipes:
-    """All arms are fine-tuned equally long; the two first rows are not trained at all."""
-    return {
-        "teacher": Recipe("full", length=0),
-        "SLA, swapped in, not trained": Recipe(length=0),
-        "full attention": Recipe("full"),
-        "linear only": Recipe("linear"),
-        "sparse only, 5 %": Recipe("sparse"),
-        "sparse only, 15 %": Recipe("sparse", critical_ratio=0.15),
-        "L+S": Recipe("l+s"),
-        "SLA (paper)": Recipe(),
-        "SLA-1": Recipe(negligible_ratio=0.0),
-        "SLA, released code": Recipe("released"),
-    }
-
-
-# --- one part varied at a time; the paper does so with the critical share and the feature map alone ------------------
-
-
-def _critical(setting: Setting) -> Recipes:
-    return {f"{ratio:.1%} critical": Recipe(critical_ratio=ratio) for ratio in (0.025, 0.05, 0.10, 0.20)}
-
-
-def _negligible(setting: Setting) -> Recipes:
-    return {f"{ratio:.0%} negligible": Recipe(negligible_ratio=ratio) for ratio in (0.0, 0.10, 0.30, 0.50)}
-
-
-def _feature_map(setting: Setting) -> Recipes:
-    return {name: Recipe(feature_map=name) for name in ("softmax", "elu", "relu", "hedgehog")}
+# One part varied at a time; the paper does so with the critical share and the feature map alone.
+CRITICAL = {f"{ratio:.1%} critical": Recipe(critical_ratio=ratio) for ratio in (0.025, 0.05, 0.10, 0.20)}
+NEGLIGIBLE = {f"{ratio:.0%} negligible": Recipe(negligible_ratio=ratio) for ratio in (0.0, 0.10, 0.30, 0.50)}
+FEATURE_MAP = {name: Recipe(feature_map=name) for name in ("softmax", "elu", "relu", "hedgehog")}
 
 
 def _block(setting: Setting) -> Recipes:
@@ -52,8 +38,7 @@ def _block(setting: Setting) -> Recipes:
 
 def _proj(setting: Setting) -> Recipes:
     starts = {f"Proj: {proj}": Recipe(proj=proj) for proj in get_args(Proj)}
-    long = {name: replace(recipe, length=4) for name, recipe in starts.items()}
-    return starts | {f"{name}, {recipe.steps(setting)} steps": recipe for name, recipe in long.items()}
+    return starts | {f"{name}, {4 * setting.steps} steps": replace(each, length=4) for name, each in starts.items()}
 
 
 def _steps(setting: Setting) -> Recipes:
@@ -61,19 +46,19 @@ def _steps(setting: Setting) -> Recipes:
     return {f"{recipe.steps(setting)} steps": recipe for recipe in made}
 
 
-# --- when does the paper's order hold, SLA at 5 % before sparse-only attention at 15 %? ------------------------------
-
+# When does the paper's order hold, SLA at 5 % before sparse-only attention at 15 %?
 SLA = "SLA, 5 %"
 ARMS = {SLA: Recipe(), "sparse only, 5 %": Recipe("sparse"), "sparse only, 15 %": Recipe("sparse", critical_ratio=0.15)}
 TEACHER = {"teacher": Recipe("full", length=0)}
-CHANGED = {
-    "Proj from the identity": {SLA: Recipe(proj="identity")},
-    "Proj from the identity, temperature 4": {SLA: Recipe(proj="identity", temperature=4.0)},
-    "Proj at ten times the rate": {SLA: Recipe(proj_rate=10.0)},
-    "temperature 4": {SLA: Recipe(temperature=4.0)},
-    "temperature 16": {SLA: Recipe(temperature=16.0)},
+CHANGES_OF_SLA: dict[str, dict[str, Any]] = {
+    "Proj from the identity": {"proj": "identity"},
+    "Proj from the identity, temperature 4": {"proj": "identity", "temperature": 4.0},
+    "Proj at ten times the rate": {"proj_rate": 10.0},
+    "temperature 4": {"temperature": 4.0},
+    "temperature 16": {"temperature": 16.0},
 }
 IMPROVED = "Proj from the identity, temperature 4"
+AS_IN_MAIN = "as in main"
 
 
 def when(setting: Setting) -> Recipes:
@@ -86,14 +71,11 @@ def when(setting: Setting) -> Recipes:
     def add(condition: str, arms: Recipes = ARMS, **changes: Any) -> None:
         recipes.update({f"{condition}: {arm}": replace(recipe, **changes) for arm, recipe in arms.items()})
 
-    def add_length(length: float, besides: str = "", arms: Recipes = ARMS, **changes: Any) -> None:
-        add(f"{round(length * setting.steps)} steps{besides}", arms, length=length, **changes)
-
-    add("as in main", ARMS | TEACHER)
+    add(AS_IN_MAIN, ARMS | TEACHER)
     if setting.name != "wide":
-        for condition, arms in CHANGED.items():
-            add(condition, arms)
-    add_length(1 / 4)
+        for condition, changes in CHANGES_OF_SLA.items():
+            add(condition, {SLA: Recipe()}, **changes)
+    add(f"{setting.steps // 4} steps", length=1 / 4)
     if setting.name == "wide":
         return recipes
     add("tokens in tiles", tiles=True)
@@ -101,8 +83,10 @@ def when(setting: Setting) -> Recipes:
         return recipes
     # The last one asks whether the order of the longest runs is one of the shared learning rate.
     for length, besides, rate in ((4, "", 1.0), (8, "", 1.0), (8, ", a third of the rate", 1 / 3)):
-        add_length(length, besides, rate=rate)
-        add_length(length, f"{besides}, {IMPROVED}", CHANGED[IMPROVED], rate=rate)
+        condition = f"{length * setting.steps} steps{besides}"
+        add(condition, length=length, rate=rate)
+        improved = {SLA: Recipe(**CHANGES_OF_SLA[IMPROVED])}
+        add(f"{condition}, {IMPROVED}", improved, length=length, rate=rate)
     for factor in (2, 4):
         add(f"blocks of {factor * setting.block}", block_factor=factor)
     add("a third of the rate", rate=1 / 3)
@@ -111,13 +95,20 @@ def when(setting: Setting) -> Recipes:
     return recipes
 
 
-EXPERIMENTS = (
-    of_recipes("main", "Is SLA better than its halves and than their sum?", _main, generate=True),
-    of_recipes("ablation-critical", "How many critical blocks does SLA need?", _critical),
-    of_recipes("ablation-negligible", "How many blocks may be left out?", _negligible),
-    of_recipes("ablation-feature-map", "Which feature map is best?", _feature_map),
-    of_recipes("ablation-block", "How large may a block be?", _block),
-    of_recipes("ablation-proj", "How should Proj start, and is it needed?", _proj),
-    of_recipes("ablation-steps", "How long must SLA be fine-tuned?", _steps),
-    of_recipes("when", "When is SLA at 5 % better than sparse-only attention at 15 %?", when, paired=True),
-)
+def same_sparse_arms(condition: str) -> str:
+    """The condition whose sparse-only arms stand for this one's: what is a change of SLA alone does not touch them."""
+    for change in sorted(CHANGES_OF_SLA, key=len, reverse=True):
+        condition = condition.removesuffix(change).removesuffix(", ")
+    return condition or AS_IN_MAIN
+
+
+EXPERIMENTS = {
+    "main": of_recipes(lambda setting: MAIN, generate=True),
+    "ablation-critical": of_recipes(lambda setting: CRITICAL),
+    "ablation-negligible": of_recipes(lambda setting: NEGLIGIBLE),
+    "ablation-feature-map": of_recipes(lambda setting: FEATURE_MAP),
+    "ablation-block": of_recipes(_block),
+    "ablation-proj": of_recipes(_proj),
+    "ablation-steps": of_recipes(_steps),
+    "when": of_recipes(when),
+}

@@ -25,14 +25,11 @@ from .classifier import quality, quality_of_real
 from .recipe import Objective, Recipe, build
 from .setting import Context, Experiment, Setting
 
-EVALUATION_BATCH = 64
 REAL = "held-out clips"
-
-# --- training --------------------------------------------------------------------------------------------------------
 
 
 def _each_layer(student: VideoTransformer, teacher: VideoTransformer) -> TrainObjective:
-    """Each layer by itself: its output beside full attention, on the query, key and value of the teacher's layer.
+    """Each layer by itself: its output against full attention, on the query, key and value of the teacher's layer.
 
     Mean over layers of the squared error, in units of the mean square of full attention.
     """
@@ -71,23 +68,15 @@ def fine_tune(
         setting.learning_rate * recipe.rate,
         seed=seed,
         precision="bfloat16" if on_gpu else "float32",
-        graph=on_gpu and context.graph,
+        graph=on_gpu,  # with few tokens, most of the time of a step would go to starting kernels
     )
     objectives: dict[Objective, TrainObjective] = {
         "flow": flow_loss,
         "teacher": distance_to(teacher),
         "layers": _each_layer(student, teacher),
     }
-    train(
-        student,
-        config,
-        objective=objectives[recipe.objective],
-        rates={"proj_l": recipe.proj_rate},
-        tick=lambda step, loss: watch(step),
-    )
-
-
-# --- teachers --------------------------------------------------------------------------------------------------------
+    rates = {"proj_l": recipe.proj_rate}
+    train(student, config, objective=objectives[recipe.objective], rates=rates, tick=lambda step, loss: watch(step))
 
 
 @cache
@@ -108,44 +97,30 @@ def find_teacher(setting: Setting, context: Context, backdrop: float = 0.0) -> V
         model, card = load_weights(path, context.device)
         if card["training"] != training:
             raise ValueError(f"{path} was trained with {card['training']}, not {training}; name another work folder")
-        return model.eval().requires_grad_(False)
-
-    torch.manual_seed(0)
-    model = VideoTransformer(wanted).to(context.device)
-    if wanted.width == shipped.config.width:
-        model.load_state_dict(shipped.state_dict())
-    fine_tune(model, model, Recipe("full"), replace(setting, steps=setting.teacher_steps), 0, context)
-    round_to_half(model)
-    context.work.mkdir(parents=True, exist_ok=True)
-    save_weights(path, model, {"training": training} | losses(model, model, setting))
+    else:
+        torch.manual_seed(0)
+        model = VideoTransformer(wanted).to(context.device)
+        if wanted.width == shipped.config.width:
+            model.load_state_dict(shipped.state_dict())
+        fine_tune(model, model, Recipe("full"), replace(setting, steps=setting.teacher_steps), 0, context)
+        round_to_half(model)
+        context.work.mkdir(parents=True, exist_ok=True)
+        save_weights(path, model, {"training": training} | losses(model, model, setting))
     return model.eval().requires_grad_(False)
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def losses(student: VideoTransformer, teacher: VideoTransformer, setting: Setting) -> dict[str, float]:
     """Held-out loss and distance to the teacher, in float32."""
     data = evaluate.held_out(teacher, setting.clips)
-    prediction = evaluate.predict(student, data, EVALUATION_BATCH)
-    target = evaluate.predict(teacher, data, EVALUATION_BATCH)
-    return {
-        "held_out_loss": evaluate.held_out_loss(prediction, data),
-        "distance": evaluate.distance(prediction, target),
-    }
+    prediction, target = (evaluate.predict(model, data, batch=64) for model in (student, teacher))
+    loss = evaluate.held_out_loss(prediction, data)
+    return {"held_out_loss": loss, "distance": evaluate.distance(prediction, target)}
 
 
-def of_recipes(
-    name: str,
-    question: str,
-    recipes: Callable[[Setting], dict[str, Recipe]],
-    *,
-    generate: bool = False,
-    paired: bool = False,
-) -> Experiment:
+def of_recipes(recipes: Callable[[Setting], dict[str, Recipe]], *, generate: bool = False) -> Experiment:
     """An experiment whose cases are fine-tunes.
 
-    With `generate`, the clips that a student makes are judged too, and beside them held-out clips, the case `REAL`.
+    With `generate`, the clips that a student makes are judged too, and with them held-out clips, the case `REAL`.
     """
 
     def cases(setting: Setting) -> list[str]:
@@ -162,4 +137,4 @@ def of_recipes(
         values = losses(student, teacher, setting) | {"attention_mflops": flops / 1e6, "sparsity": sparsity}
         return values | quality(student, setting, context) if generate else values
 
-    return Experiment(name, question, cases, measure, "held_out_loss", paired, fine_tunes=True)
+    return Experiment(cases, measure)

@@ -1,6 +1,6 @@
 """How far the features φ are from flat, and the linear branch from an average of V, at each temperature.
 
-The softmax of a small vector is nearly flat. Were it so here, every query would weigh all keys alike.
+The softmax of a small vector is nearly flat. Were all features flat, every query would weigh all keys alike.
 """
 
 from __future__ import annotations
@@ -40,10 +40,4 @@ def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[s
     return mean_and_bounds(of_all_layers(teacher, data, len(data.x), of_case))
 
 
-EXPERIMENT = Experiment(
-    "features",
-    "Are the features of the linear branch flat, and the branch an average of V?",
-    lambda setting: list(TEMPERATURES),
-    _measure,
-    "from_average",
-)
+EXPERIMENT = Experiment(lambda setting: list(TEMPERATURES), _measure)

@@ -23,30 +23,20 @@ Objective = Literal["flow", "teacher", "layers"]
 class Recipe:
     """A student and its training; the defaults are SLA as the paper has it."""
 
-    attention: str = "sla"
-    """An arm of `lab.arms`, or "released": the linear branch over all keys, as in the authors' branch main."""
+    attention: str = "sla"  # an arm of `lab.arms`, or "released": linear over all keys, as in the authors' branch main
     critical_ratio: float = 0.05
     negligible_ratio: float = 0.10
-    block_factor: int = 1
-    """Tokens of a block, in units of the setting's."""
+    block_factor: int = 1  # tokens of a block, in units of the setting's
     feature_map: str = "softmax"
-    temperature: float = 1.0
-    """t in softmax(t x); other feature maps know none."""
-    proj: Proj = "zero"
-    """How Proj starts; "absent" is an identity that stays one."""
-    tiles: bool = False
-    """Whether the tokens are cut into blocks in the order of the setting's tiles; else in raster order."""
-    backdrop: float = 0.0
-    """Of the clips (`lab.data`); the teacher has learnt them too."""
-    length: float = 1.0
-    """Fine-tuning steps, in units of the setting's; 0: swapped in, not trained."""
-    trained: str = ""
-    """Part of the names of the parameters that are trained; "" is in all of them."""
+    temperature: float = 1.0  # t in softmax(t x); other feature maps have none
+    proj: Proj = "zero"  # how Proj starts; "absent" is an identity that stays one
+    tiles: bool = False  # whether tokens are cut into blocks in the order of the setting's tiles; else in raster order
+    backdrop: float = 0.0  # of the clips (`lab.data`); the teacher has learnt them too
+    length: float = 1.0  # fine-tuning steps, in units of the setting's; 0: swapped in, not trained
+    trained: str = ""  # part of the names of the parameters that are trained; "" is in all of them
     objective: Objective = "flow"
-    rate: float = 1.0
-    """Learning rate, in units of the setting's."""
-    proj_rate: float = 1.0
-    """Learning rate of Proj, in units of the others'."""
+    rate: float = 1.0  # learning rate, in units of the setting's
+    proj_rate: float = 1.0  # learning rate of Proj, in units of the others'
 
     def steps(self, setting: Setting) -> int:
         """Of the fine-tune."""
@@ -72,7 +62,7 @@ class ReleasedSLA(nn.Module):
 class Reordered(nn.Module):
     """Attention over tokens in another order, and its output in the old one.
 
-    Attention does not ask for the order of tokens; which of them make a block does.
+    Full attention does not depend on the order of tokens; which of them make a block does.
     """
 
     order: Tensor
@@ -101,13 +91,9 @@ def _sla(recipe: Recipe, options: ArmOptions) -> nn.Module:
     feature_map: str | Callable[[Tensor], Tensor] = recipe.feature_map
     if recipe.temperature != 1:
         feature_map = lambda tokens: torch.softmax(recipe.temperature * tokens, dim=-1)  # noqa: E731
+    ratios = options.critical_ratio, options.negligible_ratio
     sla = sla_ref.SparseLinearAttention(
-        options.head_dim,
-        options.critical_ratio,
-        options.negligible_ratio,
-        block_q=options.block,
-        block_k=options.block,
-        feature_map=feature_map,
+        options.head_dim, *ratios, block_q=options.block, block_k=options.block, feature_map=feature_map
     )
     if recipe.proj != "zero":
         nn.init.eye_(sla.proj_l.weight)

@@ -1,7 +1,7 @@
 """Runs experiments: a line of JSON for every case and seed, appended when it is measured.
 
-The file is `<experiment>.<setting>.seed<k>.jsonl`. A case that is in it is not run again, so that an interrupted run
-goes on where it was. Runs with different seeds write different files: they may go side by side.
+The file is `<experiment>.<setting>.seed<k>.jsonl`. A case that is in it is not measured again, so an interrupted run
+goes on where it was. Runs with different seeds write different files and may go side by side.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ from .setting import Context, Setting
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "experiments"
 
-Unit = tuple[str, str, int]  # an experiment, one of its cases, a seed
-
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The measurements of a file. A last line that was cut short is no measurement and is left out.
 
-    Raises ValueError for any other line that is no JSON.
+    Raises ValueError for any other line that is not JSON.
     """
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     found = []
@@ -42,82 +40,45 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run(
-    names: list[str],
-    setting: Setting,
-    seeds: list[int],
-    out: Path,
-    context: Context,
-    console: Console,
-    cases: list[str] | None = None,
-) -> int:
+def run(names: list[str], setting: Setting, seeds: list[int], out: Path, context: Context, console: Console) -> int:
     """Measures what is missing; returns how many lines were added.
 
-    Case after case, each with all seeds, so that a run that ends early leaves whole comparisons. A case that fails does
-    not stop the others.
+    A case is measured with all seeds before the next one begins, so that a run that ends early leaves whole
+    comparisons. What a case raises ends the run; what was measured before it stays.
 
     Raises:
-        ValueError: an unknown experiment or case, a seed twice or below 0, lines in `out` that were measured at other
-            sizes, or a graph asked of a backend that cannot be recorded. Before any work.
-        RuntimeError: some cases failed; the text names them. After all others.
+        ValueError: an unknown experiment, a seed twice or below 0, lines in `out` that were measured at other sizes,
+            or a GPU without the Triton backend. Before any work.
     """
-    _check_graph(context)
-    wanted = _wanted(names, setting, seeds, cases)
-    sizes = json.loads(json.dumps(asdict(setting)))  # as they come back from a file
-    paths = {(name, seed): out / f"{name}.{setting.name}.seed{seed}.jsonl" for name, _, seed in wanted}
-    measured = {(name, case, seed) for (name, seed), path in paths.items() for case in _measured(path, sizes)}
-    missing = [unit for unit in wanted if unit not in measured]
-    if not missing:
-        console.print("nothing to do: every case is measured", highlight=False)
-        return 0
-    out.mkdir(parents=True, exist_ok=True)
-    about = machine(context.device)
-    shared = {"sizes": sizes, "versions": about.pop("versions"), "machine": about, "commit": _commit()}
-    failures = []
-    for number, (name, case, seed) in enumerate(missing, start=1):
-        text = f"{name}, seed {seed}, {case}"
-        started = time.perf_counter()
-        try:
-            with console.status(f"{number} of {len(missing)}: {text}"):
-                values = EXPERIMENTS[name].measure(case, seed, setting, context)
-        except Exception as error:
-            failures.append(f"{text}: {type(error).__name__}: {error}")
-            console.print(f"failed: {failures[-1]}", highlight=False, markup=False)
-            continue
-        seconds = round(time.perf_counter() - started, 3)
-        line = {"experiment": name, "setting": setting.name, "case": case, "seed": seed, "values": values}
-        append_line(paths[name, seed], line | {"seconds": seconds, "ended": round(time.time(), 3)} | shared)
-        console.print(f"{text}: {seconds:.1f} s", highlight=False, markup=False)
-    if failures:
-        raise RuntimeError("\n".join([f"{len(failures)} of {len(missing)} cases failed", *failures]))
-    return len(missing)
-
-
-def _check_graph(context: Context) -> None:
-    """The backend `torch` reads data on the way, which stops a recording."""
-    if context.device.type != "cuda" or not context.graph:
-        return
-    backend = sla_ref.get_backend()
-    reason = sla_ref.list_backends()["triton"] if backend in ("auto", "triton") else f"the backend is {backend!r}"
-    if reason is not None:
-        raise ValueError(f"graph needs the backend 'triton' ({reason}); --no-graph goes without")
-
-
-def _wanted(names: list[str], setting: Setting, seeds: list[int], cases: list[str] | None) -> list[Unit]:
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be different numbers of at least 0, got {seeds}")
     for name in names:
         if name not in EXPERIMENTS:
             raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
-    known = [(name, case) for name in dict.fromkeys(names) for case in EXPERIMENTS[name].cases(setting)]
-    every = dict.fromkeys(case for _, case in known)
-    for case in cases or []:
-        if case not in every:
-            raise ValueError(f"case must be one of {'; '.join(every)}, got {case!r}")
-    return [(name, case, seed) for name, case in known if cases is None or case in cases for seed in seeds]
+    if context.device.type == "cuda" and (reason := sla_ref.list_backends()["triton"]):
+        # Training is recorded as a CUDA graph; the backend `torch` reads data on the way, which stops a recording.
+        raise ValueError(f"device must be cpu where the backend 'triton' cannot run ({reason})")
+    sizes = json.loads(json.dumps(asdict(setting)))  # as they come back from a file
+    paths = {(name, seed): out / f"{name}.{setting.name}.seed{seed}.jsonl" for name in names for seed in seeds}
+    measured = {key: _measured(path, sizes) for key, path in paths.items()}
+    cases = [(name, case) for name in dict.fromkeys(names) for case in EXPERIMENTS[name].cases(setting)]
+    missing = [(name, case, seed) for name, case in cases for seed in seeds if case not in measured[name, seed]]
+    out.mkdir(parents=True, exist_ok=True)
+    about = machine(context.device)
+    shared = {"sizes": sizes, "versions": about.pop("versions"), "machine": about, "commit": _commit()}
+    for number, (name, case, seed) in enumerate(missing, start=1):
+        text = f"{number} of {len(missing)}: {name}, seed {seed}, {case}"
+        started = time.perf_counter()
+        with console.status(text):
+            values = EXPERIMENTS[name].measure(case, seed, setting, context)
+        seconds = round(time.perf_counter() - started, 3)
+        line = {"experiment": name, "setting": setting.name, "case": case, "seed": seed, "values": values}
+        append_line(paths[name, seed], line | {"seconds": seconds, "ended": round(time.time(), 3)} | shared)
+        console.print(f"{text}: {seconds:.1f} s", highlight=False, markup=False)
+    return len(missing)
 
 
-def _measured(path: Path, sizes: dict[str, Any]) -> list[str]:
+def _measured(path: Path, sizes: dict[str, Any]) -> set[str]:
     """The cases in a file, which loses a torn last line; ValueError if it is of other sizes."""
     lines = read_lines(path)
     for line in lines:
@@ -127,12 +88,9 @@ def _measured(path: Path, sizes: dict[str, Any]) -> list[str]:
     if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
         with whole(path) as temporary:
             temporary.write_bytes(text[: text.rfind(b"\n") + 1])
-    return [line["case"] for line in lines]
+    return {line["case"] for line in lines}
 
 
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.strip() or "unknown"
-    except FileNotFoundError:
-        return "unknown"
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.strip() or "unknown"

@@ -13,93 +13,54 @@ from sla_ref.lab.model import ModelConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of a measurement. Tokens are patches of 4 x 4 pixels of one frame; a block has `block` of them."""
+    """Sizes of a measurement. A token is a patch of 4 x 4 pixels of one frame; a block has `block` of them."""
 
     name: str
     size: int
     frames: int
     block: int
-    tile: tuple[int, int, int]
-    """Frames, rows and columns of tokens of a block, where tokens are put in the order of such tiles."""
+    tile: tuple[int, int, int]  # frames, rows and columns of tokens in a block, where tokens are ordered by tiles
     width: int = 128
     depth: int = 4
     heads: int = 2
-    steps: int = 400
-    """Of a fine-tune, where a case does not say otherwise."""
+    steps: int = 400  # of a fine-tune, unless a case says otherwise
     batch: int = 32
-    learning_rate: float = 1e-3
-    """Peak of the one-cycle schedule, the same for all: what `sla-ref finetune` has."""
-    teacher_steps: int = 1000
-    """Of a teacher that is trained for the experiments: for other data, more tokens or another size of model."""
-    clips: int = 256
-    """Held-out clips for losses and distances."""
-    samples: int = 256
-    """Generated clips."""
+    learning_rate: float = 1e-3  # peak of the one-cycle schedule, the same for all: that of `sla-ref finetune`
+    teacher_steps: int = 1000  # of a teacher that is trained for other data, more tokens or a larger model
+    clips: int = 256  # held-out clips for losses and distances
+    samples: int = 256  # generated clips
     sample_steps: int = 16
 
     @property
     def model(self) -> ModelConfig:
         """The teacher's configuration."""
         return ModelConfig(
-            frames=self.frames,
-            size=self.size,
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            block=self.block,
+            frames=self.frames, size=self.size, width=self.width, depth=self.depth, heads=self.heads, block=self.block
         )
 
 
-QUICK = Setting(
-    "quick",
-    size=16,
-    frames=4,
-    block=4,
-    tile=(1, 2, 2),
-    width=32,
-    depth=2,
-    steps=8,
-    batch=4,
-    teacher_steps=60,
-    clips=8,
-    samples=20,
-    sample_steps=3,
-)
+_TINY = {"width": 32, "depth": 2, "steps": 8, "batch": 4, "teacher_steps": 60}
+QUICK = Setting("quick", 16, 4, block=4, tile=(1, 2, 2), clips=8, samples=20, sample_steps=3, **_TINY)
+_LARGE = {"width": 256, "depth": 6, "heads": 4, "teacher_steps": 6000}
 SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("n1024", size=32, frames=16, block=16, tile=(4, 2, 2)),
-        Setting("n4096", size=64, frames=16, block=64, tile=(4, 4, 4), batch=16),
-        Setting("wide", size=32, frames=16, block=16, tile=(4, 2, 2), width=256, depth=6, heads=4, teacher_steps=6000),
-        QUICK,
-    )
+    "n1024": Setting("n1024", 32, 16, block=16, tile=(4, 2, 2)),
+    "n4096": Setting("n4096", 64, 16, block=64, tile=(4, 4, 4), batch=16),
+    "wide": Setting("wide", 32, 16, block=16, tile=(4, 2, 2), **_LARGE),
+    "quick": QUICK,
 }
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all measurements of a run share."""
+    """What all measurements of a run share: the device, and the folder that keeps trained teachers and classifiers."""
 
     device: torch.device
     work: Path
-    """The folder that keeps trained teachers and classifiers."""
-    graph: bool = True
-    """Whether a GPU records a training step once and replays it (CUDA graph); needs the backend `triton`."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One question, its cases, and how one case is measured.
+    """`cases(setting)` names the cases; `measure(case, seed, setting, context)` gives the quantities of one by name."""
 
-    `cases(setting)` names them, cheap ones first. `measure(case, seed, setting, context)` gives figures by name.
-    `shown` is the figure that the picture shows. `paired` says that cases are named "condition: arm", to be compared
-    within a condition, and `fine_tunes` that the setting's steps, batch and learning rate matter.
-    """
-
-    name: str
-    question: str
     cases: Callable[[Setting], list[str]]
     measure: Callable[[str, int, Setting, Context], dict[str, float]]
-    shown: str
-    paired: bool = False
-    fine_tunes: bool = False

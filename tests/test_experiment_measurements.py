@@ -12,7 +12,7 @@ from experiments.fine_tuning import find_teacher
 from experiments.setting import QUICK, SETTINGS, Context
 from sla_ref import analysis
 from sla_ref.lab import evaluate
-from sla_ref.lab.model import VideoTransformer, with_attention
+from sla_ref.lab.model import ModelConfig, VideoTransformer, with_attention
 from sla_ref.lab.weights import STUDENT, load_weights, save_weights
 
 
@@ -155,6 +155,9 @@ def test_features_are_measured_over_all_layers_heads_and_times(context):
 # --- choice ----------------------------------------------------------------------------------------------------------
 
 
+CONFIG = ModelConfig(critical_ratio=0.3, negligible_ratio=0.2, block=8)
+
+
 @pytest.fixture
 def attention():
     torch.manual_seed(0)
@@ -174,13 +177,13 @@ def test_all_choices_hand_out_the_same_classes_and_the_oracle_keeps_the_most(att
         assert torch.equal(of_choice.sort(dim=-1).values, block_map.labels.sort(dim=-1).values)
     kept = {name: analysis.class_mass(mass, of_choice)[1].mean() for name, of_choice in labels.items()}
     assert kept["oracle"] > kept["pooled"] > kept["random"]
-    assert torch.equal(block_choice.random_choice(0)(query, key, block_map), labels["random"])
-    assert not torch.equal(block_choice.random_choice(1)(query, key, block_map), labels["random"])
+    assert torch.equal(block_choice.choices(0)["random"](query, key, block_map), labels["random"])
+    assert not torch.equal(block_choice.choices(1)["random"](query, key, block_map), labels["random"])
 
 
 def test_figures_of_maps_are_those_of_the_dense_definition(attention):
     query, key, value, block_map = attention
-    figures = block_choice.map_figures(query, key, value, block_map, block_choice.choices(0))
+    figures = block_choice.map_figures(query, key, value, CONFIG, block_choice.choices(0))
     weights = analysis.attention_weights(query, key)
     for name, choose in block_choice.choices(0).items():
         labels = choose(query, key, block_map)
@@ -192,9 +195,7 @@ def test_figures_of_maps_are_those_of_the_dense_definition(attention):
     assert "recall_oracle" not in figures
     assert figures["recall_pooled"].mean() > figures["recall_random"].mean()
     # A random choice finds as many of the critical blocks as there are among all blocks, 3 of 12.
-    repeated = [
-        block_choice.map_figures(query, key, value, block_map, block_choice.choices(seed)) for seed in range(20)
-    ]
+    repeated = [block_choice.map_figures(query, key, value, CONFIG, block_choice.choices(seed)) for seed in range(20)]
     found = torch.stack([each["recall_random"] for each in repeated]).mean().item()
     assert found == pytest.approx(3 / 12, abs=0.03)
 

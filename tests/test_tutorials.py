@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from needs import SITE
 
-from tools.build_tutorials import LESSON, NEXT, ROOT, SCRIPTS, TUTORIALS, BuildError, build_in_process, read_cells
+from tools.build_tutorials import (
+    LESSON,
+    NEXT,
+    ROOT,
+    SCRIPTS,
+    TUTORIALS,
+    BuildError,
+    build_in_process,
+    helpers,
+    read_cells,
+)
 
 SCRIPT = '''\
 # %% [markdown]
@@ -250,6 +260,13 @@ def test_what_is_no_tutorial(tmp_path, text, message):
         read_cells(write(tmp_path, text))
 
 
+def test_a_page_offers_the_modules_that_its_tutorial_imports():
+    beside = {path.stem for path in LESSON.parent.glob("*.py")}
+    for script in TUTORIALS:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", script.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        assert imported & beside <= {helper.stem for helper in helpers(script)}, script.name
+
+
 @pytest.mark.parametrize("script", TUTORIALS, ids=lambda path: path.stem)
 def test_is_written_as_a_tutorial(script: Path):
     text = read_cells(script)[-1].text
@@ -266,7 +283,8 @@ def test_runs_as_a_plain_script(script: Path, tmp_path):
     What `make docs` has run since the package and the tutorial last changed does not run again, but for the first.
     """
     page = SITE / "tutorials" / f"{script.stem}.html"
-    sources = [script, LESSON, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks" / "results").rglob("*.json")]
+    sources = [script, *helpers(script), *(ROOT / "src").rglob("*.py")]
+    sources += (ROOT / "benchmarks" / "results").rglob("*.json")
     if script != TUTORIALS[0] and page.exists() and page.stat().st_mtime > max(p.stat().st_mtime for p in sources):
         pytest.skip("make docs ran it as it is now")
     done = run_script(script, tmp_path)

@@ -45,7 +45,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tutorials"
 PAGES = ROOT / "docs" / "tutorials"
 LESSON = SCRIPTS / "lesson.py"
-TUTORIALS = sorted(set(SCRIPTS.glob("*.py")) - {LESSON})
+STATES = SCRIPTS / "block_states.py"
+TUTORIALS = sorted(set(SCRIPTS.glob("*.py")) - {LESSON, STATES})
 AT_A_TIME = 2
 
 WIDTH = 100  # columns of code that a page shows without a scroll bar on a screen of 1400 pixels
@@ -205,14 +206,17 @@ def inline_svg(figure: matplotlib.figure.Figure, name: str) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    titles = [axes.get_title() or axes.get_title("left") for axes in figure.axes]
+    return for_page(buffer.getvalue(), INK, figure.get_suptitle() or "; ".join(filter(None, titles)) or "figure")
+
+
+def for_page(svg: str, ink: str, label: str) -> str:
+    """What matplotlib has saved as SVG, to stand inside a page: `ink` becomes the colour of the page's text."""
+    svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style .*?</style>", "", svg, flags=re.DOTALL)
     used = set(re.findall(r"#([\w-]+)", svg))
     svg = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in used else "", svg)
-    titles = [axes.get_title() or axes.get_title("left") for axes in figure.axes]
-    title = figure.get_suptitle() or "; ".join(filter(None, titles)) or "figure"
-    label = re.sub(r'[<>&"$]', "", title)
+    label = re.sub(r'[<>&"$]', "", label)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     return '<div class="figure">\n' + re.sub(r"\s*\n\s*", "\n", svg).strip() + "\n</div>\n"
 
@@ -354,7 +358,7 @@ HOW_TO = """\
 def downloads(script: Path) -> str:
     """The line below the title: how long the tutorial takes, what to download, and how a notebook is opened."""
     name, text = script.stem, script.read_text(encoding="utf-8")
-    files = {"script": script.name, "notebook": f"{name}.ipynb", LESSON.name: LESSON.name}
+    files = {"script": script.name, "notebook": f"{name}.ipynb"} | {each.name: each.name for each in helpers(script)}
     takes = f"{minutes(script)} minutes"
     if has_exercises(script):
         files["solutions"] = f"{name}_solutions.py"
@@ -362,13 +366,19 @@ def downloads(script: Path) -> str:
     link = {what: f"[{what}]({file}){{ download }}" for what, file in files.items()}
     imported = " ".join(re.findall(r"^(?:import|from) (\S+)", text, re.MULTILINE))
     needed = [extra for extra in ("triton", "numba") if re.search(rf"\b{extra}\b", imported)]
+    needed_files = " and ".join(link.pop(each.name) for each in helpers(script))
     return (
         f"{takes} · Download: {link.pop('script')} · {link.pop('notebook')} · "
-        f"{link.pop(LESSON.name)}, which both need{''.join(f' · {each}' for each in link.values())}<br>\n"
+        f"{needed_files}, which both need{''.join(f' · {each}' for each in link.values())}<br>\n"
         "To open the notebook, save it in the folder `tutorials` of a clone, then "
         f'`pip install ".[{",".join(["lab", "notebooks", *needed])}]"` and `jupyter lab tutorials/{name}.ipynb`.\n'
         "{ .download }\n"
     )
+
+
+def helpers(script: Path) -> list[Path]:
+    """The modules that lie beside the script and that it needs."""
+    return [LESSON, STATES] if STATES.stem in script.read_text(encoding="utf-8") else [LESSON]
 
 
 def has_exercises(script: Path) -> bool:
@@ -394,7 +404,7 @@ def build(script: Path, folder: Path) -> None:
     files[f"{script.stem}.ipynb"] = notebook_of(exercises)
     if has_exercises(script):
         files[f"{script.stem}_solutions.py"] = without("exercise", script)
-    files[LESSON.name] = LESSON.read_text(encoding="utf-8")
+    files |= {each.name: each.read_text(encoding="utf-8") for each in helpers(script)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         with whole(folder / name) as path:

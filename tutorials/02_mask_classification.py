@@ -276,6 +276,10 @@ by_pooling, by_oracle = (torch.stack(kept[name]) for name in ("pooled", "oracle"
 # it seems. Where much depends on the choice, in the heads with a high kept mass, pooling is right. Where it is wrong,
 # the attention is spread so evenly that no choice of 3 blocks in 64 keeps much: there pooling loses little to the
 # oracle.
+#
+# That is a statement about mass. By the loss of a whole model, before any fine-tuning, pooling loses much more to the
+# oracle, and a fine-tuned student has learnt to do without it
+# ([Experiments](../experiments.md#which-blocks-are-chosen)).
 
 # %%
 assert recall.max() > 0.95 and recall.min() < 0.6

@@ -312,7 +312,9 @@ plt.show()
 #
 # The layer replaces attention in a trained model. What it computes at first should be near the old output, and nobody
 # knows a good $W$ yet. With $W = 0$ and $b = 0$ the layer starts as the sparse branch alone, exactly. Of the three
-# starts below it is the nearest.
+# starts below it is the nearest. The nearest start need not lead to the best end: in the fine-tunes of
+# [Experiments](../experiments.md#start-of-proj), Proj ends better from the identity, and even the plain sum ends ahead
+# of Proj from zero.
 
 # %%
 show_source(SparseLinearAttention.forward)

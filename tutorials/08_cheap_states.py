@@ -26,6 +26,7 @@
 # %%
 from functools import partial
 
+import block_states as states
 import matplotlib.pyplot as plt
 import torch
 from lesson import check_exercise, expect, measured, show_source
@@ -33,7 +34,7 @@ from lesson import check_exercise, expect, measured, show_source
 import sla_ref
 from sla_ref import analysis
 from sla_ref.backends import pytorch
-from sla_ref.lab import evaluate, states, weights
+from sla_ref.lab import evaluate, weights
 
 N, D, BLOCK = 32760, 128, 64
 T = -(-N // BLOCK)
@@ -404,7 +405,7 @@ with check_exercise(1, best_group):
 # %% [markdown]
 # **2. The shorter list.** Rows differ: in a map made by hand, one may have few marginal blocks and the next nearly all.
 # Write `shorter_list(member, states)`, which takes for every row whichever is shorter: the list of its marginal blocks,
-# or the total and the list of the others. Return the sums and the additions, counted as in `sla_ref.lab.states`. A row
+# or the total and the list of the others. Return the sums and the additions, counted as in `block_states.py`. A row
 # that is exactly half marginal takes its own list.
 
 

@@ -12,7 +12,6 @@ Needs the extra `lab` (`pip install 'sla-ref[lab]'`). One file, one job:
 - `checkpoint`  what such a run goes on from, checked
 - `distributed`  several processes, as the training loop sees them
 - `evaluate`  held-out loss, distance to the teacher, cost of attention
-- `states`    four ways to add up block states
 - `weights`   weight files that know when they are damaged
 - `figures`   the pictures
 - `runs`      what `sla-ref train-teacher` and `sla-ref finetune` run

@@ -46,7 +46,9 @@ def four_russians(member: Tensor, states: Tensor, group: int) -> tuple[Tensor, i
     grouped = F.pad(states, (0, 0, 0, missing)).view(groups, group, width)
 
     sums = states.new_zeros(groups, 2**group, width)
-    for bit in range(group):  # each state doubles the table: every subset without it, and every one with it
+    for bit in range(
+        group
+    ):  # each state doubles the table: every subset without it, and every one with it
         torch.add(sums[:, : 2**bit], grouped[:, bit, None], out=sums[:, 2**bit : 2 ** (bit + 1)])
     table_additions = groups * (2**group - 1)
 

@@ -2,10 +2,9 @@
 
 from functools import partial
 
+import block_states as states
 import pytest
 import torch
-
-from sla_ref.lab import states
 
 WAYS = {
     "lookup_table": states.lookup_table,

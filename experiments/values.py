@@ -1,0 +1,75 @@
+"""Measured lines as the page needs them: by experiment, by case, as a mean with its range."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from . import EXPERIMENTS
+from .comparisons import ARMS, AS_IN_MAIN, IMPROVED, SLA, same_sparse_arms
+from .run import read_lines
+from .setting import SETTINGS
+
+Lines = list[dict[str, Any]]
+
+
+class Spread(NamedTuple):
+    """A mean over seeds and a range: of the seeds, or (`of_all`) of all that each seed's value is a mean of."""
+
+    mean: float
+    low: float
+    high: float
+    of_all: bool = False
+
+
+def read_results(results: Path) -> dict[str, Lines]:
+    """All lines by experiment and setting, as in "main n1024", in the order of seeds."""
+    groups: dict[str, Lines] = {}
+    for path in sorted(results.glob("*.jsonl")):
+        for line in read_lines(path):
+            groups.setdefault(f"{line['experiment']} {line['setting']}", []).append(line)
+    return {key: sorted(lines, key=lambda line: line["seed"]) for key, lines in groups.items()}
+
+
+def cases_of(lines: Lines) -> list[str]:
+    """The measured cases, in the experiment's order."""
+    measured = {line["case"] for line in lines}
+    planned = EXPERIMENTS[lines[0]["experiment"]].cases(SETTINGS[lines[0]["setting"]])
+    return [case for case in planned if case in measured]
+
+
+def values_of(lines: Lines, case: str, name: str = "held_out_loss") -> dict[int, float]:
+    """A value by seed."""
+    return {line["seed"]: line["values"][name] for line in lines if line["case"] == case and name in line["values"]}
+
+
+def spread(values: list[float]) -> Spread | None:
+    """Of no values, None."""
+    return Spread(mean(values), min(values), max(values)) if values else None
+
+
+def spread_of(lines: Lines, case: str, name: str = "held_out_loss") -> Spread | None:
+    """Of one quantity of one case; None where it was not measured."""
+    found, low, high = (list(values_of(lines, case, name + bound).values()) for bound in ("", "_min", "_max"))
+    return Spread(mean(found), min(low), max(high), of_all=True) if low else spread(found)
+
+
+def conditions_of(lines: Lines) -> list[str]:
+    """What stands before the colon in the cases of "when"."""
+    return list(dict.fromkeys(case.partition(": ")[0] for case in cases_of(lines)))
+
+
+def pairs(lines: Lines, condition: str) -> list[Spread | None]:
+    """The losses of the arms in a condition of "when", and by how much SLA's is above each other one, seed by seed."""
+    sparse = same_sparse_arms(condition)
+    sla, *others = (values_of(lines, f"{condition if arm == SLA else sparse}: {arm}") for arm in ARMS)
+    above = [[sla[seed] - other[seed] for seed in sla if seed in other] for other in others]
+    return [spread(values) for values in (*(list(arm.values()) for arm in (sla, *others)), *above)]
+
+
+def typeset(text: str) -> str:
+    """Names of cases in words, and no line breaks before a % or around a ±."""
+    text = text.replace(IMPROVED, "both changes of SLA").replace(AS_IN_MAIN, "400 steps, nothing changed")
+    return re.sub(r" ?%", "\u00a0%", text).replace(" ± ", "\u00a0±\u00a0")
