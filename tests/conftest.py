@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import hypothesis
 import pytest
@@ -21,6 +22,9 @@ OF_THE_TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "
 OF_THE_TERMINAL += ("TTY_COMPATIBLE", "TTY_INTERACTIVE")
 for name in (*OF_THE_TERMINAL, "SLA_REF_BACKEND", "TORCHELASTIC_RUN_ID"):
     os.environ.pop(name, None)
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Who asks for the kernels of a CPU without AVX-512 means those of oneDNN too. Given only ATen's, attention in bfloat16
 # asks oneDNN what the CPU can do, takes that way, and fails.

@@ -412,17 +412,17 @@ show_source(sparse.softmax_step, sparse.scores)
 
 # %% [markdown]
 # The interpreter lets us put a function of our own in its place, which calls the original and looks at what it returns.
-# Row 3 of query block 3 has the same history as in our kernel, once $m$ is multiplied by $\log 2$.
+# Row 3 of query block 3 has the same history as in our kernel, once $m$ is multiplied by the scale, which the package
+# takes to the scores after it has subtracted their maximum.
 
 # %%
-LN_2 = sparse.LN_2.value
 ours = list(trace)
 original_step = sparse.softmax_step
 
 
 def watched_step(run, Q, key, value, first_key, *rest):
     run = original_step(run, Q, key, value, first_key, *rest)
-    watch(tl.program_id(0), number(first_key) // 16, run.m * LN_2, run.l, run.O)
+    watch(tl.program_id(0), number(first_key) // 16, run.m * scale, run.l, run.O)
     return run
 
 

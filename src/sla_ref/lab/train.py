@@ -245,6 +245,7 @@ class Run:
         state = self.state()
         if distributed.rank() == 0:
             write_checkpoint(path, state)
+        distributed.any_rank(False)  # no rank goes on, to resume from it perhaps, before the file is there
 
     def load(self, path: Path) -> None:
         """Goes back to where a run of the same identity was saved; ValueError where the file is not of one."""
