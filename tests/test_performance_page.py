@@ -69,7 +69,7 @@ ROWS += [
     f"| {row['length']} | {row['ms']:.1f} | {1024 * row['ms'] / row['length']:.2f} |"
     for row in CPU["sparse_branch_forward"]
 ]
-ROWS += [f"| {GPU['kernels_us'][name]} |" for name in ("_backward_dkdv_kernel", "_forward_kernel", "_states_kernel")]
+ROWS += [f"| {GPU['kernels_us'][name]} |" for name in ("dkdv_kernel", "forward_kernel", "states_kernel")]
 
 
 @pytest.mark.parametrize("row", ROWS)
