@@ -9,9 +9,19 @@ Sampling walks from noise (t = 1) back to a clip (t = 0).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """Noisy clips x (B, F, S, S), time (B,), labels (B,), and the velocity to find, shaped as x."""
+
+    x: Tensor
+    time: Tensor
+    labels: Tensor
+    velocity: Tensor
 
 
 def noised(clip: Tensor, noise: Tensor, time: Tensor) -> Tensor:

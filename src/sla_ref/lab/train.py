@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,11 @@ from ..files import append_line, run_folder
 from . import distributed, flow
 from .checkpoint import keep_lines, read_checkpoint, write_checkpoint
 from .config import TrainConfig
+from .flow import Batch
 from .graph import RecordedStep
 from .model import VideoTransformer
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
-
-
-class Batch(NamedTuple):
-    """Noisy clips x (B, F, S, S), time (B,), labels (B,), and the velocity to find, shaped as x."""
-
-    x: Tensor
-    time: Tensor
-    labels: Tensor
-    velocity: Tensor
 
 
 # The loss of a model, which is called with x, time and labels, on a batch.
