@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -95,14 +94,11 @@ def _registers_and_stack(cubin: bytes) -> dict[str, int]:
 
 
 def _assemble(ptx: str, target: str) -> bytes:
-    """The binary of a kernel, by NVIDIA's assembler: of triton's two the one for newer PTX, or that on the PATH."""
-    programs = [name for name in (_tool("ptxas-blackwell"), "ptxas") if shutil.which(name)]
-    if not programs:
-        raise RuntimeError("no ptxas is here; triton brings one: pip install 'sla-ref[triton]'")
+    """The binary of a kernel, by NVIDIA's assembler: of triton's two, the one for newer PTX."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx, encoding="utf-8")
-        command = [programs[0], f"-arch={target}", str(source), "-o", str(binary)]
+        command = [_tool("ptxas-blackwell"), f"-arch={target}", str(source), "-o", str(binary)]
         run = subprocess.run(command, capture_output=True, encoding="utf-8")
         if run.returncode:
             raise RuntimeError(f"ptxas cannot assemble a kernel for {target}: {run.stderr.strip()[:500]}")
@@ -292,7 +288,7 @@ def report(
 
     Raises:
         ValueError: an unknown target or backend, or a dtype or size that the backend does not take.
-        RuntimeError: called inside Triton's interpreter or Numba's simulator, or there is no assembler for Numba's PTX.
+        RuntimeError: called inside Triton's interpreter or Numba's simulator, or Numba's PTX cannot be assembled.
         ModuleNotFoundError: triton or numba is not installed. The tools that read binaries are triton's for both.
     """
     sizes: dict[str, Any] = {"head_dim": head_dim, "block_q": block_q, "block_k": block_k}

@@ -93,7 +93,8 @@ def train(
         ValueError: the processes cannot share out the batch evenly, `fsdp` without torchrun, `graph` without a GPU or
             with several, or a checkpoint that is damaged or of another run.
     """
-    distributed.check_batch(config.batch)
+    if config.batch % (ranks := distributed.count()):
+        raise ValueError(f"batch must be divisible by the number of processes {ranks}, got {config.batch}")
     if config.resume and (out is None or not (out / CHECKPOINT).is_file()):
         raise FileNotFoundError(f"resume needs a checkpoint, but there is no {(out or Path()) / CHECKPOINT}")
     run = Run(model, config, objective, about, rates)
