@@ -306,13 +306,7 @@ class BlockMap:
 
 
 def trusted_map(
-    labels: Tensor,
-    block_q: int,
-    block_k: int,
-    query_length: int,
-    key_length: int,
-    max_critical: int,
-    is_uniform: bool,
+    labels: Tensor, block_q: int, block_k: int, query_length: int, key_length: int, max_critical: int, is_uniform: bool
 ) -> BlockMap:
     """A map of parts that are known to fit: nothing is checked and no data is read."""
     block_map = object.__new__(BlockMap)

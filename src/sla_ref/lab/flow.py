@@ -37,11 +37,7 @@ def velocity(clip: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
-    noise: Tensor,
-    labels: Tensor,
-    steps: int,
-    tick: Callable[[int], object] = lambda done: None,
+    model: nn.Module, noise: Tensor, labels: Tensor, steps: int, tick: Callable[[int], object] = lambda done: None
 ) -> Tensor:
     """Clips (B, F, S, S) from noise by `steps` equal Euler steps; `tick(done)` after each."""
     if steps < 1:
