@@ -79,8 +79,8 @@ def run(
     console.print("Shares of weights; stable rank of the map, of its largest weights, of the rest.\n", soft_wrap=True)
 
     swapped = with_attention(teacher, "sla", **RATIOS)
-    classes, title = _classes(swapped.config, inputs)
-    figures.class_maps(out / "block_classes.png", classes, title)
+    classes = _classes(swapped.config, inputs)
+    figures.save(out / "block_classes.png", classes)
 
     target = _predict(teacher, data, "evaluating: full attention", console)
     rows = [_row("full attention", teacher, target, target, data)]
@@ -106,10 +106,10 @@ def run(
     noise = torch.randn(samples, *data.x.shape[1:], generator=torch.Generator().manual_seed(config.seed))
     videos = _sample(models, noise.to(device), sample_steps, console)
     captions = [f"asked for {digit}" for digit in range(samples)]
-    figures.clip_strip(out / "clips.png", videos, captions)
+    figures.save(out / "clips.png", figures.clip_strip(videos, captions))
     figures.clip_gif(out / "clips.gif", videos)
     few = {name: clip[:2] for name, clip in videos.items()}
-    figures.overview(out / "overview.png", few, captions[:2], classes, title)
+    figures.save(out / "overview.png", figures.clip_strip(few, captions[:2]), classes)
 
     console.print()
     _print_results(console, rows, clips)
@@ -160,14 +160,15 @@ def _look(inputs: list[tuple[Tensor, Tensor, Tensor]], console: Console) -> list
     return layers
 
 
-def _classes(config: ModelConfig, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], str]:
-    """The classes (H, Tq, Tk) that SLA gives to every layer by its query, key and value, and a title."""
+def _classes(config: ModelConfig, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> figures.Panel:
+    """The classes that SLA gives to every layer by its query and key."""
     ratios = config.critical_ratio, config.negligible_ratio
     maps = [
         sla_ref.classify_blocks(query, key, *ratios, block_q=config.block, block_k=config.block).labels[0]
         for query, key, _ in inputs
     ]
-    return maps, f"classes at {ratios[0]:.0%} critical, {ratios[1]:.0%} negligible; blocks of {config.block} tokens"
+    title = f"classes at {ratios[0]:.0%} critical, {ratios[1]:.0%} negligible; blocks of {config.block} tokens"
+    return figures.class_maps(maps, title)
 
 
 def _predict(model: VideoTransformer, data: Batch, title: str, console: Console) -> Tensor:
