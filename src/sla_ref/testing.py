@@ -338,11 +338,6 @@ class Case:
     arguments: dict[str, Any]
     quick: bool = False
 
-    @property
-    def default_phi(self) -> bool:
-        """Whether the features are softmax, so that the problem can be tried with phi left to the operator too."""
-        return "feature_map" not in self.arguments
-
     def at(self, dtype: torch.dtype) -> str:
         """What a report calls this problem in a dtype."""
         return f"{self.name}, {str(dtype).removeprefix('torch.')}"
@@ -400,7 +395,7 @@ def check_case(
     if backend.unsupported(problem.inputs.query, problem.inputs.block_map) is not None:
         return []
     checks = _check_problem(backend, problem, thorough)
-    if case.default_phi and (thorough or case.quick):
+    if "feature_map" not in case.arguments and (thorough or case.quick):  # the default is softmax
         found = _check_problem(backend, problem.default_phi(), thorough)
         checks += [replace(check, name=f"{check.name}, phi = softmax") for check in found]
     return [replace(check, case=case.at(dtype)) for check in checks]
