@@ -27,6 +27,7 @@ from sla_ref.files import whole
 from sla_ref.lab import evaluate
 from sla_ref.lab.config import PRECISIONS, TrainConfig
 from sla_ref.lab.console import progress_bar
+from sla_ref.lab.flow import Batch
 from sla_ref.lab.machine import machine
 from sla_ref.lab.model import VideoTransformer, with_attention
 from sla_ref.lab.train import train
@@ -53,7 +54,7 @@ def student(teacher: VideoTransformer, arm: str) -> VideoTransformer:
     return model
 
 
-def measure(model: VideoTransformer, data: evaluate.HeldOut, target: torch.Tensor) -> dict[str, float]:
+def measure(model: VideoTransformer, data: Batch, target: torch.Tensor) -> dict[str, float]:
     prediction = evaluate.predict(model, data)
     return {
         "held_out_loss": evaluate.held_out_loss(prediction, data),
@@ -62,7 +63,7 @@ def measure(model: VideoTransformer, data: evaluate.HeldOut, target: torch.Tenso
 
 
 def run(
-    teacher: VideoTransformer, arm: str, config: TrainConfig, data: evaluate.HeldOut, target: torch.Tensor, tick: Any
+    teacher: VideoTransformer, arm: str, config: TrainConfig, data: Batch, target: torch.Tensor, tick: Any
 ) -> dict[str, Any]:
     """One fine-tune: what came out, and the mean training loss of each stretch of steps."""
     model = student(teacher, arm)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sla_ref import analysis
 from sla_ref.lab import evaluate, flow
-from sla_ref.lab.evaluate import HeldOut
+from sla_ref.lab.flow import Batch
 from sla_ref.lab.model import VideoTransformer
 
 from .fine_tuning import find_teacher
@@ -31,16 +31,16 @@ ITERATIONS = 30  # make stable ranks right to about 1e-5; all eigenvalues of a m
 Figures = dict[str, Tensor]
 
 
-def noisy_clips(model: VideoTransformer, seed: int, times: Tensor) -> HeldOut:
+def noisy_clips(model: VideoTransformer, seed: int, times: Tensor) -> Batch:
     """One held-out clip per time of `times` (n,), with noise; the seed decides which."""
     data = model.config.clips("held_out", evaluate.HELD_OUT_SEED + 1 + seed)
     clip, labels = data.batch(len(times))
     noise = torch.randn(clip.shape, generator=data.generator)
-    return HeldOut(flow.noised(clip, noise, times), times, labels, flow.velocity(clip, noise))
+    return Batch(flow.noised(clip, noise, times), times, labels, flow.velocity(clip, noise))
 
 
 def of_all_layers(
-    model: VideoTransformer, data: HeldOut, clips: int, figures: Callable[[Tensor, Tensor, Tensor], Figures]
+    model: VideoTransformer, data: Batch, clips: int, figures: Callable[[Tensor, Tensor, Tensor], Figures]
 ) -> Figures:
     """What `figures` says of query, key and value of each layer, stacked; of one clip at a time: a map is N x N."""
     device = next(model.parameters()).device

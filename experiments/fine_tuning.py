@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sla_ref.lab import evaluate
 from sla_ref.lab.config import TrainConfig
+from sla_ref.lab.flow import Batch
 from sla_ref.lab.model import VideoTransformer
-from sla_ref.lab.train import Batch, distance_to, flow_loss, train
 from sla_ref.lab.train import Objective as TrainObjective
+from sla_ref.lab.train import distance_to, flow_loss, train
 from sla_ref.lab.weights import TEACHER, load_weights, round_to_half, save_weights
 
 from .classifier import quality, quality_of_real

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sla_ref
-from sla_ref.lab.arms import ArmOptions, LinearOnly, SparseOnly
-from sla_ref.lab.model import PATCH, VideoTransformer, with_attention
+from sla_ref.lab.arms import LinearOnly, SparseOnly
+from sla_ref.lab.model import PATCH, ModelConfig, VideoTransformer, with_attention
 
 from .setting import Setting
 
@@ -46,10 +46,10 @@ class Recipe:
 class ReleasedSLA(nn.Module):
     """`integrations.thu_ml`'s variant "main" in the dtype of its input: O^s + Proj(linear attention over all keys)."""
 
-    def __init__(self, options: ArmOptions) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.sparse, self.linear = SparseOnly(options), LinearOnly()
-        self.proj_l = nn.Linear(options.head_dim, options.head_dim)
+        self.sparse, self.linear = SparseOnly(config), LinearOnly()
+        self.proj_l = nn.Linear(config.head_dim, config.head_dim)
         nn.init.zeros_(self.proj_l.weight)
         nn.init.zeros_(self.proj_l.bias)
 
@@ -85,15 +85,15 @@ def tile_order(frames: int, side: int, tile: tuple[int, int, int]) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).flatten()
 
 
-def _sla(recipe: Recipe, options: ArmOptions) -> nn.Module:
+def _sla(recipe: Recipe, config: ModelConfig) -> nn.Module:
     if recipe.attention == "released":
-        return ReleasedSLA(options)
+        return ReleasedSLA(config)
     feature_map: str | Callable[[Tensor], Tensor] = recipe.feature_map
     if recipe.temperature != 1:
         feature_map = lambda tokens: torch.softmax(recipe.temperature * tokens, dim=-1)  # noqa: E731
-    ratios = options.critical_ratio, options.negligible_ratio
+    ratios = config.critical_ratio, config.negligible_ratio
     sla = sla_ref.SparseLinearAttention(
-        options.head_dim, *ratios, block_q=options.block, block_k=options.block, feature_map=feature_map
+        config.head_dim, *ratios, block_q=config.block, block_k=config.block, feature_map=feature_map
     )
     if recipe.proj != "zero":
         nn.init.eye_(sla.proj_l.weight)
@@ -114,12 +114,10 @@ def build(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int
         negligible_ratio=recipe.negligible_ratio,
         block=recipe.block_factor * setting.block,
     ).requires_grad_(True)
-    config = student.config
-    options = ArmOptions(config.head_dim, config.critical_ratio, config.negligible_ratio, config.block)
     for block in student.blocks:
         attention = block.get_submodule("attention")
-        if config.attention == "sla":
-            attention.core = _sla(recipe, options)
+        if student.config.attention == "sla":
+            attention.core = _sla(recipe, student.config)
         if recipe.tiles:
             order = tile_order(setting.frames, setting.size // PATCH, setting.tile)
             attention.core = Reordered(attention.get_submodule("core"), order)

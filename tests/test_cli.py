@@ -312,7 +312,7 @@ def test_kernels_exits_with_one_where_a_kernel_uses_stack(capsys, monkeypatch, s
 
     def report(target, *, backend, dtype, head_dim, block_q, block_k):
         sizes = (str(dtype), head_dim, block_q, block_k)
-        return [compiled.KernelReport(backend, "forward", target, *sizes, 4, 128, stack, 0, 1024, 2048, "wgmma.bf16")]
+        return [compiled.KernelReport(backend, "forward", target, *sizes, 4, 128, stack, 1024, 2048, "wgmma.bf16")]
 
     monkeypatch.setattr(compiled, "report", report)
     with pytest.raises(SystemExit) as end:
@@ -320,7 +320,7 @@ def test_kernels_exits_with_one_where_a_kernel_uses_stack(capsys, monkeypatch, s
     assert end.value.code == code
     printed = capsys.readouterr().out
     assert "forward" in printed
-    assert (f"uses {stack} bytes of stack (0 spill instructions)" in printed) == bool(stack), "nothing may be cut off"
+    assert (f"uses {stack} bytes of stack" in printed) == bool(stack), "nothing may be cut off"
 
 
 def test_kernels_refuses_unknown_names(capsys):

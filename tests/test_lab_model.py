@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sla_ref.lab import evaluate, flow
-from sla_ref.lab.arms import ARMS, ArmOptions, make_arm
+from sla_ref.lab.arms import ARMS, make_arm
 from sla_ref.lab.model import ModelConfig, VideoTransformer, rotary_angles, rotate, with_attention
 
 TINY = ModelConfig(frames=4, size=16, width=32, depth=2, heads=2, block=8)  # 64 tokens, 8 blocks
@@ -130,12 +130,9 @@ def test_all_blocks_critical_and_a_zero_proj_is_full_attention(arm):
 def test_the_baselines_are_what_they_say():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 64, 16, dtype=torch.float64)
-    options = ArmOptions(head_dim=16, critical_ratio=0.25, negligible_ratio=0.1, block=8)
     sparse, linear, both, sla = (
-        make_arm(name, options)(query, key, value)
-        if name != "sla"
-        else make_arm(name, options).double()(query, key, value)
-        for name in ("sparse", "linear", "l+s", "sla")
+        make_arm(ModelConfig(width=32, attention=arm, critical_ratio=0.25, block=8)).double()(query, key, value)
+        for arm in ("sparse", "linear", "l+s", "sla")
     )
     torch.testing.assert_close(both, sparse + linear)
     torch.testing.assert_close(sla, sparse)  # with a Proj of zero

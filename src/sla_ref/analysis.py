@@ -117,12 +117,7 @@ def class_mass(mass: Tensor, labels: Tensor) -> dict[int, Tensor]:
 
 
 def attention_flops(
-    query_length: int,
-    key_length: int,
-    head_dim: int,
-    *,
-    critical_share: float = 1.0,
-    linear: bool = False,
+    query_length: int, key_length: int, head_dim: int, *, critical_share: float = 1.0, linear: bool = False
 ) -> float:
     """Floating-point operations of one head's forward; a multiplication and an addition are two.
 

@@ -78,12 +78,6 @@ def sparse_linear_attention(
     """
     phi = resolve_feature_map(feature_map)
     prepared = prepare(query, key, value, scale, backend)
-    given = {
-        "critical_ratio": critical_ratio,
-        "negligible_ratio": negligible_ratio,
-        "block_q": block_q,
-        "block_k": block_k,
-    }
     if block_map is None:
         block_map = classify_blocks(
             prepared.query,
@@ -94,6 +88,8 @@ def sparse_linear_attention(
             block_k=DEFAULT_BLOCK if block_k is None else block_k,
         )
     else:
+        given = {"critical_ratio": critical_ratio, "negligible_ratio": negligible_ratio}
+        given |= {"block_q": block_q, "block_k": block_k}
         for name, argument in given.items():
             if argument is not None:
                 raise ValueError(f"{name} must not be given with a block_map, which already says it; got {argument!r}")
@@ -137,14 +133,7 @@ def attend(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, block
     query, key, value, scale, backend = prepared
     _check_block_map(block_map, query, key)
     inside = phi_query is softmax and phi_key is softmax  # the default, which the operator computes by itself
-    options = (
-        block_map.max_critical,
-        block_map.is_uniform,
-        block_map.block_q,
-        block_map.block_k,
-        scale,
-        backend,
-    )
+    options = (block_map.max_critical, block_map.is_uniform, block_map.block_q, block_map.block_k, scale, backend)
     features = (None, None) if inside else (_features(phi_query, query, "query"), _features(phi_key, key, "key"))
     return SLAOutput(*_Attention.apply(query, key, value, *features, block_map.labels, options))
 

@@ -306,29 +306,15 @@ class BlockMap:
 
 
 def trusted_map(
-    labels: Tensor,
-    block_q: int,
-    block_k: int,
-    query_length: int,
-    key_length: int,
-    max_critical: int,
-    is_uniform: bool,
+    labels: Tensor, block_q: int, block_k: int, query_length: int, key_length: int, max_critical: int, is_uniform: bool
 ) -> BlockMap:
     """A map of parts that are known to fit: nothing is checked and no data is read."""
     block_map = object.__new__(BlockMap)
-    parts = {
-        "labels": labels,
-        "block_q": block_q,
-        "block_k": block_k,
-        "query_length": query_length,
-        "key_length": key_length,
-        "num_critical": max_critical if is_uniform else None,
-        "max_critical": max_critical,
-        "is_uniform": is_uniform,
-        "_version": version(labels),
-    }
-    for name, part in parts.items():
-        object.__setattr__(block_map, name, part)  # the dataclass is frozen
+    num_critical = max_critical if is_uniform else None
+    sizes = block_q, block_k, query_length, key_length
+    values = (labels, *sizes, num_critical, max_critical, is_uniform, version(labels))
+    for name, value in zip(BlockMap.__dataclass_fields__, values, strict=True):
+        object.__setattr__(block_map, name, value)  # the dataclass is frozen
     return block_map
 
 
@@ -365,10 +351,7 @@ pytree.register_pytree_node(
     BlockMap,
     lambda block_map: ([block_map.labels], _parts(block_map)[1:]),
     lambda labels, rest: trusted_map(*labels, *rest),
-    flatten_with_keys_fn=lambda block_map: (
-        [(pytree.GetAttrKey("labels"), block_map.labels)],
-        _parts(block_map)[1:],
-    ),
+    flatten_with_keys_fn=lambda block_map: ([(pytree.GetAttrKey("labels"), block_map.labels)], _parts(block_map)[1:]),
     serialized_type_name="sla_ref.BlockMap",
     to_dumpable_context=list,  # JSON has no tuples
     from_dumpable_context=tuple,

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -192,14 +193,14 @@ def kernels(
 ) -> None:
     """Compile a backend's kernels for a GPU, which need not be here, and report the resources that they use.
 
-    Every kernel at head_dim 64 and 128, blocks of 64 x 64 and 128 x 64. Exits with 1 if one of them uses stack, spills
-    registers, or needs more shared memory than the target has (numba: than every CUDA GPU has).
+    Every kernel at head_dim 64 and 128, blocks of 64 x 64 and 128 x 64. Exits with 1 if one of them uses stack, as one
+    does that spills registers, or needs more shared memory than the target has (numba: than every CUDA GPU has).
     """
     _require(("triton",), "triton")  # for numba too: its wheel holds the tools that read binaries
     if backend == "numba":
         _require(("numba", "numba_cuda"), "numba")
     import torch
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from .compiled import report
 
@@ -207,36 +208,18 @@ def kernels(
     dtype = dtype or ("float32" if backend == "numba" else "bfloat16")
     if dtype not in dtypes:
         raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-    table = Table(title=f"{backend}, {target}, {dtype}; bytes")
-    columns = (
-        "kernel",
-        "D",
-        "blocks",
-        "warps",
-        "registers",
-        "stack",
-        "spills",
-        "shared",
-        "of",
-        "instruction",
-        "problem",
-    )
-    for column in columns:
-        table.add_column(column, no_wrap=True)
+    columns = ("kernel", "D", "blocks", "warps", "registers", "stack", "shared", "of", "instruction", "problem")
+    table = Table(*(Column(name, no_wrap=True) for name in columns), title=f"{backend}, {target}, {dtype}; bytes")
     problems = 0
     with console.status("compiling") as status:
-        for head_dim in (64, 128):
-            for block_q in (64, 128):
-                status.update(f"compiling for head_dim {head_dim}, blocks of {block_q} x 64")
-                entries = report(
-                    target, backend=backend, dtype=dtypes[dtype], head_dim=head_dim, block_q=block_q, block_k=64
-                )
-                for entry in entries:
-                    problems += entry.problem is not None
-                    blocks = f"{block_q} x 64"
-                    use = (entry.warps, entry.registers, entry.stack, entry.spills, entry.shared, entry.shared_limit)
-                    cells = (entry.kernel, head_dim, blocks, *use, entry.instruction, entry.problem or "")
-                    table.add_row(*map(str, cells))
+        for head_dim, block_q in itertools.product((64, 128), (64, 128)):
+            blocks, sizes = f"{block_q} x 64", {"head_dim": head_dim, "block_q": block_q, "block_k": 64}
+            status.update(f"compiling for head_dim {head_dim}, blocks of {blocks}")
+            for entry in report(target, backend=backend, dtype=dtypes[dtype], **sizes):
+                problems += entry.problem is not None
+                use = (entry.warps, entry.registers, entry.stack, entry.shared, entry.shared_limit)
+                cells = (entry.kernel, head_dim, blocks, *use, entry.instruction, entry.problem or "")
+                table.add_row(*map(str, cells))
     # Wide enough for every figure: a narrow terminal wraps the lines, where rich would cut them.
     Console(width=max(console.width, 200)).print(table)
     raise typer.Exit(1 if problems else 0)

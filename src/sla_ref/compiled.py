@@ -1,4 +1,4 @@
-"""What a compiler makes of the kernels, without a GPU: registers, stack, spills, shared memory, matrix instructions.
+"""What a compiler makes of the kernels, without a GPU: registers, stack, shared memory, matrix instructions.
 
 A backend's forward and backward run as they are, on tensors without data, with a launcher that compiles a kernel where
 another would start it. So the report shows the kernels that would run on such a GPU. Triton's are the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -34,7 +33,7 @@ TARGETS = tuple(f"sm_{architecture}" for architecture in SHARED_MEMORY)
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One kernel, compiled for one target. In bytes, but for spills: instructions that read or write the stack."""
+    """One kernel, compiled for one target; stack, where registers are spilled to, and shared memory in bytes."""
 
     backend: str
     kernel: str
@@ -46,7 +45,6 @@ class KernelReport:
     warps: int
     registers: int
     stack: int
-    spills: int
     shared: int
     shared_limit: int
     instruction: str
@@ -54,8 +52,8 @@ class KernelReport:
     @property
     def problem(self) -> str | None:
         """Why this kernel fails the report, or None."""
-        if self.stack or self.spills:
-            return f"uses {self.stack} bytes of stack ({self.spills} spill instructions)"
+        if self.stack:
+            return f"uses {self.stack} bytes of stack"
         if self.shared > self.shared_limit:
             return f"needs {self.shared} bytes of shared memory, the architecture has {self.shared_limit}"
         return None
@@ -85,34 +83,22 @@ def _matrix_instruction(ptx: str) -> str:
     return "+".join(kind for kind, _ in kinds.most_common()) or "fma"
 
 
-def _inspect(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack and spills of a kernel."""
+def _registers_and_stack(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
-        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-        sass = ""
-        if numbers["STACK"]:  # a spill lives on the stack; disassembling takes as long as a third of compiling
-            command = [_tool("nvdisasm"), "-c", file.name]
-            sass = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
-    return {
-        "registers": numbers["REG"],
-        "stack": numbers["STACK"],
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-    }
+    numbers = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
+    return {"registers": int(numbers["REG"]), "stack": int(numbers["STACK"])}
 
 
 def _assemble(ptx: str, target: str) -> bytes:
-    """The binary of a kernel, by NVIDIA's assembler: of triton's two the one for newer PTX, or that on the PATH."""
-    programs = [name for name in (_tool("ptxas-blackwell"), "ptxas") if shutil.which(name)]
-    if not programs:
-        raise RuntimeError("no ptxas is here; triton brings one: pip install 'sla-ref[triton]'")
+    """The binary of a kernel, by NVIDIA's assembler: of triton's two, the one for newer PTX."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx, encoding="utf-8")
-        command = [programs[0], f"-arch={target}", str(source), "-o", str(binary)]
+        command = [_tool("ptxas-blackwell"), f"-arch={target}", str(source), "-o", str(binary)]
         run = subprocess.run(command, capture_output=True, encoding="utf-8")
         if run.returncode:
             raise RuntimeError(f"ptxas cannot assemble a kernel for {target}: {run.stderr.strip()[:500]}")
@@ -302,46 +288,32 @@ def report(
 
     Raises:
         ValueError: an unknown target or backend, or a dtype or size that the backend does not take.
-        RuntimeError: called inside Triton's interpreter or Numba's simulator, or there is no assembler for Numba's PTX.
+        RuntimeError: called inside Triton's interpreter or Numba's simulator, or Numba's PTX cannot be assembled.
         ModuleNotFoundError: triton or numba is not installed. The tools that read binaries are triton's for both.
     """
-    sizes = {"head_dim": head_dim, "block_q": block_q, "block_k": block_k}
+    sizes: dict[str, Any] = {"head_dim": head_dim, "block_q": block_q, "block_k": block_k}
+    kernels: list[tuple[str, int, int, str, bytes]]  # name, warps, bytes of shared memory, PTX, binary
     if backend == "triton":
-        dtype = torch.bfloat16 if dtype is None else dtype
-        common: dict[str, Any] = {
-            "backend": backend,
-            "target": target,
-            "dtype": str(dtype).removeprefix("torch."),
-            **sizes,
-        }
-        return [
-            KernelReport(
-                kernel=name,
-                **common,
-                warps=binary.metadata.num_warps,
-                shared=binary.metadata.shared,
-                shared_limit=SHARED_MEMORY[_check_target(target)],
-                instruction=_matrix_instruction(binary.asm["ptx"]),
-                **_inspect(binary.asm["cubin"]),
-            )
-            for name, binary in compile_kernels(target, dtype=dtype, **sizes)
+        dtype, limit = dtype or torch.bfloat16, SHARED_MEMORY[_check_target(target)]
+        kernels = [
+            (name, made.metadata.num_warps, made.metadata.shared, made.asm["ptx"], made.asm["cubin"])
+            for name, made in compile_kernels(target, dtype=dtype, **sizes)
         ]
-    if backend != "numba":
+    elif backend != "numba":
         raise ValueError(f"backend must be triton or numba, got {backend!r}")
-    if dtype not in (None, torch.float32):
+    elif dtype not in (None, torch.float32):
         raise ValueError(f"dtype must be float32 for numba, whose kernels compute in float32 alone, got {dtype}")
-    from .backends.numba_cuda import STATIC_SHARED_MEMORY
+    else:
+        from .backends.numba_cuda import STATIC_SHARED_MEMORY
 
-    common = {"backend": backend, "target": target, "dtype": "float32", **sizes}
-    return [
-        KernelReport(
-            kernel=name,
-            **common,
-            warps=threads // 32,
-            shared=_static_shared(ptx),
-            shared_limit=STATIC_SHARED_MEMORY,
-            instruction=_matrix_instruction(ptx),
-            **_inspect(_assemble(ptx, target)),
-        )
-        for name, threads, ptx in compile_numba_kernels(target, **sizes)
-    ]
+        dtype, limit = torch.float32, STATIC_SHARED_MEMORY
+        kernels = [
+            (name, threads // 32, _static_shared(ptx), ptx, _assemble(ptx, target))
+            for name, threads, ptx in compile_numba_kernels(target, **sizes)
+        ]
+    common = {"backend": backend, "target": target, "dtype": str(dtype).removeprefix("torch."), **sizes}
+    entries = []
+    for name, warps, shared, ptx, binary in kernels:
+        used: dict[str, Any] = {"warps": warps, **_registers_and_stack(binary), "shared": shared, "shared_limit": limit}
+        entries.append(KernelReport(kernel=name, **common, **used, instruction=_matrix_instruction(ptx)))
+    return entries

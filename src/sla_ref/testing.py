@@ -11,6 +11,7 @@ of its result.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -337,10 +338,9 @@ class Case:
     arguments: dict[str, Any]
     quick: bool = False
 
-    @property
-    def default_phi(self) -> bool:
-        """Whether the features are softmax, so that the problem can be tried with phi left to the operator too."""
-        return "feature_map" not in self.arguments
+    def at(self, dtype: torch.dtype) -> str:
+        """What a report calls this problem in a dtype."""
+        return f"{self.name}, {str(dtype).removeprefix('torch.')}"
 
     def __str__(self) -> str:
         return self.name
@@ -350,43 +350,33 @@ def _case(name: str, *, quick: bool = False, **arguments: Any) -> Case:
     return Case(name, arguments, quick)
 
 
+_BLOCKS: dict[str, Any] = {"block_q": 32, "block_k": 32, "head_dim": 32}
+_SMALL = {"query_length": 100, **_BLOCKS}
+
 CASES: tuple[Case, ...] = (
     _case("ragged", quick=True, query_length=150),
     _case("batch 2, heads 3", batch=2, heads=3, query_length=40, block_q=16, block_k=16, head_dim=16),
-    _case(
-        "cross attention, unequal blocks",
-        quick=True,
-        query_length=65,
-        key_length=200,
-        block_q=32,
-        block_k=16,
-        head_dim=32,
-    ),
-    _case("random map", quick=True, labels="random", block_q=32, block_k=32, head_dim=32),
+    _case("cross attention, unequal blocks", quick=True, query_length=65, key_length=200, **_BLOCKS | {"block_k": 16}),
+    _case("random map", quick=True, labels="random", **_BLOCKS),
     *(_case(f"N {n}", query_length=n) for n in (1, 63, 64, 65, 127)),
     _case("tail of 32760", query_length=32760 % 64 + 2 * 64, critical_ratio=0.6),
-    *(_case(f"D {d}", head_dim=d, query_length=70, block_q=32, block_k=32) for d in (16, 40, 72, 80, 96)),
+    *(_case(f"D {d}", query_length=70, **_BLOCKS | {"head_dim": d}) for d in (16, 40, 72, 80, 96)),
     *(_case(f"D 128, blocks {q} x 64", head_dim=128, block_q=q) for q in (64, 128)),
     *(
         _case(f"blocks {q} x {k}", block_q=q, block_k=k, query_length=150, key_length=140, head_dim=32)
         for q, k in ((16, 16), (128, 64), (64, 128), (128, 128))
     ),
+    *(_case(f"all {kind}", labels=kind, **_SMALL) for kind in ("critical", "marginal", "negligible")),
+    _case("sparse only", negligible_ratio=1.0, **_SMALL),
+    _case("no negligible", negligible_ratio=0.0, **_SMALL),
+    _case("equal keys", equal_keys=True, **_SMALL),
+    _case("scores of 1e4", spread=100.0, **_SMALL),
     *(
-        _case(f"all {kind}", labels=kind, query_length=100, block_q=32, block_k=32, head_dim=32)
-        for kind in ("critical", "marginal", "negligible")
-    ),
-    _case("sparse only", negligible_ratio=1.0, query_length=100, block_q=32, block_k=32, head_dim=32),
-    _case("no negligible", negligible_ratio=0.0, query_length=100, block_q=32, block_k=32, head_dim=32),
-    _case("equal keys", equal_keys=True, query_length=100, block_q=32, block_k=32, head_dim=32),
-    _case("scores of 1e4", spread=100.0, query_length=100, block_q=32, block_k=32, head_dim=32),
-    *(
-        _case(
-            f"spread {spread}", spread=spread, critical_ratio=0.6, query_length=100, block_q=32, block_k=16, head_dim=32
-        )
+        _case(f"spread {spread}", spread=spread, critical_ratio=0.6, **_SMALL | {"block_k": 16})
         for spread in (4.0, 20.0, 100.0)
     ),
-    _case("relu, zero denominators", feature_map="relu", query_length=100, block_q=32, block_k=32, head_dim=16),
-    _case("elu", feature_map="elu", query_length=100, block_q=32, block_k=32, head_dim=32),
+    _case("relu, zero denominators", feature_map="relu", **_SMALL | {"head_dim": 16}),
+    _case("elu", feature_map="elu", **_SMALL),
 )
 """The problems that a backend is tried on; `quick` ones alone where time is short."""
 
@@ -405,10 +395,10 @@ def check_case(
     if backend.unsupported(problem.inputs.query, problem.inputs.block_map) is not None:
         return []
     checks = _check_problem(backend, problem, thorough)
-    if case.default_phi and (thorough or case.quick):
+    if "feature_map" not in case.arguments and (thorough or case.quick):  # the default is softmax
         found = _check_problem(backend, problem.default_phi(), thorough)
         checks += [replace(check, name=f"{check.name}, phi = softmax") for check in found]
-    return [replace(check, case=f"{case.name}, {str(dtype).removeprefix('torch.')}") for check in checks]
+    return [replace(check, case=case.at(dtype)) for check in checks]
 
 
 def _check_problem(backend: Backend, problem: Problem, thorough: bool) -> list[Check]:
@@ -462,16 +452,12 @@ def check_backend(
     backend = backends.load(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(f"backend {name!r} on {device}")
-    for case in CASES:
-        if quick and not case.quick:
-            continue
-        for dtype in dtypes:
-            if checks := check_case(backend, case, device=device, dtype=dtype):
-                report.checks += checks
-            else:
-                problem = make_problem(**case.arguments, dtype=dtype, device=device)
-                reason = backend.unsupported(problem.inputs.query, problem.inputs.block_map)
-                report.refused.append(f"{case.name}, {str(dtype).removeprefix('torch.')}: {reason}")
+    for case, dtype in _tries(dtypes, quick):
+        if checks := check_case(backend, case, device=device, dtype=dtype):
+            report.checks += checks
+        else:
+            inputs = make_problem(**case.arguments, dtype=dtype, device=device).inputs
+            report.refused.append(f"{case.at(dtype)}: {backend.unsupported(inputs.query, inputs.block_map)}")
     return report
 
 
@@ -489,17 +475,16 @@ def check_function(
         device, dtypes, quick: as for `check_backend`.
     """
     report = Report(f"function {getattr(function, '__name__', function)!r} on {device}")
-    for case in CASES:
-        if quick and not case.quick:
-            continue
-        for dtype in dtypes:
-            problem = make_problem(**case.arguments, dtype=dtype, device=device)._replace(grad_lse=None)
-            exact = oracle(problem)
-            budget = error_budget(problem, exact)
-            name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
-            results = run_function(function, problem)
-            report.checks += [replace(check, case=name) for check in _compare(results, exact, budget)]
+    for case, dtype in _tries(dtypes, quick):
+        problem = make_problem(**case.arguments, dtype=dtype, device=device)._replace(grad_lse=None)
+        exact = oracle(problem)
+        checks = _compare(run_function(function, problem), exact, error_budget(problem, exact))
+        report.checks += [replace(check, case=case.at(dtype)) for check in checks]
     return report
+
+
+def _tries(dtypes: Iterable[torch.dtype], quick: bool) -> Iterable[tuple[Case, torch.dtype]]:
+    return itertools.product((case for case in CASES if case.quick or not quick), dtypes)
 
 
 def _compare(results: Results, exact: Results, budget: dict[str, Bound]) -> list[Check]:

@@ -133,14 +133,9 @@ def install_sla(
         processor: _WanSelfAttention
         if variant == "paper":
             share = DEFAULT_NEGLIGIBLE_RATIO if negligible_ratio is None else negligible_ratio
+            blocks = {"block_q": block_q, "block_k": block_k}
             processor = WanSLAProcessor(
-                head_dim,
-                critical_ratio,
-                share,
-                block_q=block_q,
-                block_k=block_k,
-                feature_map=feature_map,
-                backend=backend,
+                head_dim, critical_ratio, share, **blocks, feature_map=feature_map, backend=backend
             )
         elif negligible_ratio is not None:
             raise ValueError(f"negligible_ratio must be None for variant {variant!r}, got {negligible_ratio!r}")

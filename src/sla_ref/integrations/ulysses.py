@@ -37,9 +37,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import SLAOutput
-from ..checks import check_tensors
+from ..checks import FLOATS, check_tensors
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIMS = 8
 
 
@@ -164,13 +163,13 @@ def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | Non
     A collective of unequal sizes never ends, so that the ranks compare dtypes and shapes beforehand.
     """
     ranks = _ranks(group)
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or tensor.dim() > _MAX_DIMS:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.dim() > _MAX_DIMS:
         got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must be a float tensor of at most {_MAX_DIMS} dimensions, got {got}")
     if dim not in range(-tensor.dim(), tensor.dim()):
         raise ValueError(f"dim must be one of the {tensor.dim()} dimensions of {name}, got {dim!r}")
     place = 2 + range(tensor.dim())[dim]
-    mine = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *[0] * (_MAX_DIMS - tensor.dim())]
+    mine = [FLOATS.index(tensor.dtype), tensor.dim(), *tensor.shape, *[0] * (_MAX_DIMS - tensor.dim())]
     sent = torch.tensor(mine, device=tensor.device)
     arrived = [torch.empty_like(sent) for _ in range(ranks)]
     dist.all_gather(arrived, sent, group=group)
@@ -181,7 +180,7 @@ def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | Non
     wanted = fair if split else lengths[:1] * len(lengths)
     if any(each != [*mine[:place], length, *mine[place + 1 :]] for each, length in zip(everybody, wanted, strict=True)):
         got = "; ".join(
-            f"{tuple(each[2 : 2 + each[1]])} {_DTYPES[each[0]]} on rank {rank}" for rank, each in enumerate(everybody)
+            f"{tuple(each[2 : 2 + each[1]])} {FLOATS[each[0]]} on rank {rank}" for rank, each in enumerate(everybody)
         )
         but = f", apart from dim {place - 2}, split as split_tokens does" if split else ""
         raise ValueError(f"{name} must have one shape and dtype on all ranks{but}; got {got}")

@@ -7,22 +7,15 @@ Each arm is a module that takes query, key, value (B, H, N, D) and returns (B, H
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_ref
 
-
-@dataclass(frozen=True)
-class ArmOptions:
-    """What the arms may need to know; `full` and `linear` need none of it."""
-
-    head_dim: int
-    critical_ratio: float
-    negligible_ratio: float
-    block: int
+if TYPE_CHECKING:
+    from .model import ModelConfig
 
 
 class FullAttention(nn.Module):
@@ -35,19 +28,14 @@ class FullAttention(nn.Module):
 class SparseOnly(nn.Module):
     """The critical blocks alone: SLA with everything else negligible, and no Proj."""
 
-    def __init__(self, options: ArmOptions) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.options = options
+        self.config = config
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        share, block = self.config.critical_ratio, self.config.block
         return sla_ref.sparse_linear_attention(
-            query,
-            key,
-            value,
-            critical_ratio=self.options.critical_ratio,
-            negligible_ratio=1.0,
-            block_q=self.options.block,
-            block_k=self.options.block,
+            query, key, value, critical_ratio=share, negligible_ratio=1.0, block_q=block, block_k=block
         ).sparse
 
 
@@ -64,35 +52,30 @@ class LinearOnly(nn.Module):
 class LinearPlusSparse(nn.Module):
     """The plain sum of `sparse` and `linear`, without Proj (the paper's L+S)."""
 
-    def __init__(self, options: ArmOptions) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.sparse, self.linear = SparseOnly(options), LinearOnly()
+        self.sparse, self.linear = SparseOnly(config), LinearOnly()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.sparse(query, key, value) + self.linear(query, key, value)
 
 
-def _sla(options: ArmOptions) -> nn.Module:
-    return sla_ref.SparseLinearAttention(
-        options.head_dim,
-        options.critical_ratio,
-        options.negligible_ratio,
-        block_q=options.block,
-        block_k=options.block,
-    )
+def _sla(config: ModelConfig) -> nn.Module:
+    ratios = config.critical_ratio, config.negligible_ratio
+    return sla_ref.SparseLinearAttention(config.head_dim, *ratios, block_q=config.block, block_k=config.block)
 
 
-ARMS: dict[str, Callable[[ArmOptions], nn.Module]] = {
-    "full": lambda options: FullAttention(),
+ARMS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "full": lambda config: FullAttention(),
     "sla": _sla,
     "sparse": SparseOnly,
-    "linear": lambda options: LinearOnly(),
+    "linear": lambda config: LinearOnly(),
     "l+s": LinearPlusSparse,
 }
 
 
-def make_arm(name: str, options: ArmOptions) -> nn.Module:
-    """The arm of that name; ValueError if there is none."""
-    if name not in ARMS:
-        raise ValueError(f"attention must be one of {', '.join(ARMS)}, got {name!r}")
-    return ARMS[name](options)
+def make_arm(config: ModelConfig) -> nn.Module:
+    """The arm that a configuration names; ValueError if there is none."""
+    if config.attention not in ARMS:
+        raise ValueError(f"attention must be one of {', '.join(ARMS)}, got {config.attention!r}")
+    return ARMS[config.attention](config)

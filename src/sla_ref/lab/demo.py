@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from ..files import new_folder, whole
 from . import evaluate, figures, flow
 from .config import TrainConfig
 from .console import progress_bar
+from .flow import Batch
 from .machine import machine
-from .model import VideoTransformer, with_attention
+from .model import ModelConfig, VideoTransformer, with_attention
 from .runs import named_objective
 from .train import Objective, train
 from .weights import load_weights
@@ -70,13 +72,15 @@ def run(
         soft_wrap=True,
     )
 
-    layers = _look(teacher, data, console)
-    _print_table(console, _maps_table(layers))
+    middle = len(data.x) // 2  # the clip whose time is nearest to 1/2
+    inputs = evaluate.attention_inputs(teacher, *(each[middle : middle + 1].to(device) for each in data[:3]))
+    layers = _look(inputs, console)
+    _print_maps(console, layers)
     console.print("Shares of weights; stable rank of the map, of its largest weights, of the rest.\n", soft_wrap=True)
 
     swapped = with_attention(teacher, "sla", **RATIOS)
-    classes, title = _classes(swapped, teacher, data)
-    figures.class_maps(out / "block_classes.png", classes, title)
+    classes = _classes(swapped.config, inputs)
+    figures.save(out / "block_classes.png", classes)
 
     target = _predict(teacher, data, "evaluating: full attention", console)
     rows = [_row("full attention", teacher, target, target, data)]
@@ -99,15 +103,16 @@ def run(
         f"SLA, {config.steps} steps": tuned["sla"],
         f"SLA, {long_steps} steps": shipped,
     }
-    videos = _sample(models, samples, config.seed, sample_steps, device, console)
+    noise = torch.randn(samples, *data.x.shape[1:], generator=torch.Generator().manual_seed(config.seed))
+    videos = _sample(models, noise.to(device), sample_steps, console)
     captions = [f"asked for {digit}" for digit in range(samples)]
-    figures.clip_strip(out / "clips.png", videos, captions)
+    figures.save(out / "clips.png", figures.clip_strip(videos, captions))
     figures.clip_gif(out / "clips.gif", videos)
     few = {name: clip[:2] for name, clip in videos.items()}
-    figures.overview(out / "overview.png", few, captions[:2], classes, title)
+    figures.save(out / "overview.png", figures.clip_strip(few, captions[:2]), classes)
 
     console.print()
-    _print_table(console, _result_table(rows, clips))
+    _print_results(console, rows, clips)
     console.print(
         "Loss and distance to the teacher: mean squares over the predicted velocity.\n"
         "GFLOPs: all attention, one forward of one clip. Sparsity: 1 - critical share.",
@@ -135,17 +140,8 @@ def run(
     return report
 
 
-def _one_clip(teacher: VideoTransformer, data: evaluate.HeldOut) -> tuple[Tensor, Tensor, Tensor]:
-    """x, time and labels of the held-out clip whose time is nearest to 1/2."""
-    middle = len(data.x) // 2
-    device = next(teacher.parameters()).device
-    x, moment, labels = (each[middle : middle + 1].to(device) for each in (data.x, data.time, data.labels))
-    return x, moment, labels
-
-
-def _look(teacher: VideoTransformer, data: evaluate.HeldOut, console: Console) -> list[dict[str, float]]:
-    """What the paper saw in one map, for every layer of the teacher on one clip, mean over heads."""
-    inputs = evaluate.attention_inputs(teacher, *_one_clip(teacher, data))
+def _look(inputs: list[tuple[Tensor, Tensor, Tensor]], console: Console) -> list[dict[str, float]]:
+    """What the paper saw in one map, for every layer by its query, key and value, mean over heads."""
     layers = []
     with progress_bar(console, "looking at the attention maps", len(inputs)) as tick:
         for done, (query, key, _) in enumerate(inputs, start=1):
@@ -164,29 +160,23 @@ def _look(teacher: VideoTransformer, data: evaluate.HeldOut, console: Console) -
     return layers
 
 
-def _classes(swapped: VideoTransformer, teacher: VideoTransformer, data: evaluate.HeldOut) -> tuple[list[Tensor], str]:
-    """The classes (H, Tq, Tk) that SLA gives to every layer of the untouched teacher, and a title."""
-    config = swapped.config
+def _classes(config: ModelConfig, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> figures.Panel:
+    """The classes that SLA gives to every layer by its query and key."""
     ratios = config.critical_ratio, config.negligible_ratio
     maps = [
         sla_ref.classify_blocks(query, key, *ratios, block_q=config.block, block_k=config.block).labels[0]
-        for query, key, _ in evaluate.attention_inputs(teacher, *_one_clip(teacher, data))
+        for query, key, _ in inputs
     ]
-    return maps, f"classes at {ratios[0]:.0%} critical, {ratios[1]:.0%} negligible; blocks of {config.block} tokens"
+    title = f"classes at {ratios[0]:.0%} critical, {ratios[1]:.0%} negligible; blocks of {config.block} tokens"
+    return figures.class_maps(maps, title)
 
 
-def _predict(model: VideoTransformer, data: evaluate.HeldOut, title: str, console: Console) -> Tensor:
+def _predict(model: VideoTransformer, data: Batch, title: str, console: Console) -> Tensor:
     with progress_bar(console, title, len(data.x)) as tick:
         return evaluate.predict(model, data, tick=tick)
 
 
-def _row(
-    name: str,
-    model: VideoTransformer,
-    prediction: Tensor,
-    target: Tensor,
-    data: evaluate.HeldOut,
-) -> dict[str, Any]:
+def _row(name: str, model: VideoTransformer, prediction: Tensor, target: Tensor, data: Batch) -> dict[str, Any]:
     flops, sparsity = evaluate.attention_cost(model.config)
     return {
         "name": name,
@@ -213,24 +203,9 @@ def _finetune(
     return losses
 
 
-def _sample(
-    models: dict[str, VideoTransformer],
-    samples: int,
-    seed: int,
-    steps: int,
-    device: torch.device,
-    console: Console,
-) -> dict[str, Tensor]:
+def _sample(models: dict[str, VideoTransformer], noise: Tensor, steps: int, console: Console) -> dict[str, Tensor]:
     """Clips of the digits 0, 1, ... from every model, from the same noise."""
-    labels = torch.arange(samples, device=device)
-    shape = next(iter(models.values())).config
-    noise = torch.randn(
-        samples,
-        shape.frames,
-        shape.size,
-        shape.size,
-        generator=torch.Generator().manual_seed(seed),
-    ).to(device)
+    labels = torch.arange(len(noise), device=noise.device)
     videos = {}
     for name, model in models.items():
         with progress_bar(console, f"sampling: {name}", steps) as tick:
@@ -238,36 +213,29 @@ def _sample(
     return videos
 
 
-def _print_table(console: Console, table: Table) -> None:
-    """Whole, where rich would cut figures off: a narrow terminal wraps its lines."""
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Names on the left, figures on the right; whole, where rich would cut figures off in a narrow terminal."""
+    table = Table(columns[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     Console(width=max(console.width, 80), file=console.file, quiet=console.quiet).print(table)
 
 
-def _maps_table(layers: list[dict[str, float]]) -> Table:
-    table = Table(title="The teacher's attention maps on one held-out clip", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("layer", "above 1/N", "below 1/(100 N)", "stable rank", f"top {TOP_SHARE:.0%}", "rest"):
-        table.add_column(column, justify="right")
+def _print_maps(console: Console, layers: list[dict[str, float]]) -> None:
+    columns = ("layer", "above 1/N", "below 1/(100 N)", "stable rank", f"top {TOP_SHARE:.0%}", "rest")
+    rows = []
     for number, layer in enumerate(layers, start=1):
-        table.add_row(
-            str(number),
-            f"{layer['above_mean']:.1%}",
-            f"{layer['below_hundredth']:.1%}",
-            *(f"{layer[key]:.1f}" for key in ("stable_rank", "stable_rank_top", "stable_rank_rest")),
-        )
-    return table
+        above, below, *ranks = layer.values()
+        rows.append((str(number), f"{above:.1%}", f"{below:.1%}", *(f"{rank:.1f}" for rank in ranks)))
+    _print_table(console, "The teacher's attention maps on one held-out clip", columns, rows)
 
 
-def _result_table(rows: list[dict[str, Any]], clips: int) -> Table:
-    table = Table(title=f"Measured on {clips} held-out clips", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("attention")
-    for column in ("loss", "distance", "GFLOPs", "sparsity"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            f"{row['held_out_loss']:.4f}",
-            f"{row['distance']:.4f}",
-            f"{row['attention_flops'] / 1e9:.2f}",
-            f"{row['sparsity']:.1%}",
-        )
-    return table
+def _print_results(console: Console, results: list[dict[str, Any]], clips: int) -> None:
+    rows = []
+    for result in results:
+        name, loss, distance, flops, sparsity = result.values()
+        rows.append((name, f"{loss:.4f}", f"{distance:.4f}", f"{flops / 1e9:.2f}", f"{sparsity:.1%}"))
+    columns = ("attention", "loss", "distance", "GFLOPs", "sparsity")
+    _print_table(console, f"Measured on {clips} held-out clips", columns, rows)

@@ -86,12 +86,6 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def check_batch(batch: int) -> None:
-    """ValueError unless all ranks can have the same share of the global batch."""
-    if batch % count():
-        raise ValueError(f"batch must be divisible by the number of processes {count()}, got {batch}")
-
-
 def share(batch: Tensor) -> Tensor:
     """This rank's part of the global batch (B, ...), which every rank has: (B / ranks, ...)."""
     return batch.chunk(count())[rank()]

@@ -7,7 +7,6 @@ distance to the true velocity is the held-out loss, that to the teacher's predic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,38 +16,26 @@ import sla_ref
 
 from ..analysis import attention_flops
 from . import flow
+from .flow import Batch
 from .model import ModelConfig, VideoTransformer
 
 HELD_OUT_SEED = 1_000_003  # of clips, noise and times; the same for every model ever compared
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Noisy clips x (n, F, S, S), time (n,), labels (n,) and the velocity to find, on the CPU."""
-
-    x: Tensor
-    time: Tensor
-    labels: Tensor
-    velocity: Tensor
-
-
-def held_out(model: VideoTransformer, clips: int) -> HeldOut:
-    """A set of so many held-out clips, always the same; times are spread evenly over [0, 1]."""
+def held_out(model: VideoTransformer, clips: int) -> Batch:
+    """A set of so many held-out clips on the CPU, always the same; times are spread evenly over [0, 1]."""
     if clips < 1:
         raise ValueError(f"clips must be at least 1, got {clips}")
     clip, labels = model.config.clips("held_out", HELD_OUT_SEED).batch(clips)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     noise = torch.randn(clip.shape, generator=generator)
     time = (torch.arange(clips) + 0.5) / clips
-    return HeldOut(flow.noised(clip, noise, time), time, labels, flow.velocity(clip, noise))
+    return Batch(flow.noised(clip, noise, time), time, labels, flow.velocity(clip, noise))
 
 
 @torch.no_grad()
 def predict(
-    model: VideoTransformer,
-    data: HeldOut,
-    batch: int = 8,
-    tick: Callable[[int], object] = lambda done: None,
+    model: VideoTransformer, data: Batch, batch: int = 8, tick: Callable[[int], object] = lambda done: None
 ) -> Tensor:
     """The model's velocities for the whole set (n, F, S, S), in float32 on the CPU."""
     device = next(model.parameters()).device
@@ -56,13 +43,13 @@ def predict(
     parts = []
     for start in range(0, len(data.x), batch):
         part = slice(start, start + batch)
-        inputs = (each[part].to(device) for each in (data.x, data.time, data.labels))
+        inputs = (each[part].to(device) for each in data[:3])
         parts.append(model(*inputs).float().cpu())
         tick(min(start + batch, len(data.x)))
     return torch.cat(parts)
 
 
-def held_out_loss(prediction: Tensor, data: HeldOut) -> float:
+def held_out_loss(prediction: Tensor, data: Batch) -> float:
     """Mean squared error of the velocity; pixels have values in [-1, 1]."""
     return F.mse_loss(prediction, data.velocity).item()
 

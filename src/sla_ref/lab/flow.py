@@ -9,9 +9,19 @@ Sampling walks from noise (t = 1) back to a clip (t = 0).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """Noisy clips x (B, F, S, S), time (B,), labels (B,), and the velocity to find, shaped as x."""
+
+    x: Tensor
+    time: Tensor
+    labels: Tensor
+    velocity: Tensor
 
 
 def noised(clip: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -27,11 +37,7 @@ def velocity(clip: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
-    noise: Tensor,
-    labels: Tensor,
-    steps: int,
-    tick: Callable[[int], object] = lambda done: None,
+    model: nn.Module, noise: Tensor, labels: Tensor, steps: int, tick: Callable[[int], object] = lambda done: None
 ) -> Tensor:
     """Clips (B, F, S, S) from noise by `steps` equal Euler steps; `tick(done)` after each."""
     if steps < 1:

@@ -18,11 +18,7 @@ class RecordedStep:
     """Does what `step(*batch)` does, and returns its loss. The steps before and in the recording leave no trace."""
 
     def __init__(
-        self,
-        step: Callable[..., Tensor],
-        batch: tuple[Tensor, ...],
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        self, step: Callable[..., Tensor], batch: tuple[Tensor, ...], model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         self.batch = tuple(each.clone() for each in batch)  # where the recorded kernels read
         self.graph = torch.cuda.CUDAGraph()

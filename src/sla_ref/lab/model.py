@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arms import ArmOptions, make_arm
+from .arms import make_arm
 from .config import check_limits, option
 from .data import DIGITS, MovingDigits
 
@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.norm_query = nn.RMSNorm(config.width, eps=1e-6)
         self.norm_key = nn.RMSNorm(config.width, eps=1e-6)
-        self.core = make_core(config)
+        self.core = make_arm(config)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -174,14 +174,6 @@ class VideoTransformer(nn.Module):
         tokens = self.out(self.norm_out(tokens) * (1 + scale) + shift)
         grid = tokens.unflatten(1, (-1, side, side)).unflatten(-1, (PATCH, PATCH))
         return grid.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
-def make_core(config: ModelConfig) -> nn.Module:
-    """The attention that a configuration asks for."""
-    return make_arm(
-        config.attention,
-        ArmOptions(config.head_dim, config.critical_ratio, config.negligible_ratio, config.block),
-    )
 
 
 def with_attention(model: VideoTransformer, attention: str, **changes: Any) -> VideoTransformer:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,11 @@ from ..files import append_line, run_folder
 from . import distributed, flow
 from .checkpoint import keep_lines, read_checkpoint, write_checkpoint
 from .config import TrainConfig
+from .flow import Batch
 from .graph import RecordedStep
 from .model import VideoTransformer
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
-
-
-class Batch(NamedTuple):
-    """Noisy clips x (B, F, S, S), time (B,), labels (B,), and the velocity to find, shaped as x."""
-
-    x: Tensor
-    time: Tensor
-    labels: Tensor
-    velocity: Tensor
 
 
 # The loss of a model, which is called with x, time and labels, on a batch.
@@ -101,7 +93,8 @@ def train(
         ValueError: the processes cannot share out the batch evenly, `fsdp` without torchrun, `graph` without a GPU or
             with several, or a checkpoint that is damaged or of another run.
     """
-    distributed.check_batch(config.batch)
+    if config.batch % (ranks := distributed.count()):
+        raise ValueError(f"batch must be divisible by the number of processes {ranks}, got {config.batch}")
     if config.resume and (out is None or not (out / CHECKPOINT).is_file()):
         raise FileNotFoundError(f"resume needs a checkpoint, but there is no {(out or Path()) / CHECKPOINT}")
     run = Run(model, config, objective, about, rates)

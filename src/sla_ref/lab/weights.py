@@ -40,11 +40,7 @@ def save_weights(path: Path, model: VideoTransformer, card: dict[str, Any]) -> N
     from safetensors.torch import save
 
     tensors = {name: weight.detach().half().cpu().contiguous() for name, weight in model.state_dict().items()}
-    metadata = {
-        "config": json.dumps(asdict(model.config)),
-        "card": json.dumps(card),
-        "sha256": checksum(tensors),
-    }
+    metadata = {"config": json.dumps(asdict(model.config)), "card": json.dumps(card), "sha256": checksum(tensors)}
     with whole(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))  # Python's own files say why they cannot be written
 
