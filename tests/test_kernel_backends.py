@@ -75,7 +75,7 @@ def test_heads_are_independent(backend: ModuleType, device: str) -> None:
 
 
 def test_any_strides(backend: ModuleType, device: str) -> None:
-    problem = make(device, **SMALLER)
+    problem = make(device, **SMALLER | {"head_dim": 16})
     scattered = problem._map_tensors(lambda tensor: torch.stack([tensor, tensor], -1)[..., 0])  # no dimension is dense
     assert scattered.inputs.query.stride(3) != 1
     block_map = problem.inputs.block_map

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -97,15 +98,15 @@ def test_planted_fault_is_caught(name: str, tmp_path, device: str) -> None:
 
 
 def assert_classes_are_right(
-    module,
-    device,
-    lengths=(17, 85),
-    blocks=(16, 16),
-    ratios=(0.2, 0.6),
-    head_dim=7,
-    dtype=torch.float32,
-    size=1,
-    bad=None,
+    module: ModuleType,
+    device: str,
+    lengths: tuple[int, int] = (17, 85),
+    blocks: tuple[int, int] = (16, 16),
+    ratios: tuple[float, float] = (0.2, 0.6),
+    head_dim: int = 7,
+    dtype: torch.dtype = torch.float32,
+    size: float = 1.0,
+    bad: float | None = None,
 ) -> None:
     """They are the specification's; in rows that `bad` reaches, as many of each class.
 
@@ -265,11 +266,13 @@ def test_huge_strides_between_tokens() -> None:
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)], ids=["samples far apart", "heads far apart"])
 def test_strides_whose_multiples_pass_two_to_the_31(shape: tuple[int, int]) -> None:
     """Each stride fits int32, and twice that does not."""
-    near = make("cuda", batch=shape[0], heads=shape[1])._replace(grad_lse=None)
+    near = make("cuda", batch=shape[0], heads=shape[1], head_dim=16)._replace(grad_lse=None)
     stride, buffer = 2**30 + 16, torch.empty(2**31 + 2**16, device="cuda")
     starts = iter(range(0, 2**16, 2**12))
 
     def far(tensor: torch.Tensor) -> torch.Tensor:
-        return buffer.as_strided(tensor.shape, (stride, stride, tensor.shape[-1], 1), next(starts)).copy_(tensor)
+        view = buffer.as_strided(tensor.shape, (stride, stride, 16, 1), next(starts))
+        assert tokens.strided(view).data is view, "it is read where it lies, and not copied before"
+        return view.copy_(tensor)
 
     assert_same_bits(run(triton, near), run(triton, near._map_tensors(far)))
