@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import shutil
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +15,15 @@ from sla_ref import testing
 COPY = "sla_ref.backends.faulty"  # a name beside the backends' own, so that relative imports work
 
 
-@dataclass(frozen=True)
 class Fault:
-    """One place of a backend's source, what it becomes, and a result in which that must show."""
+    """One place of a backend's source, what it becomes, and a result in which that must show.
 
-    file: str
-    function: str
-    old: str
-    new: str
-    where: str
-    problem: dict[str, Any] = field(default_factory=dict)
-    """What the problem needs to be like, as arguments of `make_problem`, where the usual small one does not show it."""
+    `problem` says what the small problem of the tests needs to be like to show it, as `make` takes it.
+    """
+
+    def __init__(self, file: str, function: str, old: str, new: str, where: str, **problem: Any) -> None:
+        self.file, self.function, self.old, self.new = file, function, old, new
+        self.where, self.problem = where, problem
 
     def plant(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")

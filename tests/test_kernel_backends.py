@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -18,15 +19,16 @@ import torch
 from faults import with_fault
 
 from sla_ref import backends, testing
-from sla_ref.block_map import BlockMap
+from sla_ref.block_map import CRITICAL, MARGINAL, NEGLIGIBLE, BlockMap
+from sla_ref.protocol import Inputs
 
 SIMULATOR = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_ENABLE_CUDASIM"}
-SMALL = {"query_length": 35, "key_length": 37, "head_dim": 8, "heads": 1, "block_q": 16, "block_k": 16} | {
-    "labels": "random",
-    "seed": 1,
-}
+SIZES = {"query_length": 35, "key_length": 37, "head_dim": 8, "heads": 1, "block_q": 16, "block_k": 16}
+SMALL = SIZES | {"labels": "random", "seed": 1}
 """Labels [[-1, 0, 0], [0, 1, 1], [1, 1, 1]]; the last blocks of both sides are partial."""
 SMALLER = SMALL | {"query_length": 17, "key_length": 20}
+IN_CHUNKS = {"heads": 2, "query_length": 3, "key_length": 20, "head_dim": 24, "labels": "classified", "seed": 0}
+"""So few tokens that states are worked through one head at a time. Labels [[0, 1]] and [[1, 0]]."""
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -61,10 +63,9 @@ def test_a_copy_without_a_fault_is_right(backend: ModuleType, tmp_path, device: 
 
 
 def test_heads_are_independent(backend: ModuleType, device: str) -> None:
-    """With so few tokens, states are worked through one head at a time."""
-    sizes = {"heads": 2, "query_length": 3, "key_length": 20, "head_dim": 24}
-    problem = make(device, **sizes, labels="classified")
+    problem = make(device, **IN_CHUNKS)
     block_map = problem.inputs.block_map
+    assert block_map.labels.tolist() == [[[[0, 1]], [[1, 0]]]]
     alone = []
     for h in range(2):
         head = problem._map_tensors(lambda tensor, h=h: tensor[:, h : h + 1])
@@ -74,9 +75,13 @@ def test_heads_are_independent(backend: ModuleType, device: str) -> None:
 
 
 def test_any_strides(backend: ModuleType, device: str) -> None:
-    problem = make(device, **SMALLER)
+    problem = make(device, **SMALLER | {"head_dim": 16})
     scattered = problem._map_tensors(lambda tensor: torch.stack([tensor, tensor], -1)[..., 0])  # no dimension is dense
     assert scattered.inputs.query.stride(3) != 1
+    block_map = problem.inputs.block_map
+    transposed = replace(block_map, labels=block_map.labels.mT.contiguous().mT)
+    assert transposed.labels.stride() != block_map.labels.stride()
+    scattered = scattered._replace(inputs=scattered.inputs._replace(block_map=transposed))
     assert_same_bits(run(backend, problem), run(backend, scattered))
     expanded = problem.inputs.key[:, :, :1].expand_as(problem.inputs.key)
     assert_right(backend, problem._replace(inputs=problem.inputs._replace(key=expanded)))
@@ -160,6 +165,21 @@ def test_runs_on_torchs_current_stream(backend: ModuleType) -> None:
         results = run(backend, late)
     stream.synchronize()
     assert_same_bits(expected, results)
+
+
+@needs_gpu  # with 24 GB
+def test_more_than_two_to_the_31_elements(backend: ModuleType) -> None:
+    """All but the last two of the key blocks are negligible: what counts lies at offsets that int32 does not hold."""
+    length = 270_000_000 // 128 * 128  # times 8 features: 2.2e9 elements
+    query, last = (torch.rand(1, 1, tokens, 8, device="cuda") for tokens in (128, 256))
+    key = torch.zeros(1, 1, length, 8, device="cuda")
+    key[:, :, -256:] = last
+    labels = torch.full((1, 1, 1, length // 128), NEGLIGIBLE, dtype=torch.int8, device="cuda")
+    labels[..., -2], labels[..., -1] = MARGINAL, CRITICAL
+    far = backend.forward(Inputs(query, key, key, query, key, BlockMap(labels, 128, 128, 128, length), 0.25))
+    labels = labels[..., -2:].contiguous()
+    near = backend.forward(Inputs(query, last, last, query, last, BlockMap(labels, 128, 128, 128, 256), 0.25))
+    torch.testing.assert_close(far, near)
 
 
 LONG = {"triton": (torch.bfloat16, 32760, 0.02), "numba": (torch.float32, 16380, 1e-5)}
