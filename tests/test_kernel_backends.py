@@ -87,6 +87,16 @@ def test_any_strides(backend: ModuleType, device: str) -> None:
     assert_right(backend, problem._replace(inputs=problem.inputs._replace(key=expanded)))
 
 
+def test_scores_of_minus_infinity_in_the_first_tile(backend: ModuleType, device: str) -> None:
+    """After a tile of such scores there is no finite maximum yet; the next tile decides."""
+    inputs = make(device, labels="critical", query_length=16, key_length=32, block_k=16).inputs
+    query, key = inputs.query.abs() + 1, inputs.key.clone()
+    key[:, :, :16] = -3e38
+    saved = backend.forward(inputs._replace(query=query, key=key))
+    weights = torch.softmax(inputs.scale * query @ key[:, :, 16:].mT, dim=-1)
+    torch.testing.assert_close(saved.out_sparse, weights @ inputs.value[:, :, 16:])
+
+
 def test_nan_goes_where_the_mathematics_puts_it(backend: ModuleType, device: str) -> None:
     inputs = make(device, query_length=48, key_length=70).inputs
     labels = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, -1, 0], [-1, -1, 1, 1, -1]], dtype=torch.int8, device=device)

@@ -30,7 +30,7 @@ labels, launch, linear, tokens = triton.labels, triton.launch, triton.linear, tr
 # --- the checker is checked: a fault planted in each kernel is caught -------------------------------------------------
 
 in_labels, in_linear, in_sparse = (partial(Fault, f"{name}.py") for name in ("labels", "linear", "sparse"))
-in_tokens, in_launch, in_forward = (partial(Fault, f"{name}.py") for name in ("tokens", "launch", "__init__"))
+in_tokens, in_forward = (partial(Fault, f"{name}.py") for name in ("tokens", "__init__"))
 FAULTS = {
     "a critical block is dropped": in_labels(
         "lists_kernel", "(label == IS_CRITICAL)", "((label == IS_CRITICAL) & (inner > 0)[None, :])", "sparse"
@@ -72,8 +72,14 @@ DEFAULT_PHI_FAULTS = {  # where the kernels compute phi by themselves
         "load_phi", "< phi.tokens.length", "< 2 * phi.tokens.length", "linear"
     ),
     "features that are padding count": in_tokens("exponentials", "< head.D", "< 2 * head.D", "linear"),
-    "the states have float16's range": in_launch(
-        "__init__", "torch.float32 if self.tf32 else ", "", "linear", spread=20.0, dtype=torch.float16, head_dim=24
+    "the linear branch has float16's range": in_tokens(
+        "for_linear",
+        "to_tf32(tile.to(tl.float32))",
+        "tile.to(tl.float16).to(tl.float32)",
+        "grad_key",
+        spread=20.0,
+        dtype=torch.float16,
+        head_dim=24,
     ),
     "the gradient of softmax is skipped": in_linear(
         "grad_sums_kernel", "weight if plan.SOFTMAX else", "", "grad_query"

@@ -16,6 +16,7 @@ from .launch import SIZES, Call, Tiles
 from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled
 
 LN_2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def sparse_rows(Q, key, value, kv_indices, num_blocks, scale, plan: tl.constexpr
     run = Running(
         O=tl.zeros([ROWS, COLUMNS], tl.float32),
         l=tl.zeros([ROWS], tl.float32),
-        m=tl.full([ROWS], float("-inf"), tl.float32),
+        m=tl.full([ROWS], LOWEST, tl.float32),  # not -inf, which a score can be too: -inf - -inf is NaN
     )
     # The list ascends, so only its last block can be the partial one: the others go without a mask.
     for step in range(num_steps - STEPS):
@@ -72,8 +73,9 @@ def sparse_rows(Q, key, value, kv_indices, num_blocks, scale, plan: tl.constexpr
     for step in range(tl.maximum(num_steps - STEPS, 0), num_steps):
         first_key = tl.load(kv_indices + step // STEPS) * plan.BLOCK_K + step % STEPS * plan.KEYS
         run = softmax_step(run, Q, key, value, first_key, scale, True, plan)
-    l = tl.where(num_steps == 0, 1.0, run.l)  # no critical block: sparse = 0, lse = -inf
-    return run.O / l[:, None], (run.m * scale + tl.log2(l)) * LN_2  # [Alg. 1 L16]
+    l = tl.where(run.l == 0, 1.0, run.l)  # no critical block: sparse = 0, lse = -inf
+    L = tl.where(run.l == 0, float("-inf"), (run.m * scale + tl.log2(l)) * LN_2)
+    return run.O / l[:, None], L  # [Alg. 1 L16]
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
