@@ -47,7 +47,7 @@ def backend_rows() -> list[str]:
             one, two, four = (lengths[length][name][key] for length in ("4096", "8192", "16384"))
             times = f"{one:.2f} | {two:.2f} | {four:.2f}"
             rows.append(f"| {name}, {words} | {times} | {two / one:.2f}x | {four / two:.2f}x |")
-    for name in ("_backward_dkdv_kernel", "_backward_dq_kernel", "_forward_kernel", "_states_kernel"):
+    for name in ("dkdv_kernel", "dq_kernel", "forward_kernel", "states_kernel"):
         numba = next(value for key, value in kernels["numba"].items() if f"::{name}::" in key)
         rows.append(f"| `{name}` | {kernels['triton'][name]:.1f} | {numba:.1f} |")
     return rows
