@@ -153,7 +153,7 @@ class Call:
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         if tiles.registers is not None:
             options["maxnreg"] = tiles.registers
-        start(kernel, programs, *args, *sizes, plan, **options)
+        _launcher.start(kernel, programs, *args, *sizes, plan, **options)
 
 
 def columns_of(head_dim: int) -> int:
