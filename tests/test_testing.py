@@ -198,7 +198,7 @@ FORWARD_FAULTS = {
     wrong_dtype: {"runs"},
     strided_output: {"runs"},
     crash: {"runs"},
-    noise: {"repeats bit for bit"},
+    noise: {"repeats bit for bit, contiguous"},
     scribble_on_inputs: {"inputs are left as they were"},
 }
 BACKWARD_FAULTS = {
