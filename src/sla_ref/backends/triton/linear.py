@@ -128,29 +128,30 @@ def states_kernel(
 @triton.jit(do_not_specialize=["num_out", "num_in", "head_stride"])
 def sums_kernel(
     weights, states, sums, num_out, num_in, head_stride, out_stride, in_stride,
-    SIZE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr, TF32: tl.constexpr,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """weights @ states in float32: H_i, Z_i from h_j, z_j [Alg. 1 L13], or back, their gradients [Alg. 2 L14].
 
     As tf32 the products are exact too: weights are powers of two, and states were stored with no more bits than that.
     """
     program = tl.program_id(0)
-    tiles_out = tl.cdiv(num_out, OUT)
+    tiles_out = tl.cdiv(num_out, BLOCKS)
     tiles = tl.cdiv(SIZE, TILE)
     # Neighbouring programs share a tile of the states, the big operand.
-    out = program % tiles_out * OUT + tl.arange(0, OUT)
+    out = program % tiles_out * BLOCKS + tl.arange(0, BLOCKS)
     column = program // tiles_out % tiles * TILE + tl.arange(0, TILE)
     head = (program // (tiles_out * tiles)).to(tl.int64)
     weights += head * head_stride
     states += head * num_in * SIZE
     sums += head * num_out * SIZE
-    acc = tl.zeros([OUT, TILE], tl.float32)
-    for first in range(0, num_in, IN):
-        inner = first + tl.arange(0, IN)
+    acc = tl.zeros([BLOCKS, TILE], tl.float32)
+    for first in range(0, num_in, BLOCKS):
+        inner = first + tl.arange(0, BLOCKS)
         # The weights are padded with zeros to whole tiles, the states are not.
-        W = tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))  # [OUT, IN]
+        W = tl.load(weights + (out[:, None] * out_stride + inner[None, :] * in_stride))  # [BLOCKS, BLOCKS]
         mask = (inner < num_in)[:, None] & (column < SIZE)[None, :]
-        h = tl.load(states + (inner.to(tl.int64)[:, None] * SIZE + column[None, :]), mask=mask, other=0.0)  # [IN, TILE]
+        place = inner.to(tl.int64)[:, None] * SIZE + column[None, :]
+        h = tl.load(states + place, mask=mask, other=0.0)  # [BLOCKS, TILE]
         acc = dot(W, h, acc, TF32)  # [Alg. 1 L13] [Alg. 2 L14]
     if TF32:
         acc = to_tf32(acc)
@@ -171,7 +172,7 @@ def add_up(call: Call, weights: Tensor, states: Tensor, sums: Tensor) -> None:
     tile = 4096 if INTERPRETED else 128  # in the interpreter a program costs more than an element
     programs = heads * math.ceil(num_out / WEIGHTS_TILE) * math.ceil(size / tile)
     sizes = (num_out, num_in, *weights.stride())
-    cut = {"SIZE": size, "OUT": WEIGHTS_TILE, "IN": WEIGHTS_TILE, "TILE": tile, "TF32": call.tf32}
+    cut = {"SIZE": size, "BLOCKS": WEIGHTS_TILE, "TILE": tile, "TF32": call.tf32}
     start(sums_kernel, programs, weights, states, sums, *sizes, **cut, num_warps=4)
 
 
