@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 
 import hypothesis
 import pytest
@@ -30,6 +31,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # asks oneDNN what the CPU can do, takes that way, and fails.
 if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    # Inductor would take code from its cache that it made for the CPU's own capability.
+    own = f"torchinductor_{os.environ['ATEN_CPU_CAPABILITY']}_{os.getuid()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), own))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
