@@ -72,7 +72,7 @@ def sparse_linear_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or size, a ratio or block size
-            stands beside a block_map, or the backend cannot take the input.
+            is given with a block_map, or the backend cannot take the input.
         RuntimeError: the backend cannot be used on this machine; or a forward-mode derivative or the gradient of a
             gradient is asked for.
     """
