@@ -51,8 +51,8 @@ class Clock:
             torch.cuda.synchronize()
 
     def milliseconds(self, function: Callable[[], object], turns: int = 101) -> float:
-        """Median of `turns` after a few to warm up. They are queued, so that the time Python takes shows only where it
-        is longer than the work itself; a short series falls into one slow moment of the host as a whole.
+        """The median of `turns` after a few to warm up. They are queued: Python's time shows only if it is longer than
+        the work itself. A short series may fall as a whole into one slow moment of the host.
         """
         if self.device.type != "cuda":
             started = time.perf_counter()
@@ -281,7 +281,7 @@ def sanitizer() -> dict[str, object]:
 
 
 def attempt(part: Callable[[], object]) -> object:
-    """What a part gives, or its error, so that the others still run."""
+    """What a part returns, or its error; the other parts still run."""
     try:
         return part()
     except Exception as error:
@@ -372,7 +372,7 @@ def main() -> None:
         parser.error("there is no GPU here; --tiny rehearses in Triton's interpreter")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    with tempfile.TemporaryDirectory() as cache:  # an empty cache, so that the first call compiles everything
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: the first call compiles everything
         os.environ["TRITON_CACHE_DIR"] = cache
         problem = Problem(options.tiny)
         result: dict = {"about": about(problem.device, options.commit), "problem": {"shape": problem.shape}}

@@ -195,7 +195,9 @@ def test_figures_of_maps_are_those_of_the_dense_definition(attention):
     assert "recall_oracle" not in figures
     assert figures["recall_pooled"].mean() > figures["recall_random"].mean()
     # A random choice finds as many of the critical blocks as there are among all blocks, 3 of 12.
-    repeated = [block_choice.map_quantities(query, key, value, CONFIG, block_choice.choices(seed)) for seed in range(20)]
+    repeated = [
+        block_choice.map_quantities(query, key, value, CONFIG, block_choice.choices(seed)) for seed in range(20)
+    ]
     found = torch.stack([each["recall_random"] for each in repeated]).mean().item()
     assert found == pytest.approx(3 / 12, abs=0.03)
 

@@ -194,7 +194,9 @@ def test_words_of_the_glossary_get_hover_text():
 
 
 def test_a_section_explains_a_word_once():
-    text = "## A critical block\n\nTwo feature maps, one feature map.\n\n- critical\n- critical\n\n## Next\n\nfeature map"
+    text = (
+        "## A critical block\n\nTwo feature maps, one feature map.\n\n- critical\n- critical\n\n## Next\n\nfeature map"
+    )
     html = markdown.markdown(text, extensions=[glossary.makeExtension()])
     assert re.findall(r"<abbr[^>]*>(.*?)</abbr>", html) == ["feature maps", "critical", "feature map"]
     assert "<span>" in html and "block</h2>" in html
@@ -206,7 +208,9 @@ def test_a_section_explains_a_word_once():
 def test_a_section_tells_how_long_its_pages_take(monkeypatch):
     monkeypatch.setattr(reading_times, "minutes", {"a.md": 12.0, "b.md": 9.0, "c/d.md": 80.0}.get)
     section = "All {hours}.\n\n1. [A](a.md) and [B](b.md) ({minutes})\n2. [part](a.md#x), [D](c/d.md): {minutes}"
-    html = markdown.markdown(f"{section}\n\n## Next\n\n[A](a.md): {{hours}}", extensions=[reading_times.makeExtension()])
+    html = markdown.markdown(
+        f"{section}\n\n## Next\n\n[A](a.md): {{hours}}", extensions=[reading_times.makeExtension()]
+    )
     assert "All 1½ hours." in html and "(20 minutes)" in html and ": 80 minutes</li>" in html
     assert html.endswith("</a>: 10 minutes</p>")
 
