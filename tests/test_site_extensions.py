@@ -1,13 +1,14 @@
-"""The Markdown extensions of the site: maths, steps side by side, glossary, reading times."""
+"""The extensions of the site: maths, steps side by side, glossary, reading times, API."""
 
 from __future__ import annotations
 
 import re
 
+import griffe
 import markdown
 import pytest
 
-from tools import glossary, maths, paper_tags, reading_times
+from tools import api_defaults, glossary, maths, paper_tags, reading_times
 
 
 def to_html(text: str) -> str:
@@ -220,3 +221,15 @@ def test_folded_tables_take_no_time_and_code_takes_its_own(tmp_path, monkeypatch
     page = "word " * 400 + "\n<details>\n" + "cell " * 9000 + "\n</details>\n```sh\n" + "line\n" * 30 + "```\n"
     (tmp_path / "page.md").write_text(page, encoding="utf-8")
     assert reading_times.minutes("page.md") == pytest.approx(2 + 3)
+
+
+# --- API -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_default_that_is_a_constant_is_shown_as_its_value():
+    ours = griffe.load_extensions(api_defaults.ConstantDefaults)
+    package = griffe.load("sla_ref", search_paths=[paper_tags.ROOT / "src"], extensions=ours)
+    of_layer = package["module.SparseLinearAttention.__init__"].parameters
+    assert (of_layer["critical_ratio"].default, of_layer["block_q"].default) == ("0.05", "64")
+    assert package["integrations.diffusers.install_sla"].parameters["block_k"].default == "64"
+    assert of_layer["feature_map"].default == "'softmax'" and str(of_layer["backend"].default) == "None"
