@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from gpu import RATIOS, Clock, about, attempt
+from gpu import RATIOS
+from measure import Clock, about, attempt
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
