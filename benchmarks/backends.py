@@ -1,4 +1,4 @@
-"""Time the backends beside the dense equations on this GPU: what the kernels written with Numba cost and gain.
+"""Time the backends and the dense equations on this GPU: what the kernels written with Numba cost and gain.
 
     python benchmarks/backends.py --json benchmarks/results/backends.json
 
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here; must not exist")
     parser.add_argument("--commit", help="of this code, where there is no git")
-    parser.add_argument("--all-cases", action="store_true", help="parity on every case, not on the quick ones alone")
+    parser.add_argument("--all-cases", action="store_true", help="parity on every case, not only on the quick ones")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, no parity checks")
     options = parser.parse_args()
     if options.json is not None and options.json.exists():
@@ -180,7 +180,7 @@ def main() -> None:
     critical = max(1, int(RATIOS[0] * blocks))  # blocks in a row, at every length
     result: dict = {"lengths": {}}
     for length in lengths:
-        # Half a block more than asked for, so that no rounding loses one.
+        # Half a block more than asked for: then rounding cannot lose one.
         tokens = Tokens((1, heads, length, head_dim), block, (critical + 0.5) / (length // block))
         if "about" not in result:
             result = {

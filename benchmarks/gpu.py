@@ -295,7 +295,7 @@ def main() -> None:
         parser.error("there is no GPU here; --tiny rehearses in Triton's interpreter")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    with tempfile.TemporaryDirectory() as cache:  # an empty cache, so that the first call compiles everything
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: the first call compiles everything
         os.environ["TRITON_CACHE_DIR"] = cache
         result: dict[str, Any] = {"about": about(Clock().device, options.commit)}
         result["problem"] = {

@@ -107,7 +107,7 @@ class Clock:
 
 
 def attempt(part: Callable[[], object]) -> object:
-    """What a part gives, or its error, so that the others still run."""
+    """What a part returns, or its error; the other parts still run."""
     try:
         return part()
     except Exception as error:
