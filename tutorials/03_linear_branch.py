@@ -341,7 +341,7 @@ with torch.no_grad():
 assert min(start_errors, key=start_errors.get) == "zero"
 
 # %% [markdown]
-# Does a layer that starts at zero ever learn? Let $G$ be the gradient of the loss by the output. Then
+# Does a layer that starts at zero ever learn? Let $G$ be the gradient of the loss with respect to the output. Then
 #
 # $$\frac{\partial \mathcal L}{\partial W} = \sum_n G_n^\top O^l_n, \qquad
 # \frac{\partial \mathcal L}{\partial b} = \sum_n G_n, \qquad \frac{\partial \mathcal L}{\partial O^l} = G W.$$
