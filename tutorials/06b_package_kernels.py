@@ -29,7 +29,6 @@ from sla_ref import testing
 from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
 from sla_ref.backends import pytorch
 from sla_ref.backends import triton as backend
-from sla_ref.backends.triton import labels as of_labels
 from sla_ref.backends.triton import linear, sparse, tokens
 
 assert triton.knobs.runtime.interpret, (
@@ -136,8 +135,8 @@ show_source(sparse.softmax_step, sparse.scores)
 
 # %% [markdown]
 # The interpreter lets us put a function of our own in its place, which calls the original and looks at what it returns.
-# Row 3 of query block 3 is to have the history that a plain online softmax gives. $m$ is multiplied by the scale, which
-# the package applies to the scores after it has subtracted their maximum.
+# Row 3 of query block 3 is to have the history that a plain softmax over the keys so far gives. We compare $l$ and the
+# size of $O$, which are what they are in any base; how the package scales $m$ is its own affair.
 
 
 # %%
@@ -171,22 +170,21 @@ def watched_step(run, Q, key, value, first_key, *rest):
     i, j = number(tl.program_id(0)), number(first_key) // 16
     visited[i].append(j)
     if i == 3:
-        m, l, O = values(run.m)[3] * scale, values(run.l)[3], values(run.O)[3].norm()
-        trace.append((j, m.item(), l.item(), O.item()))
+        trace.append((j, values(run.l)[3].item(), values(run.O)[3].norm().item()))
     return run
 
 
 with replaced(softmax_step=watched_step):
     fused = backend.forward(problem.inputs)
-for j, m, l, O in trace:
-    print(f"key block {j}:  m {m:5.2f}  l {l:5.2f}  |O| {O:5.2f}")
+for j, l, O in trace:
+    print(f"key block {j}:  l {l:5.2f}  |O| {O:5.2f}")
 
 plain, seen = [], torch.zeros(0, dtype=torch.long)
 for j in block_map.kv_indices[0, 0, 3].tolist():
     seen = torch.cat([seen, torch.arange(16 * j, min(16 * j + 16, 120))])
     s = scale * key[seen] @ query[51]  # row 3 of query block 3
     weights = torch.exp(s - s.max())
-    plain.append((j, s.max().item(), weights.sum().item(), (weights @ value[seen]).norm().item()))
+    plain.append((j, weights.sum().item(), (weights @ value[seen]).norm().item()))
 torch.testing.assert_close(torch.tensor(trace), torch.tensor(plain))
 assert visited == {i: block_map.kv_indices[0, 0, i].tolist() for i in range(8)}
 
@@ -244,8 +242,17 @@ phi_K, V = (
 states = torch.cat([phi_K.mT @ V, phi_K.sum(1, keepdim=True)], dim=1).flatten(1)
 marginal = (labels == 0).float()
 count = marginal.sum(1, keepdim=True)
-# padded with zeros to whole tiles
-W = of_labels.marginal_weights(block_map, torch.float32)[0, :8, :8]
+matrices, add_up = [], linear.add_up
+
+
+def watched_sums(call, weights, *rest):
+    matrices.append(weights.float())
+    add_up(call, weights, *rest)
+
+
+with replaced(add_up=watched_sums):
+    backend.forward(problem.inputs)
+W = matrices[0][0, :8, :8]  # padded with zeros to whole tiles
 print(f"marginal blocks in a row: {int(count[0])}, weight: {W.max():.3f}")
 
 assert torch.equal(W, marginal * 2.0 ** -count.log2().floor())
@@ -267,12 +274,9 @@ Z = torch.tensor(32760 * 2.5)
 assert Z.half().isinf() and (Z / 256).half().isfinite()
 
 # %% [markdown]
-# The matrix $W$ comes from a kernel that reads the labels. For each row it counts the zeros, and then writes.
-
-# %%
-show_source(of_labels.weights_kernel)
-
-# %% [markdown]
+# The matrix $W$ comes from a kernel that reads the labels (`labels.py`). For each row it counts the zeros, and then
+# writes.
+#
 # ### A query block and its sum
 #
 # Now $\phi(Q_i)$ meets $H_i$ and $Z_i$. `linear_rows` does that for some rows of query block $i$: it reads slabs of
