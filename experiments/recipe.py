@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sla_ref
+from sla_ref.feature_maps import Softmax
 from sla_ref.lab.arms import LinearOnly, SparseOnly
 from sla_ref.lab.model import PATCH, ModelConfig, VideoTransformer, with_attention
 
@@ -88,15 +88,15 @@ def tile_order(frames: int, side: int, tile: tuple[int, int, int]) -> Tensor:
 def _sla(recipe: Recipe, config: ModelConfig) -> nn.Module:
     if recipe.attention == "released":
         return ReleasedSLA(config)
-    feature_map: str | Callable[[Tensor], Tensor] = recipe.feature_map
-    if recipe.temperature != 1:
-        feature_map = lambda tokens: torch.softmax(recipe.temperature * tokens, dim=-1)  # noqa: E731
-    ratios = config.critical_ratio, config.negligible_ratio
     sla = sla_ref.SparseLinearAttention(
-        config.head_dim, *ratios, block_q=config.block, block_k=config.block, feature_map=feature_map
+        config.head_dim,
+        config.critical_ratio,
+        config.negligible_ratio,
+        block_q=config.block,
+        block_k=config.block,
+        feature_map=recipe.feature_map if recipe.temperature == 1 else Softmax(recipe.temperature),
+        proj_init="zero" if recipe.proj == "zero" else "identity",
     )
-    if recipe.proj != "zero":
-        nn.init.eye_(sla.proj_l.weight)
     sla.proj_l.requires_grad_(recipe.proj != "absent")
     return sla
 
