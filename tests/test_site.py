@@ -308,7 +308,7 @@ def test_tags_lead_to_their_steps_from_every_page(site, names):
             assert ((site / name).parent / (target or "side_by_side.html")).samefile(site / "side_by_side.html"), name
             assert anchor in anchors, f"{name}: {anchor}"
             linking.add(name)
-    assert {"api.html", "paper.html", "side_by_side.html", "tutorials/03_linear_branch.html"} <= linking
+    assert {"api/layer.html", "paper.html", "side_by_side.html", "tutorials/03_linear_branch.html"} <= linking
 
 
 # --- the mask explorer -----------------------------------------------------------------------------------------------

@@ -476,4 +476,4 @@ with check_exercise(2, sparse_rows_online):
 # problems that are meant to break it, and names what is wrong. Registered or installed, it serves every call, and
 # refuses what it cannot take.
 #
-# Next: [Experiments](../experiments.md)
+# Next: [11. SLA in your own model](11_your_own_model.md)
