@@ -174,7 +174,7 @@
     const [flops, full] = [data.sla_flops[state.critical], data.full_flops];
     fill(costTable, ["Quantity", "Value"], [
       ["Operations of SLA, one head", `${mega(flops)}, ${percent(flops / full)} of full attention's ${mega(full)}`],
-      ["Error with the critical blocks alone", percent(measured("critical_error", state.critical))],
+      ["Error with only the critical blocks", percent(measured("critical_error", state.critical))],
       ["Error without the negligible blocks", percent(measured("negligible_error", state.negligible))],
     ]);
   }
