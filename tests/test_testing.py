@@ -491,6 +491,8 @@ def test_check_backend_names_what_failed(monkeypatch):
     assert "grad_key:\n     error" in str(report)
     with pytest.raises(ValueError, match="backend must be one of"):
         testing.check_backend("nope")
+    with pytest.raises(ValueError, match="backend must name one backend to check, got 'auto'"):
+        testing.check_backend("auto")
 
 
 def test_check_backend_lists_what_is_not_taken(monkeypatch):

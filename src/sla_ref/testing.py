@@ -542,6 +542,8 @@ def check_backend(
     """
     name = backend if isinstance(backend, str) else getattr(backend, "name", backend)
     if isinstance(backend, str):
+        if backend == backends.AUTO:
+            raise ValueError(f"backend must name one backend to check, got {backend!r}, which chooses among them")
         backends.require_usable(backend)
         backend = backends.load(backend)
     else:
