@@ -110,14 +110,7 @@ class SparseLinearAttention(nn.Module):
             raise ValueError(f"query must have head_dim {self.head_dim}, got shape {tuple(query.shape)}")
         prepared = prepare(query, key, value, scale, self.backend)
         if block_map is None:
-            block_map = classify_blocks(
-                prepared.query,
-                prepared.key,
-                self.critical_ratio,
-                self.negligible_ratio,
-                block_q=self.block_q,
-                block_k=self.block_k,
-            )
+            block_map = self._classify(prepared.query, prepared.key)
         sparse, linear, _ = attend(prepared, self.phi_query, self.phi_key, block_map)
         # proj_l may be float32 with bfloat16 tokens. A quantised one is given the tokens as they are. Calling
         # it, rather than taking its weight, keeps hooks and adapters.
@@ -125,6 +118,19 @@ class SparseLinearAttention(nn.Module):
         if isinstance(weight, Tensor) and weight.dtype in FLOATS:
             linear = linear.to(weight.dtype)
         return sparse + self.proj_l(linear).to(sparse.dtype)  # [Eq. 6]
+
+    def classify(self, query: Tensor, key: Tensor) -> BlockMap:
+        """The block map that `forward` makes of query and key if it is given none.
+
+        Raises:
+            TypeError, ValueError: as `sla_ref.sparse_linear_attention`.
+        """
+        prepared = prepare(query, key, key, None, self.backend)
+        return self._classify(prepared.query, prepared.key)
+
+    def _classify(self, query: Tensor, key: Tensor) -> BlockMap:
+        ratios = self.critical_ratio, self.negligible_ratio
+        return classify_blocks(query, key, *ratios, block_q=self.block_q, block_k=self.block_k)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a new feature_map, which would only be printed: phi is made of it once."""
