@@ -18,12 +18,12 @@ def check_block_size(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an int >= 1, got {_shown(value)}")
 
 
-def check_scale(value: object) -> None:
+def check_scale(value: object, name: str = "scale") -> None:
     """Raise unless `value` is a finite number above 0, in the range of float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"scale must be a finite number > 0, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a finite number > 0, got {value!r} of type {type(value).__name__}")
     if not 0 < value <= sys.float_info.max:  # a NaN fails both comparisons
-        raise ValueError(f"scale must be a finite number > 0, got {_shown(value)}")
+        raise ValueError(f"{name} must be a finite number > 0, got {_shown(value)}")
 
 
 def _beyond_64_bits(value: object) -> bool:
