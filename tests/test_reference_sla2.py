@@ -137,6 +137,18 @@ def test_block_means_underestimate_the_marginal_mass_and_are_exact_for_equal_key
     )
 
 
+def test_a_row_without_a_key_has_zero_gradient_with_respect_to_its_mask_too():
+    query, key, value, *_ = problem()
+    mask = torch.zeros(1, 2, *LENGTHS, dtype=torch.float64, requires_grad=True)
+    sparse = reference_sla2.sparse_branch(query, key, value, mask, SCALE)
+    mass = reference_sla2.log_mass(query, key, mask, SCALE)
+    assert (mass == -torch.inf).all()
+    linear = reference_sla2.linear_branch(query.softmax(-1), key.softmax(-1), value, 1 + mask)
+    total = sparse.sum() + linear.sum() + torch.sigmoid(-mass).sum()
+    (grad,) = torch.autograd.grad(total, mask)
+    assert not grad.any(), "zero, and no NaN"
+
+
 # --- soft top-k ------------------------------------------------------------------------------------------------------
 
 

@@ -178,30 +178,34 @@ def test_the_order_is_undone_around_a_layer():
 
 
 def routers() -> dict[str, sla_ref.Router]:
+    parts = partial(sla_ref.sub_block_scores, parts_k=2)
     return {
         "learned": sla_ref.Router(sla_ref.LearnedScores(16)).requires_grad_(False),
-        "sub-blocks": sla_ref.Router(partial(sla_ref.sub_block_scores, parts_k=2)),
-        "top-p": sla_ref.Router(top_p=0.4),
-        "protected": sla_ref.Router(protected_queries=slice(0, 3), protected_keys=slice(-3, None)),
+        "all the rest": sla_ref.Router(parts, top_p=0.4, protected_queries=slice(0, 3), protected_keys=slice(-3, None)),
     }
 
 
 @pytest.mark.parametrize("name", routers())
-def test_layers_take_a_router_and_backends_its_maps(name, backend_name, device):
+def test_both_layers_take_a_router(name):
     router = routers()[name]
-    query, key = (tensor.to(device) for tensor in tokens(40))
+    query, key = tokens()
     block_map = router(query, key, 0.4, 0.0, **BLOCKS)
+    for layer in (
+        sla_ref.SparseLinearAttention(16, 0.4, 0.0, router=router, **BLOCKS),
+        sla_ref.SLA2Attention(16, 2, 0.4, router=router, **BLOCKS),
+    ):
+        assert torch.equal(layer(query, key, key), layer(query, key, key, block_map=block_map))
+
+
+def test_backends_take_maps_with_rows_of_unequal_length(backend_name, device):
+    query, key = (tensor.to(device) for tensor in tokens(40))
+    block_map = routers()["all the rest"](query, key, 0.1, 0.3, **BLOCKS)
+    assert not block_map.is_uniform
     problem = testing.make_problem(query_length=40, head_dim=16, **BLOCKS, device=device)
     problem = problem._replace(inputs=problem.inputs._replace(query=query, key=key, block_map=block_map))
     exact = testing.oracle(problem)
     results = testing.run_backend(backends.load(backend_name), problem)
     testing.assert_within(results, exact, testing.error_budget(problem, exact))
-    for layer in (
-        sla_ref.SparseLinearAttention(16, 0.4, 0.0, router=router, backend=backend_name, **BLOCKS),
-        sla_ref.SLA2Attention(16, 2, 0.4, router=router, backend=backend_name, **BLOCKS),
-    ):
-        layer.to(device)
-        assert torch.equal(layer(query, key, key), layer(query, key, key, block_map=block_map))
 
 
 def test_a_function_is_a_router():

@@ -115,9 +115,9 @@ def test_gradients_by_finite_differences(alpha):
     assert torch.autograd.gradcheck(run, [*x, *values])
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", ["token", "ideal"])  # the latter needs lse and its gradient, twice
 def test_backends_agree(alpha, backend_name, device):
-    layer = make_layer(alpha, backend=backend_name, proj=True, query_length=40 if alpha == "block" else None)
+    layer = make_layer(alpha, backend=backend_name, proj=True)
     exact_layer, x = copy.deepcopy(layer).double(), inputs(length=40)
     exact_x = [tensor.detach().double().requires_grad_() for tensor in x]
     mask = sla_ref.classify_blocks(*x[:2], 0.3, 0.0, **BLOCKS).labels
@@ -154,13 +154,9 @@ def test_rows_of_one_branch_have_weight_zero_or_one_and_finite_gradients(alpha):
     assert not out[:, :, 32:48].any()
     found = gradients(out, [*x, *layer.parameters()])
     assert all(grad.isfinite().all() and grad.any() for grad in found)
-    only_both = gradients(layer(*x, block_map=block_map)[:, :, 48:], list(layer.parameters()))
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
-    whole = torch.autograd.grad(
-        (layer(*x, block_map=block_map) * weights)[:, :, :48].sum(), [x[0], *layer.parameters()]
-    )
-    assert not any(grad.any() for grad in whole[1:]), "alpha is no parameter's where a branch is empty"
-    assert len(only_both) == len(whole) - 1
+    alone = layer(*x, block_map=block_map)[:, :, :48].square().sum()
+    of_alpha = torch.autograd.grad(alone, [x[0], *layer.parameters()])[1:]
+    assert not any(grad.any() for grad in of_alpha), "alpha's parameters have no part in such rows"
 
 
 def test_ideal_alpha_is_the_critical_share_of_the_softmax():
@@ -215,22 +211,23 @@ def test_a_fresh_proj_and_a_fresh_learned_router_change_nothing():
     assert not layer.proj_l.bias.any()
 
 
-def test_stage_1_moves_the_router_towards_full_attention():
-    """A router that starts wrong, the keys' sign turned, finds better blocks by the soft choice, and keeps them."""
-    x = [tensor.detach() for tensor in inputs(torch.float64)]
-    x[0], x[1] = 3 * x[0], 3 * x[1]
+def test_stage_1_trains_a_router():
+    """A router that starts wrong, the keys' sign turned, ends with better blocks than the pooled choice."""
+    query, key, value = (tensor.detach() for tensor in inputs(torch.float64))
+    x = 2 * query, 2 * key, value
     full = F.scaled_dot_product_attention(*x)
+    pooled = F.mse_loss(make_layer("ideal")(*x), full)
     layer = make_layer("ideal", router="learned").double()
     with torch.no_grad():
         layer.router.scores.proj_k.weight.neg_()
-        before = F.mse_loss(layer(*x), full)
+        assert F.mse_loss(layer(*x), full) > 1.2 * pooled
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
-        F.mse_loss(layer(*x, tau=0.1), full).backward()
+        F.mse_loss(layer(*x, tau=1.0), full).backward()
         optimizer.step()
     layer.router.requires_grad_(False)
-    assert F.mse_loss(layer(*x), full) < before
+    assert F.mse_loss(layer(*x), full) < 0.95 * pooled
 
 
 # --- as a module -----------------------------------------------------------------------------------------------------
@@ -283,7 +280,7 @@ def test_deepcopy_pickle_and_state_dict(alpha):
     assert torch.equal(fresh(*inputs()), expected)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", ["block", "token", "block_means", "ideal"])
 def test_compiled_layer(alpha):
     """Forward and backward in one graph each; with lengths that change, where the form of alpha takes them."""
     torch._dynamo.reset()

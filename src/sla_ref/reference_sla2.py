@@ -35,7 +35,9 @@ def router_scores(query: Tensor, key: Tensor, proj_q: Tensor, proj_k: Tensor, bl
 
     `proj_q` and `proj_k` are (D, D). With both at the identity this is SLA's own choice. Algorithm 2 of the paper takes
     a softmax and 1/sqrt(d) here, Equation 16 does not. The hard choice is the same; the soft top-k is not. This follows
-    the equation, since the softmax of many blocks lies so close together that tau = 0.1 cannot tell them apart.
+    the equation, since the softmax of many blocks lies so close together that tau = 0.1 cannot tell them apart. In turn
+    these scores grow with the tokens and with D, and where they are large a tau of 0.1 is so sharp that it leaves no
+    gradient.
     """
     return (pool(query, block_q) @ proj_q.mT) @ (pool(key, block_k) @ proj_k.mT).mT
 

@@ -66,7 +66,8 @@ class SLA2Attention(nn.Module):
     A learned router needs two stages, as in the paper. In stage 1, `layer(query, key, value, tau=0.1)` chooses blocks
     softly, and the gradient reaches the router; match it to full attention. Then freeze it,
     `layer.router.requires_grad_(False)`, and train model and alpha with the hard choice. A hard choice gives a router
-    no gradient, so one that still asks for it raises RuntimeError. Frozen without stage 1, it is SLA's own choice.
+    no gradient, so one that still asks for it raises RuntimeError. Frozen without stage 1, it is SLA's own choice. tau
+    is in units of `block_scores`: the paper's 0.1 leaves no gradient where scores are far larger.
 
     alpha starts at 0.9 where it is learned ("head", "block", and "token" with w_h = 0), Proj and a learned router at
     the identity.
