@@ -199,7 +199,7 @@ class Router(nn.Module):
         else:
             shares = torch.softmax(scores / math.sqrt(query.shape[3]), dim=-1).sort(dim=-1, descending=True).values
             before = shares.cumsum(-1) - shares  # the share of all better blocks
-            enough = (before <= self.top_p).sum(-1, keepdim=True).clamp(min=num_critical)  # (B, H, Tq, 1)
+            enough = (before < self.top_p).sum(-1, keepdim=True).clamp(min=num_critical)  # (B, H, Tq, 1)
             block_map = BlockMap(labels_by_rank(scores, enough, num_negligible), *sizes)
         return protect(block_map, **protected)
 
