@@ -309,23 +309,19 @@ def _alpha(logit: Tensor, critical: Tensor, marginal: Tensor, query_length: int,
 
 
 def _log_mass_of_means(prepared: Prepared, block_map: BlockMap, dtype: torch.dtype) -> Tensor:
-    """log sum_j n_j exp(scale q . mean(K_j)) over the marginal key blocks, (B, H, Nq).
-
-    In rows without a marginal block, over all blocks: some finite number, of which nothing is made.
-    """
+    """log sum_j n_j exp(scale q . mean(K_j)) over the marginal key blocks, (B, H, Nq); -inf in rows without one."""
     query, key, block_q, block_k = prepared.query, prepared.key, block_map.block_q, block_map.block_k
     means = pool_blocks(key, block_k).to(dtype)  # (B, H, Tk, D)
     start = block_k * torch.arange(means.shape[2], device=key.device)
     count = (key.shape[2] - start).clamp(max=block_k)  # (Tk,) the last block may be partial
     scores = prepared.scale * query.to(dtype) @ means.mT + count.to(dtype).log()  # (B, H, Nq, Tk)
-    marginal = block_map.labels == MARGINAL
-    counted = marginal | ~marginal.any(-1, keepdim=True)
     i = torch.arange(query.shape[2], device=key.device) // block_q
-    return scores.masked_fill(~counted[:, :, i], -torch.inf).logsumexp(-1)
+    marginal = (block_map.labels == MARGINAL)[:, :, i]
+    return scores.masked_fill(~marginal, -torch.inf).logsumexp(-1)
 
 
 def _log_mass(prepared: Prepared, block_map: BlockMap) -> Tensor:
-    """log sum exp(scale q . k) over the marginal keys, (B, H, Nq): the operator's lse with those as critical ones."""
+    """log sum exp(scale q . k) over the marginal keys, (B, H, Nq): the operator's lse, were those the critical ones."""
     labels = torch.where(block_map.labels == MARGINAL, CRITICAL, NEGLIGIBLE).to(torch.int8)
     sizes = (block_map.block_q, block_map.block_k, block_map.query_length, block_map.key_length)
     return attend(prepared, softmax, softmax, BlockMap(labels, *sizes)).lse
