@@ -1,4 +1,4 @@
-"""Time the backends beside the dense equations on this GPU: what the kernels written with Numba cost and gain.
+"""Time the backends and the dense equations on this GPU: what the kernels written with Numba cost and gain.
 
     python benchmarks/backends.py --json benchmarks/results/backends.json
 
@@ -18,19 +18,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu import RATIOS, Problem, about, attempt
+from gpu import RATIOS
+from measure import Clock, about, attempt
 from torch import Tensor
 
 BACKENDS = ("torch", "triton", "numba")
 
 
-class Tokens(Problem):
+class Tokens(Clock):
     """Inputs of one length, their block map, and the functions that are timed on them."""
 
     def __init__(self, shape: tuple[int, int, int, int], block: int, critical_ratio: float) -> None:
         from sla_ref import classify_blocks
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__()
         generator = torch.Generator().manual_seed(0)
         tensors = [torch.randn(shape, generator=generator).to(self.device) for _ in range(5)]
         self.inputs, self.grads = [tensor.requires_grad_() for tensor in tensors[:3]], tensors[3:]
@@ -52,7 +53,7 @@ class Tokens(Problem):
 
         return lambda: sla_ref.sparse_linear_attention(*self.inputs, block_map=self.block_map, backend=name)[:2]
 
-    def both(self, function: Callable[[], tuple[Tensor, ...]], parameters: tuple = ()) -> Callable[[], tuple]:
+    def both(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple]:
         return lambda: torch.autograd.grad(function(), self.inputs, self.grads)
 
     def figures(self, function: Callable[[], tuple[Tensor, Tensor]], turns: int) -> dict[str, float]:
@@ -60,7 +61,7 @@ class Tokens(Problem):
         both = self.both(function)
         both()  # compiles
         found = {
-            "forward": self.milliseconds(self.forward(function), turns),
+            "forward": self.milliseconds(torch.no_grad()(function), turns),
             "forward_backward": self.milliseconds(both, turns),
         }
         if self.device.type == "cuda":
@@ -71,7 +72,7 @@ class Tokens(Problem):
         """The same milliseconds as CUDA graphs."""
         if self.device.type != "cuda":
             return {}
-        functions = {"forward_graph": self.forward(function), "forward_backward_graph": self.both(function)}
+        functions = {"forward_graph": torch.no_grad()(function), "forward_backward_graph": self.both(function)}
         return {name: attempt(lambda f=f: self.replayed(f)) for name, f in functions.items()}
 
 
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here; must not exist")
     parser.add_argument("--commit", help="of this code, where there is no git")
-    parser.add_argument("--all-cases", action="store_true", help="parity on every case, not on the quick ones alone")
+    parser.add_argument("--all-cases", action="store_true", help="parity on every case, not only on the quick ones")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, no parity checks")
     options = parser.parse_args()
     if options.json is not None and options.json.exists():
@@ -179,7 +180,7 @@ def main() -> None:
     critical = max(1, int(RATIOS[0] * blocks))  # blocks in a row, at every length
     result: dict = {"lengths": {}}
     for length in lengths:
-        # Half a block more than asked for, so that no rounding loses one.
+        # Half a block more than asked for: then rounding cannot lose one.
         tokens = Tokens((1, heads, length, head_dim), block, (critical + 0.5) / (length // block))
         if "about" not in result:
             result = {

@@ -3,7 +3,7 @@
     python benchmarks/cpu.py                    # the table, about five minutes on two cores
     python benchmarks/cpu.py --json results/cpu.json
 
-Both run in turn, so that a busy moment meets both; each time is the minimum of all turns. SLA is the whole operator:
+Both run in turn, and a busy moment slows down both; each time is the minimum of all turns. SLA is the whole operator:
 classification at 5 % critical and 10 % negligible, feature map, both branches and their sum. The second table holds the
 number of critical blocks fixed, where the sparse branch must grow linearly with N.
 """

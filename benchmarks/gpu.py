@@ -1,112 +1,57 @@
 """Time and check the Triton backend on this GPU: the whole layer against cuDNN's SDPA in the same run.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
+    python benchmarks/gpu.py --only lengths,python      # some parts; their names are those of PARTS
 
-The problem is Wan2.1-1.3B's self-attention at 480p: batch 1, 12 heads, 32760 tokens of 128, bfloat16, 5 % critical and
-10 % negligible blocks. A layer is classification, feature map, both branches, Proj and the sum. Times are medians
+The main problem is Wan2.1-1.3B's self-attention at 480p: batch 1, 12 heads, 32760 tokens of 128, bfloat16, 5 % critical
+and 10 % negligible blocks. A layer is classification, feature map, both branches, Proj and the sum. Times are medians
 between CUDA events; "graph" replays the same work as a CUDA graph, without the time Python takes to start it. A part
-that fails is recorded as its error, the others still run. Wants torch and triton, nothing else; `--tiny` rehearses.
+that fails is recorded as its error, the others still run. The program needs torch and triton; thu-ml/SLA is timed where
+its package can be imported. `--tiny` rehearses.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
-import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as OutOfTime
-from importlib import metadata
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_checks import parity, sanitizer
+from measure import Clock, about, attempt
 from torch import Tensor
 
 RATIOS = (0.05, 0.10)
-DTYPES = ("float32", "float16", "bfloat16")
-MIB = 2**20
+BLOCKS = (128, 64)
+WAN = (1, 12, 32760, 128)
+TINY = (1, 2, 300, 32)
+LENGTHS = [(1, 12, length, dim) for dim in (128, 64) for length in (1024, 2048, 4096, 8192, 16384, 32760)]
+LENGTHS += [(1, 40, 75600, 128)]  # Wan2.1-14B at 720p
+CRITICAL = (0.025, 0.05, 0.10, 0.15, 0.25)
 
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Times work on one device, and its memory there."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def milliseconds(self, function: Callable[[], object], turns: int = 101) -> float:
-        """Median of `turns` after a few to warm up. They are queued, so that the time Python takes shows only where it
-        is longer than the work itself; a short series falls into one slow moment of the host as a whole.
-        """
-        if self.device.type != "cuda":
-            started = time.perf_counter()
-            function()
-            return 1000 * (time.perf_counter() - started)
-        for _ in range(3):
-            function()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(turns)]
-        for start, end in events:
-            start.record()
-            function()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events)
-
-    def replayed(self, function: Callable[[], object]) -> float:
-        """Median time of the same work as a CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        return self.milliseconds(graph.replay)
-
-    def peak(self, function: Callable[[], object]) -> float:
-        """MiB above the inputs."""
-        function()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-# --- the two sides ---------------------------------------------------------------------------------------------------
+# --- the sides -------------------------------------------------------------------------------------------------------
 
 
 class Problem(Clock):
     """Inputs, and the functions that are timed on them."""
 
-    def __init__(self, tiny: bool) -> None:
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
         super().__init__()
-        self.shape = (1, 2, 300, 32) if tiny else (1, 12, 32760, 128)
+        self.shape = shape
         self.dtype = torch.bfloat16
-        self.blocks = ((64, 32),) if tiny else ((128, 64), (64, 64))
-        generator = torch.Generator().manual_seed(0)
-        tensors = (torch.randn(self.shape, generator=generator).to(self.dtype).to(self.device) for _ in range(4))
-        *self.inputs, self.grad = (tensor.contiguous() for tensor in tensors)
+        generator = torch.Generator(self.device).manual_seed(0)
+        *self.inputs, self.grad = (
+            torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32).to(self.dtype)
+            for _ in range(4)
+        )
         for tensor in self.inputs:
             tensor.requires_grad_()
 
@@ -117,281 +62,263 @@ class Problem(Clock):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*self.inputs)
 
-    def layer(self, block_q: int, block_k: int) -> torch.nn.Module:
+    def layer(self, blocks: tuple[int, int] = BLOCKS, critical_ratio: float = RATIOS[0]) -> torch.nn.Module:
         import sla_ref
 
         torch.manual_seed(0)
         layer = sla_ref.SparseLinearAttention(
-            self.shape[-1], *RATIOS, block_q=block_q, block_k=block_k, backend="triton"
+            self.shape[-1], critical_ratio, RATIOS[1], block_q=blocks[0], block_k=blocks[1], backend="triton"
         )
         torch.nn.init.normal_(layer.proj_l.weight, std=self.shape[-1] ** -0.5)  # zero at the start: nothing to multiply
         return layer.to(self.device, self.dtype)
 
-    def forward(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(function)
+    def released_layer(self, blocks: tuple[int, int] = BLOCKS) -> torch.nn.Module:
+        """The layer of thu-ml/SLA, where that package is installed."""
+        from sparse_linear_attention import SparseLinearAttention
 
-    def both(self, function: Callable[[], Tensor], parameters: tuple = ()) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(function(), (*self.inputs, *parameters), self.grad)
+        layer = SparseLinearAttention(head_dim=self.shape[-1], topk=RATIOS[0], BLKQ=blocks[0], BLKK=blocks[1])
+        return layer.to(self.device)
+
+    def passes(self, function: Callable[..., Tensor]) -> dict[str, Callable[[], object]]:
+        """Attention of the inputs, forward without gradients, and forward and backward."""
+        parameters = tuple(function.parameters()) if isinstance(function, torch.nn.Module) else ()
+        inputs = self.inputs if isinstance(function, torch.nn.Module) else ()
+        return {
+            "forward": torch.no_grad()(lambda: function(*inputs)),
+            "forward_backward": lambda: torch.autograd.grad(function(*inputs), (*self.inputs, *parameters), self.grad),
+        }
+
+    def times(self, function: Callable[..., Tensor], *, graph: bool = False, peak: bool = True) -> dict[str, Any]:
+        """Milliseconds of both passes, as graphs too if asked for, and the peak memory of forward + backward."""
+        passes = self.passes(function)
+        found: dict[str, Any] = {name: self.milliseconds(each) for name, each in passes.items()}
+        if self.device.type == "cuda":
+            if graph:
+                found |= {f"{name}_graph": attempt(lambda f=each: self.replayed(f)) for name, each in passes.items()}
+            if peak:
+                found["peak_mib"] = self.peak(passes["forward_backward"])
+        return found
 
 
-def sdpa_figures(problem: Problem) -> dict[str, float]:
-    both = problem.both(problem.sdpa)
-    figures = {
-        "forward": problem.milliseconds(problem.forward(problem.sdpa)),
-        "forward_backward": problem.milliseconds(both),
-    }
-    if problem.device.type == "cuda":
-        figures["peak_mib"] = problem.peak(both)
-    return figures
+# --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def layer_figures(problem: Problem, block_q: int, block_k: int) -> dict[str, object]:
+def layer(problem: Problem, blocks: tuple[int, int]) -> dict[str, Any]:
     """Cold start, times, peak memory, and whether 100 repeats give the same bits."""
-    layer = problem.layer(block_q, block_k)
-    both = problem.both(lambda: layer(*problem.inputs), tuple(layer.parameters()))
-    forward = problem.forward(lambda: layer(*problem.inputs))
-    problem.wait()
-    started = time.perf_counter()
-    both()
-    problem.wait()
-    figures: dict[str, object] = {"cold_start_s": time.perf_counter() - started}
-    figures["forward"] = problem.milliseconds(forward)
-    figures["forward_backward"] = problem.milliseconds(both)
-    if problem.device.type == "cuda":
-        figures["peak_mib"] = problem.peak(both)
-        figures["forward_graph"] = attempt(lambda: problem.replayed(forward))
-        figures["forward_backward_graph"] = attempt(lambda: problem.replayed(both))
+    function = problem.layer(blocks)
+    passes = problem.passes(function)
+    cold_start = problem.host_seconds(passes["forward_backward"])
+    found = {"cold_start_s": cold_start} | problem.times(function, graph=True)
     repeats = 100 if problem.device.type == "cuda" else 1
-    first = (forward(), *both())
-    different = sum(
-        not all(torch.equal(a, b) for a, b in zip(first, (forward(), *both()), strict=True)) for _ in range(repeats)
-    )
-    return figures | {"repeats": repeats, "repeats_that_differ": different}
+
+    def run() -> list[Tensor]:
+        return [passes["forward"](), *passes["forward_backward"]()]
+
+    first = run()
+    different = sum(not all(map(torch.equal, first, run())) for _ in range(repeats))
+    return found | {"repeats": repeats, "repeats_that_differ": different}
 
 
-def kernel_figures(problem: Problem, block_q: int, block_k: int) -> dict[str, float]:
+def wan(tiny: bool) -> dict[str, Any]:
+    """The main problem: cuDNN, this layer, thu-ml/SLA's, and FlexAttention over the same critical blocks."""
+    problem = Problem(TINY if tiny else WAN)
+    sizes = ((64, 32),) if tiny else (BLOCKS, (64, 64))
+    found: dict[str, Any] = {"sdpa_cudnn": attempt(lambda: problem.times(problem.sdpa))}
+    found["layer"] = {f"{q}x{k}": attempt(lambda q=q, k=k: layer(problem, (q, k))) for q, k in sizes}
+    found["released_code"] = {
+        f"{q}x{k}": attempt(lambda q=q, k=k: problem.times(problem.released_layer((q, k)))) for q, k in sizes
+    }
+    found["flex"] = attempt(lambda: flex(problem, (128, 128)))
+    found["kernels_us"] = attempt(lambda: kernels(problem, sizes[0]))
+    return found
+
+
+def flex(problem: Problem, blocks: tuple[int, int]) -> dict[str, Any]:
+    """FlexAttention, compiled, over the critical blocks of our classification: the sparse branch and nothing else."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    import sla_ref
+
+    block_map = sla_ref.classify_blocks(*problem.inputs[:2], *RATIOS, block_q=blocks[0], block_k=blocks[1])
+    mask, compiled = block_map.to_flex(), torch.compile(flex_attention)
+    return problem.times(lambda: compiled(*problem.inputs, block_mask=mask)) | {"blocks": blocks}
+
+
+def kernels(problem: Problem, blocks: tuple[int, int]) -> dict[str, float]:
     """Microseconds of each kernel in one forward and backward of the layer."""
     if problem.device.type != "cuda":
         return {}
-    from torch.profiler import ProfilerActivity, profile
-
-    layer = problem.layer(block_q, block_k)
-    both = problem.both(lambda: layer(*problem.inputs), tuple(layer.parameters()))
-    both()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        both()
-        torch.cuda.synchronize()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {event.key[:120]: round(event.self_device_time_total, 1) for event in events if event.self_device_time_total}
+    launched = problem.launches(problem.passes(problem.layer(blocks))["forward_backward"])
+    return {name: microseconds for name, (_, microseconds) in launched.items()}
 
 
-def released_code_figures(problem: Problem) -> dict[str, object]:
-    """thu-ml/SLA's layer, where that package is installed."""
-    from sparse_linear_attention import SparseLinearAttention
-
-    figures = {}
-    for block_q, block_k in problem.blocks:
-        layer = SparseLinearAttention(head_dim=problem.shape[-1], topk=RATIOS[0], BLKQ=block_q, BLKK=block_k)
-        layer = layer.to(problem.device)
-        both = problem.both(lambda layer=layer: layer(*problem.inputs))
-        figures[f"{block_q}x{block_k}"] = {
-            "forward": problem.milliseconds(problem.forward(lambda layer=layer: layer(*problem.inputs))),
-            "forward_backward": problem.milliseconds(both),
-            "peak_mib": problem.peak(both),
-        }
-    return figures
+def lengths(tiny: bool) -> list[dict[str, Any]]:
+    """cuDNN, this layer and thu-ml/SLA's from short sequences to the longest."""
+    rows = []
+    for shape in [TINY] if tiny else LENGTHS:
+        problem = Problem(shape)
+        sides = {"sdpa_cudnn": problem.sdpa, "layer": problem.layer(), "released_code": None}
+        row: dict[str, Any] = {"shape": shape}
+        for name, function in sides.items():
+            row[name] = attempt(
+                lambda p=problem, f=function, n=name: p.times(f or p.released_layer(), graph=n == "layer", peak=False)
+            )
+        rows.append(row)
+    return rows
 
 
-# --- parity and sanitizer --------------------------------------------------------------------------------------------
+def ratios(tiny: bool) -> list[dict[str, Any]]:
+    """The main problem at other shares of critical blocks."""
+    problem = Problem(TINY if tiny else WAN)
+    return [
+        {"critical_ratio": ratio} | attempt(lambda r=ratio: problem.times(problem.layer(critical_ratio=r)))
+        for ratio in (CRITICAL[:1] if tiny else CRITICAL)
+    ]
 
 
-def check(case_name: str, dtype: str, thorough: bool) -> tuple[int, list[str]]:
-    """How many checks of one case there are, and those that failed. Runs in a process of its own."""
-    from sla_ref import backends, testing
-
-    case = next(case for case in testing.CASES if case.name == case_name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checks = testing.check_case(
-        backends.load("triton"), case, device=device, dtype=getattr(torch, dtype), thorough=thorough
-    )
-    return len(checks), [str(check) for check in checks if not check.passed]
-
-
-def parity(tiny: bool, processes: int, seconds: float) -> dict[str, object]:
-    """Every case of `sla_ref.testing` in every dtype, several at a time: most of the time goes to compiling."""
-    from sla_ref import testing
-
-    names = [case.name for case in testing.CASES if not tiny or case.name == "random map"]
-    jobs = [(name, dtype, not tiny) for dtype in (DTYPES[-1:] if tiny else DTYPES) for name in names]
-    done, failures, unfinished = {}, [], [f"{name}, {dtype}" for name, dtype, _ in jobs]
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-    futures = {pool.submit(check, *job): f"{job[0]}, {job[1]}" for job in jobs}
-    try:
-        for future in as_completed(futures, timeout=seconds):
-            unfinished.remove(futures[future])
-            try:
-                done[futures[future]], failed = future.result()
-                failures += failed
-            except Exception as error:
-                failures.append(f"{futures[future]}: {type(error).__name__}: {error}")
-    except OutOfTime:
-        for process in list(pool._processes.values()):
-            process.terminate()
-    pool.shutdown(wait=False, cancel_futures=True)
-    return {"cases": len(done), "checks": sum(done.values()), "failures": failures, "unfinished": unfinished}
-
-
-SANITIZED = """
-import torch
-from sla_ref import backends, testing
-problem = testing.make_problem(query_length=200, key_length=300, dtype=torch.bfloat16, device="cuda")
-testing.run_backend(backends.load("triton"), problem)
-torch.cuda.synchronize()
-"""
-
-
-def sanitizer() -> dict[str, object]:
-    """compute-sanitizer's memcheck and racecheck on one small forward and backward, both at once."""
-    places = [*Path("/usr/local").glob("cuda*/bin/compute-sanitizer")]
-    places += Path(torch.__file__).parents[1].glob("nvidia/**/compute-sanitizer")
-    program = shutil.which("compute-sanitizer") or next((str(place) for place in places if place.is_file()), None)
-    if program is None:
-        raise FileNotFoundError("compute-sanitizer is not installed")
-    runs = {
-        tool: subprocess.Popen(
-            [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
+def python(tiny: bool) -> dict[str, Any]:
+    """What a short call costs before the device does anything: microseconds of Python, and how many kernels start."""
+    problem = Problem(TINY if tiny else (1, 12, 1024, 128))
+    sides = {"sdpa_cudnn": lambda: problem.sdpa, "layer": problem.layer, "released_code": problem.released_layer}
+    found: dict[str, Any] = {}
+    for side, make in sides.items():
+        found[side] = attempt(
+            lambda m=make: {
+                name: {
+                    "python_us": problem.python_microseconds(function),
+                    "launches": sum(count for count, _ in problem.launches(function).values()),
+                }
+                for name, function in problem.passes(m()).items()
+            }
         )
-        for tool in ("memcheck", "racecheck")
-    }
-    result = {}
-    for tool, run in runs.items():
-        try:
-            output, _ = run.communicate(timeout=120)
-            result[tool] = "clean" if run.returncode == 0 else output[-1500:]
-        except subprocess.TimeoutExpired:
-            run.kill()
-            result[tool] = "not finished"
-    return result
+    return found
 
+
+def sparse_only(tiny: bool) -> dict[str, Any]:
+    """The sparse branch where no block is marginal: 7 heads of 109,632 tokens, 64 critical blocks in each row."""
+    import sla_ref
+
+    shape, critical = (TINY, 2) if tiny else ((1, 7, 109632, 128), 64)
+    problem, found = Problem(shape), {}
+    for block_q, block_k in ((128, 64), (64, 64)):
+        rows, columns = math.ceil(shape[2] / block_q), math.ceil(shape[2] / block_k)
+        order = torch.rand(1, shape[1], rows, columns, device=problem.device).argsort(-1)
+        labels = torch.where(order < critical, 1, -1).to(torch.int8)
+        block_map = sla_ref.BlockMap(labels, block_q, block_k, shape[2], shape[2], num_critical=critical)
+        attention = torch.no_grad()(
+            lambda m=block_map: sla_ref.sparse_linear_attention(*problem.inputs, block_map=m, backend="triton").sparse
+        )
+        forward = attempt(lambda f=attention: problem.milliseconds(f))
+        found[f"{block_q}x{block_k}"] = {"forward": forward}
+        if isinstance(forward, float):
+            flop = 4 * shape[1] * shape[2] * critical * block_k * shape[3]
+            found[f"{block_q}x{block_k}"]["tflops"] = flop / forward / 1e9
+    return found
+
+
+PARTS: dict[str, Callable[[bool], Any]] = {
+    "wan": wan,
+    "lengths": lengths,
+    "ratios": ratios,
+    "python": python,
+    "sparse_only": sparse_only,
+}
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def attempt(part: Callable[[], object]) -> object:
-    """What a part gives, or its error, so that the others still run."""
-    try:
-        return part()
-    except Exception as error:
-        print(traceback.format_exc(limit=-2), file=sys.stderr)
-        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+def cell(value: object, base: object = None) -> str:
+    """Milliseconds, and how many times faster than `base`."""
+    if not isinstance(value, float):
+        return "-"
+    return f"{value:.2f} ({base / value:.2f}x)" if isinstance(base, float) else f"{value:.2f}"
 
 
-def about(
-    device: torch.device, commit: str | None, packages: tuple[str, ...] = ("torch", "triton", "numpy")
-) -> dict[str, object]:
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    if commit is None:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        run = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-        commit = run.stdout.strip() or "unknown"
-    found = {"device": "CPU", "versions": versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
-    if device.type == "cuda":
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-        )
-        found["device"] = torch.cuda.get_device_name(device)
-        found["versions"] |= {"cuda": torch.version.cuda, "driver": driver.stdout.strip()}
-        found["versions"]["cudnn"] = torch.backends.cudnn.version()
-    return found
+def report(result: dict[str, Any]) -> list[str]:
+    """The results for people. A side that failed says why."""
+    lines = []
+    names = ("forward", "forward_graph", "forward_backward", "forward_backward_graph")
 
+    def add(title: str, row: dict[str, Any], sdpa: dict[str, Any]) -> None:
+        cells = [
+            cell(row.get(name), sdpa.get(name.removesuffix("_graph")) if row is not sdpa else None) for name in names
+        ]
+        if "peak_mib" in row:
+            share = f" ({row['peak_mib'] / sdpa['peak_mib']:.2f}x)" if "peak_mib" in sdpa else ""
+            cells.append(f"{row['peak_mib']:.0f} MiB{share}")
+        lines.append(f"{title:34}" + "".join(f"{each:>18}" for each in cells) + row.get("error", ""))
 
-def table(result: dict) -> str:
-    """The figures for people."""
-    sdpa = result["sdpa_cudnn"]
-    lines = [f"{'':22}{'forward':>16}{'graph':>16}{'fwd + bwd':>16}{'graph':>16}{'peak MiB':>14}{'cold s':>8}"]
-
-    def cell(row: dict, key: str, base: str) -> str:
-        value = row.get(key)
-        if not isinstance(value, float):
-            return "-"
-        ratio = sdpa.get(base)
-        return f"{value:.2f} ({ratio / value:.2f}x)" if ratio and row is not sdpa else f"{value:.2f}"
-
-    rows = {"SDPA, cuDNN": sdpa} | {f"sla_ref {name}": row for name, row in result["layer"].items()}
-    released = result["released_code"]
-    if "error" not in released:
-        rows |= {f"thu-ml {name}": row for name, row in released.items()}
-    for name, row in rows.items():
-        peak = row.get("peak_mib")
-        share = f"{peak:.0f} ({peak / sdpa['peak_mib']:.2f}x)" if peak and "peak_mib" in sdpa else "-"
-        cold = f"{row['cold_start_s']:.1f}" if "cold_start_s" in row else "-"
-        lines.append(
-            f"{name:22}{cell(row, 'forward', 'forward'):>16}{cell(row, 'forward_graph', 'forward'):>16}"
-            f"{cell(row, 'forward_backward', 'forward_backward'):>16}"
-            f"{cell(row, 'forward_backward_graph', 'forward_backward'):>16}{share:>14}{cold:>8}"
-        )
-        if "error" in row:
-            lines.append(f"    {row['error']}")
-        if "repeats" in row:
-            lines.append(f"    {row['repeats_that_differ']} of {row['repeats']} repeats differ in a bit")
-    checked = result["parity"]
-    if "error" in checked:
-        lines.append(f"parity: {checked['error']}")
-    else:
-        lines.append(
-            f"parity: {checked['cases']} cases, {checked['checks']} checks, {len(checked['failures'])} failed, "
-            f"{len(checked['unfinished'])} cases not finished"
-        )
-        lines += [f"    {failure}" for failure in checked["failures"][:20]]
-    lines.append(f"compute-sanitizer: {result['sanitizer']}")
-    return "\n".join(lines)
+    lines.append(
+        f"{'ms (times cuDNN)':34}" + "".join(f"{each:>18}" for each in ("fwd", "graph", "fwd+bwd", "graph", "peak"))
+    )
+    sdpa: dict[str, Any] = {}
+    if "wan" in result:
+        found = result["wan"]
+        sdpa = found["sdpa_cudnn"]
+        add("SDPA, cuDNN", sdpa, sdpa)
+        for name, row in found["layer"].items():
+            add(f"sla_ref {name}", row, sdpa)
+            if "repeats" in row:
+                repeats = f"{row['repeats_that_differ']} of {row['repeats']} repeats differ"
+                lines[-1] += f"  {repeats}, cold start {row['cold_start_s']:.1f} s"
+        for name, row in found["released_code"].items():
+            add(f"thu-ml {name}", row, sdpa)
+        add("FlexAttention, critical blocks", found["flex"], sdpa)
+    for row in result.get("lengths", []):
+        shape = "x".join(map(str, row["shape"][1:]))
+        add(f"{shape} cuDNN", row["sdpa_cudnn"], row["sdpa_cudnn"])
+        add(f"{shape} sla_ref", row["layer"], row["sdpa_cudnn"])
+        add(f"{shape} thu-ml", row["released_code"], row["sdpa_cudnn"])
+    for row in result.get("ratios", []):
+        add(f"critical {row['critical_ratio']:.1%}", row, sdpa)
+    for part in ("python", "sparse_only", "parity", "sanitizer"):
+        if part in result:
+            lines.append(f"{part}: {json.dumps(result[part])[:1500]}")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here; must not exist")
     parser.add_argument("--commit", help="of this code, where there is no git")
+    parser.add_argument("--only", help=f"parts to run, with commas between: {', '.join(PARTS)}, checks")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="for the parity cases")
     parser.add_argument("--parity-seconds", type=float, default=900, help="time limit of the parity cases")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, one parity case")
     options = parser.parse_args()
+    parts = (*PARTS, "checks") if options.only is None else options.only.split(",")
+    if unknown := set(parts) - {*PARTS, "checks"}:
+        parser.error(f"--only takes {', '.join(PARTS)}, checks; got {', '.join(sorted(unknown))}")
     if options.json is not None and options.json.exists():
         parser.error(f"--json must name a new file, {options.json} exists")
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("there is no GPU here; --tiny rehearses in Triton's interpreter")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    with tempfile.TemporaryDirectory() as cache:  # an empty cache, so that the first call compiles everything
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: the first call compiles everything
         os.environ["TRITON_CACHE_DIR"] = cache
-        problem = Problem(options.tiny)
-        result: dict = {"about": about(problem.device, options.commit), "problem": {"shape": problem.shape}}
-        result["problem"] |= {"dtype": "bfloat16", "critical_ratio": RATIOS[0], "negligible_ratio": RATIOS[1]}
-        result["sdpa_cudnn"] = attempt(lambda: sdpa_figures(problem))
-        result["layer"] = {
-            f"{q}x{k}": attempt(lambda q=q, k=k: layer_figures(problem, q, k)) for q, k in problem.blocks
+        result: dict[str, Any] = {"about": about(Clock().device, options.commit)}
+        result["problem"] = {
+            "shape": WAN,
+            "dtype": "bfloat16",
+            "critical_ratio": RATIOS[0],
+            "negligible_ratio": RATIOS[1],
         }
-        result["released_code"] = attempt(lambda: released_code_figures(problem))
-        result["kernels_us"] = attempt(lambda: kernel_figures(problem, *problem.blocks[0]))
-        with ThreadPoolExecutor(1) as beside:  # all that is timed is done
-            sanitized = beside.submit(attempt, sanitizer)
-            result["parity"] = attempt(lambda: parity(options.tiny, options.processes, options.parity_seconds))
-            result["sanitizer"] = sanitized.result()
+        for name, part in PARTS.items():
+            if name in parts:
+                started = time.perf_counter()
+                result[name] = attempt(lambda p=part: p(options.tiny))
+                print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+        if "checks" in parts:
+            with ThreadPoolExecutor(1) as second:  # all that is timed is done
+                sanitized = second.submit(attempt, sanitizer)
+                result["parity"] = attempt(lambda: parity(options.tiny, options.processes, options.parity_seconds))
+                result["sanitizer"] = sanitized.result()
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["about"]))
-    print(table(result))
+    print("\n".join(report(result)))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ WAYS = {
 def compare(blocks: int, head_dim: int, turns: int) -> list[dict[str, object]]:
     """Milliseconds and additions of each way at each share; every query block has the same number of marginal blocks.
 
-    A turn goes through all shares and ways, so that a busy minute does not fall on one of them alone.
+    A turn goes through all shares and ways, and a busy minute slows down all of them.
     """
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(blocks, head_dim**2, generator=generator)

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from gpu import RATIOS, Clock, about, attempt
+from gpu import RATIOS
+from measure import Clock, about, attempt
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -137,7 +138,7 @@ class Wan(Clock):
 
 
 def figures(wan: Wan, turns: int, compiled: bool) -> dict[str, object]:
-    """All of one arm; what fails, fails alone."""
+    """Everything that is measured of one arm. If one part fails, the others still run."""
     result: dict[str, object] = {"forward": attempt(lambda: wan.milliseconds(wan.forward, turns))}
     result["self_attention"] = attempt(lambda: wan.self_attention(turns))
     if wan.device.type == "cuda":

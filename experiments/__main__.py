@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments run` and `python -m experiments report`, from the root of a clone."""
+"""Command line of the experiments, for the root folder of the repository."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 @app.command("run")
 def run_command(
-    names: Annotated[list[str] | None, typer.Argument(help="Experiments; all if left out.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Experiments to run; all by default.")] = None,
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}; quick takes seconds.")] = "n1024",
-    seed: Annotated[list[int] | None, typer.Option(help="Repeat it for several. Default: 0, 1 and 2.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat the option for several. Default: 0, 1 and 2.")] = None,
     device: Device = "auto",
-    work: Annotated[Path, typer.Option(help="Folder of trained teachers and classifiers.")] = Path("runs/experiments"),
+    work: Annotated[Path, typer.Option(help="Where trained teachers and classifiers are.")] = Path("runs/experiments"),
 ) -> None:
     """Measure what is not measured yet, into benchmarks/results/experiments (quick: into runs/experiments-quick)."""
     if setting not in SETTINGS:
@@ -38,12 +38,12 @@ def run_command(
 
 @app.command("report")
 def report_command() -> None:
-    """Put the tables and figures of all measured lines into docs/experiments.md and docs/experiments/."""
+    """Put the tables and pictures of all measured lines into docs/experiments.md and docs/experiments/."""
     report()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command; an error the user can mend is one line, not a traceback."""
+    """Runs a command. An error that the user can fix is printed as one line, without a traceback."""
     try:
         app(arguments)
     except (ArithmeticError, ValueError, OSError, RuntimeError) as error:

@@ -1,9 +1,9 @@
 """The paper's Figures 1 and 3: few weights are large, many are small, and what is not large has a low stable rank.
 
-The paper's figures are of one sampled map of Wan2.1: 8.1 % of the weights are above 1/N, about 45 % below 1/(100 N).
-Without the smallest 45 % the error is below 3 %, with the largest 8.1 % alone about 33 %. The stable rank of the whole
-map is 6226, of its largest 8 % 6230, of the rest 9. Here all layers and heads of the teacher are looked at, on held-out
-clips.
+The paper's numbers are of one sampled map of Wan2.1: 8.1 % of the weights are above 1/N, about 45 % below 1/(100 N).
+Without the smallest 45 % the error is below 3 %, with only the largest 8.1 % about 33 %. The whole map has a stable
+rank of 6226, its largest 8 % have 6230, and the others 9. This experiment looks at all layers and heads of the teacher,
+on held-out clips.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .setting import Context, Experiment, Setting
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the flow: 0 is the clip, 1 is noise
 CASES = {f"t = {time}": time for time in TIMES}
-CLIPS = 4  # whose maps are looked at, per time; 4 layers and 2 heads make 32 maps of them
+CLIPS = 4  # for each time; with 4 layers and 2 heads they have 32 maps
 LARGE_SHARE, SMALL_SHARE = 0.081, 0.45  # the paper's shares of its map
 RANK_SHARE = 0.08
-ITERATIONS = 30  # make stable ranks right to about 1e-5; all eigenvalues of a map of N 4096 would take too long
+ITERATIONS = 30  # give stable ranks to about 1e-5; all eigenvalues of a map with N = 4096 would take too long
 
-Figures = dict[str, Tensor]
+Quantities = dict[str, Tensor]
 
 
 def noisy_clips(model: VideoTransformer, seed: int, times: Tensor) -> Batch:
-    """One held-out clip per time of `times` (n,), with noise; the seed decides which."""
+    """One held-out clip with noise for each entry of `times` (n,). The seed chooses clips and noise."""
     data = model.config.clips("held_out", evaluate.HELD_OUT_SEED + 1 + seed)
     clip, labels = data.batch(len(times))
     noise = torch.randn(clip.shape, generator=data.generator)
@@ -40,30 +40,33 @@ def noisy_clips(model: VideoTransformer, seed: int, times: Tensor) -> Batch:
 
 
 def of_all_layers(
-    model: VideoTransformer, data: Batch, clips: int, figures: Callable[[Tensor, Tensor, Tensor], Figures]
-) -> Figures:
-    """What `figures` says of query, key and value of each layer, stacked; of one clip at a time: a map is N x N."""
+    model: VideoTransformer, data: Batch, clips: int, measure: Callable[[Tensor, Tensor, Tensor], Quantities]
+) -> Quantities:
+    """What `measure` returns for query, key and value of each layer and clip, stacked.
+
+    It gets one clip at a time, because a map has N x N weights.
+    """
     device = next(model.parameters()).device
     found: dict[str, list[Tensor]] = {}
     for clip in range(min(clips, len(data.x))):
         inputs = (each[clip : clip + 1].to(device) for each in (data.x, data.time, data.labels))
         for layer in evaluate.attention_inputs(model, *inputs):
-            for name, figure in figures(*layer).items():
-                found.setdefault(name, []).append(figure.double().cpu())
+            for name, quantity in measure(*layer).items():
+                found.setdefault(name, []).append(quantity.double().cpu())
     return {name: torch.stack(each) for name, each in found.items()}
 
 
-def mean_and_bounds(figures: Figures) -> dict[str, float]:
-    """Each figure's mean over clips, layers and heads, and its smallest and largest value."""
+def mean_and_bounds(quantities: Quantities) -> dict[str, float]:
+    """The mean of each quantity over clips, layers and heads, and its smallest and largest value."""
     bounds: dict[str, Callable[[Tensor], Tensor]] = {"": Tensor.mean, "_min": Tensor.min, "_max": Tensor.max}
-    return {f"{name}{bound}": of(each).item() for name, each in figures.items() for bound, of in bounds.items()}
+    return {f"{name}{bound}": of(each).item() for name, each in quantities.items() for bound, of in bounds.items()}
 
 
-def map_figures(query: Tensor, key: Tensor, value: Tensor) -> Figures:
-    """What the paper says of one map, for each of the maps of query, key and value (..., N, D).
+def map_quantities(query: Tensor, key: Tensor, value: Tensor) -> Quantities:
+    """What the paper reports for its map, for each map of query, key and value (..., N, D).
 
-    Errors are relative L1 errors of the output P V, with the rows normalised anew. Two are of the map's own bands, two
-    of the paper's shares of the weights, whatever their size.
+    Errors are relative L1 errors of the output P V after some weights were dropped and the rows normalised again. Two
+    of them drop weights by their size, and two drop the paper's share of the weights, whatever their size.
     """
     weights, value = analysis.attention_weights(query, key), value.float()
     keys = weights.shape[-1]
@@ -89,7 +92,7 @@ def map_figures(query: Tensor, key: Tensor, value: Tensor) -> Figures:
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
     teacher = find_teacher(setting, context)
     data = noisy_clips(teacher, seed, torch.full((CLIPS,), CASES[case]))
-    return mean_and_bounds(of_all_layers(teacher, data, CLIPS, map_figures))
+    return mean_and_bounds(of_all_layers(teacher, data, CLIPS, map_quantities))
 
 
 EXPERIMENT = Experiment(lambda setting: list(CASES), _measure)

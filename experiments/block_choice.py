@@ -1,8 +1,8 @@
 """Does the classification choose well? Pooled scores against a perfect ranking and a random one.
 
-The *oracle* ranks key blocks by the attention that the query block really spends on them, which only the full map
-knows. It and the random choice hand out as many labels of each class as the pooled scores do. The oracle is the best
-choice for the mass that is kept; for an output or a loss it need not be.
+The *oracle* ranks key blocks by the attention that the query block really gives them, which only the full map shows.
+The oracle and the random choice assign as many labels of each class as the pooled scores do. No other choice keeps more
+mass than the oracle, but another choice may well give a better output or loss.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from sla_ref.lab import evaluate
 from sla_ref.lab.model import ModelConfig, VideoTransformer, with_attention
 from sla_ref.lab.weights import STUDENT, load_weights
 
-from .attention_maps import TIMES, Figures, noisy_clips, of_all_layers
+from .attention_maps import TIMES, Quantities, noisy_clips, of_all_layers
 from .fine_tuning import find_teacher
 from .setting import Context, Experiment, Setting
 
 CRITICAL_RATIOS = (0.025, 0.05, 0.1, 0.2)
-LEAST_BLOCK = 16  # tokens; or what the setting has, if that is smaller
-MAP_CLIPS = 10  # whose maps are looked at
+LEAST_BLOCK = 16  # tokens, unless the setting's blocks are smaller
+MAP_CLIPS = 10  # clips whose maps are measured
 STUDENT_CASE = "the fine-tuned student"
 
 Choice = Callable[[Tensor, Tensor, sla_ref.BlockMap], Tensor]
-"""Gives labels for query, key (B, H, N, D), as many of each class as the map of the pooled scores has."""
+"""Returns labels for query and key (B, H, N, D), as many of each class as the given map has."""
 
 
 def choices(seed: int) -> dict[str, Choice]:
-    """The three that are compared; the random one goes on from call to call."""
+    """The three choices that are compared. The random one differs from call to call."""
     generator = torch.Generator().manual_seed(seed)
 
     def oracle(query: Tensor, key: Tensor, block_map: sla_ref.BlockMap) -> Tensor:
-        labels = []  # of one clip at a time, because its map is N x N
+        labels = []  # one clip at a time, because a map has N x N weights
         for q, k, of_clip in zip(query, key, block_map.labels, strict=True):
             mass = analysis.block_mass(analysis.attention_weights(q, k), block_map.block_q, block_map.block_k)
             labels.append(analysis.oracle_labels(mass, of_clip))
@@ -78,8 +78,10 @@ def with_choice(model: VideoTransformer, choose: Choice) -> VideoTransformer:
     return chosen
 
 
-def map_figures(query: Tensor, key: Tensor, value: Tensor, config: ModelConfig, compared: dict[str, Choice]) -> Figures:
-    """Of each map of query, key, value (B, H, N, D): recall, mass of each class and error of the sparse branch.
+def map_quantities(
+    query: Tensor, key: Tensor, value: Tensor, config: ModelConfig, compared: dict[str, Choice]
+) -> Quantities:
+    """Recall, mass of each class and error of the sparse branch, for each map of query, key, value (B, H, N, D).
 
     The error is the relative L1 error of O^s [Eq. 4] against full attention.
     """
@@ -90,20 +92,20 @@ def map_figures(query: Tensor, key: Tensor, value: Tensor, config: ModelConfig, 
     mass = analysis.block_mass(weights, config.block, config.block)
     full = weights @ value.float()
     best = analysis.oracle_labels(mass, block_map.labels)
-    figures = {}
+    found = {}
     for name, choose in compared.items():
         labels = choose(query, key, block_map)
         if name != "oracle":  # its recall is 1 by definition
-            figures[f"recall_{name}"] = analysis.critical_recall(labels, best)
+            found[f"recall_{name}"] = analysis.critical_recall(labels, best)
         for label, held in analysis.class_mass(mass, labels).items():
-            figures[f"{analysis.CLASS_NAMES[label]}_mass_{name}"] = held
+            found[f"{analysis.CLASS_NAMES[label]}_mass_{name}"] = held
         sparse = sla_ref.sparse_linear_attention(query, key, value, block_map=replace(block_map, labels=labels)).sparse
-        figures[f"sparse_error_{name}"] = analysis.relative_l1(sparse.float(), full)
-    return figures | {"critical_share": torch.tensor(1 - block_map.sparsity)}
+        found[f"sparse_error_{name}"] = analysis.relative_l1(sparse.float(), full)
+    return found | {"critical_share": torch.tensor(1 - block_map.sparsity)}
 
 
 def arms(setting: Setting) -> dict[str, tuple[int, float]]:
-    """Block size and critical ratio of each case. Ratios that are less than one block of a row are left out."""
+    """Block size and critical ratio of each case, without the ratios that amount to less than one block in a row."""
     least = min(LEAST_BLOCK, setting.block)
     return {
         f"blocks of {block}, {100 * ratio:g} %": (block, ratio)
@@ -114,14 +116,14 @@ def arms(setting: Setting) -> dict[str, tuple[int, float]]:
 
 
 def _cases(setting: Setting) -> list[str]:
-    """The shipped student is one of them where it has the setting's size."""
+    """All cases. The shipped student is one of them if it has the setting's size."""
     student, _ = load_weights(STUDENT)
     fits = setting.model == replace(student.config, attention="full")
     return [*arms(setting), *[STUDENT_CASE] * fits]
 
 
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
-    """Figures of maps are means over layers, heads and clips, as many of each time; the losses are of more clips."""
+    """Means over layers, heads and clips with equally many of each time. The losses are means over more clips."""
     teacher = find_teacher(setting, context)
     if case == STUDENT_CASE:
         sla, _ = load_weights(STUDENT, context.device)
@@ -132,9 +134,9 @@ def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[s
         looked_at = teacher
     compared = choices(seed)
     data = noisy_clips(teacher, seed, torch.tensor(TIMES).repeat(setting.clips)[: setting.clips])
-    of_layer = partial(map_figures, config=sla.config, compared=compared)
+    of_layer = partial(map_quantities, config=sla.config, compared=compared)
     found = of_all_layers(looked_at, data, MAP_CLIPS, of_layer)
-    values = {name: figure.mean().item() for name, figure in found.items()}
+    values = {name: quantity.mean().item() for name, quantity in found.items()}
     models = {name: with_choice(sla, choose) for name, choose in compared.items()} | {"teacher": teacher}
     losses = {name: evaluate.held_out_loss(evaluate.predict(model, data), data) for name, model in models.items()}
     return values | {f"held_out_loss_{name}": loss for name, loss in losses.items()}

@@ -1,8 +1,8 @@
-"""Which digit a frame shows: a small classifier, and what it says about generated clips.
+"""A small classifier that recognises the digit in a frame, and what it says about generated clips.
 
-It is trained here, on frames of the training clips. Two quantities of a set of clips come from it: the share in which
-it recognises the digit that was asked for, and the Fréchet distance between its features of these clips and of real
-ones (what FID does with a network trained on photographs).
+It is trained here, on frames of the training clips. It judges a set of clips by two quantities: the share of clips in
+which it recognises the requested digit, and the Fréchet distance between its features of these clips and of real ones,
+as FID does with a network trained on photographs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sla_ref.lab.model import VideoTransformer
 from .setting import QUICK, Context, Setting
 
 FEATURES = 32
-SIDE = 32  # frames of every size are brought to this one; a digit has 8 x 8 pixels behind it, so nothing gets lost
+SIDE = 32  # pixels that frames are scaled to; digits are drawn from 8 x 8 pixels, so nothing gets lost
 CLIPS_AT_A_TIME = 64
 
 
@@ -42,7 +42,7 @@ class DigitClassifier(nn.Module):
         self.out = nn.Linear(FEATURES, DIGITS)
 
     def features(self, frames: Tensor) -> Tensor:
-        """What the last layer sees, (B, FEATURES)."""
+        """The input of the last layer, (B, FEATURES)."""
         maps = self.convolutions(F.interpolate(frames[:, None], size=(SIDE, SIDE), mode="area"))
         return F.relu(self.hidden(maps.amax(dim=(2, 3))))  # the largest value, wherever the digit is
 
@@ -51,7 +51,7 @@ class DigitClassifier(nn.Module):
 
 
 def train_classifier(size: int, steps: int, device: torch.device | str = "cpu") -> DigitClassifier:
-    """A classifier trained on single frames of `size`; always the same on one device."""
+    """A classifier trained on single frames of `size`. On one device it is always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = DigitClassifier().to(device)
@@ -71,7 +71,7 @@ def train_classifier(size: int, steps: int, device: torch.device | str = "cpu") 
 
 @cache
 def find_classifier(setting: Setting, context: Context) -> DigitClassifier:
-    """The classifier for frames of the setting's size: the one that the folder `work` keeps, or one trained now."""
+    """The classifier for frames of the setting's size, read from the folder `work` or else trained and kept there."""
     steps = 40 if setting == QUICK else 600
     path = context.work / f"classifier-{setting.size}-{steps}.safetensors"
     if path.exists():
@@ -87,13 +87,13 @@ def find_classifier(setting: Setting, context: Context) -> DigitClassifier:
 
 @torch.no_grad()
 def mean_over_frames(function: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
-    """What `function` makes of a frame, mean over the frames of each clip (n, frames, size, size) -> (n, ...)."""
+    """The mean of `function` over the frames of each clip, (n, frames, size, size) -> (n, ...)."""
     parts = clips.split(CLIPS_AT_A_TIME)
     return torch.cat([function(part.flatten(0, 1)).unflatten(0, part.shape[:2]).mean(dim=1) for part in parts])
 
 
 def recognised_share(classifier: DigitClassifier, clips: Tensor, labels: Tensor) -> float:
-    """In what share of clips (n, frames, size, size) the digit is that of `labels` (n,).
+    """The share of clips (n, frames, size, size) that are classified as their `labels` (n,).
 
     The class of a clip is the largest of its frames' mean logits.
     """
@@ -103,8 +103,9 @@ def recognised_share(classifier: DigitClassifier, clips: Tensor, labels: Tensor)
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of two Gaussians with the means and covariances of the rows of a (n, F) and b (m, F).
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in float64. The distance of two finite samples of the same
-    distribution is above zero, the more the fewer they are: compare sets of the same size, of more rows than features.
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in float64. Two finite samples of the same distribution
+    have a distance above zero, which is larger for smaller samples. So compare sets of the same size, with more rows
+    than features.
     """
     a, b = a.double().cpu(), b.double().cpu()
     covariance_a, covariance_b = (torch.atleast_2d(rows.T.cov()) for rows in (a, b))
@@ -113,7 +114,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
     apart = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
     distance = apart + covariance_a.trace() + covariance_b.trace() - 2 * cross
-    return max(0.0, distance.item())  # rounding may leave a little less than nothing
+    return max(0.0, distance.item())  # rounding may make it slightly negative
 
 
 def _judged(clips: Tensor, labels: Tensor, setting: Setting, context: Context) -> dict[str, float]:
@@ -127,7 +128,7 @@ def _judged(clips: Tensor, labels: Tensor, setting: Setting, context: Context) -
 
 
 def quality(student: VideoTransformer, setting: Setting, context: Context) -> dict[str, float]:
-    """What generated clips are worth: all from the same noise, as many of each digit."""
+    """How good a student's clips are. All students start from the same noise, with equally many clips of each digit."""
     device = context.device
     generator = torch.Generator().manual_seed(evaluate.HELD_OUT_SEED)
     noise = torch.randn(setting.samples, setting.frames, setting.size, setting.size, generator=generator).to(device)
@@ -139,6 +140,6 @@ def quality(student: VideoTransformer, setting: Setting, context: Context) -> di
 
 
 def quality_of_real(seed: int, setting: Setting, context: Context) -> dict[str, float]:
-    """The same of held-out clips: the best that a model can reach, and the accuracy of the classifier."""
+    """The same for held-out clips: the best that a model can reach, and the accuracy of the classifier."""
     clips = setting.model.clips("held_out", evaluate.HELD_OUT_SEED + 2 + seed).batch(setting.samples, context.device)
     return _judged(*clips, setting, context)

@@ -1,4 +1,4 @@
-"""Fine-tunes that are compared: SLA against its halves, one part varied at a time, and when the paper's order holds."""
+"""Comparisons of fine-tunes: SLA against its halves, one part varied at a time, and when the paper's order holds."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MAIN = {
     "SLA, released code": Recipe("released"),
 }
 
-# One part varied at a time; the paper does so with the critical share and the feature map alone.
+# One part varied at a time. The paper varies only the critical share and the feature map.
 CRITICAL = {f"{ratio:.1%} critical": Recipe(critical_ratio=ratio) for ratio in (0.025, 0.05, 0.10, 0.20)}
 NEGLIGIBLE = {f"{ratio:.0%} negligible": Recipe(negligible_ratio=ratio) for ratio in (0.0, 0.10, 0.30, 0.50)}
 FEATURE_MAP = {name: Recipe(feature_map=name) for name in ("softmax", "elu", "relu", "hedgehog")}
 
 
 def _block(setting: Setting) -> Recipes:
-    # From the setting's size upwards: the smallest one has blocks of 16, and the Triton kernels take none smaller.
+    # From the setting's size upwards: the smallest setting has blocks of 16, the smallest that Triton supports.
     return {f"blocks of {factor * setting.block}": Recipe(block_factor=factor) for factor in (1, 2, 4)}
 
 
@@ -46,7 +46,7 @@ def _steps(setting: Setting) -> Recipes:
     return {f"{recipe.steps(setting)} steps": recipe for recipe in made}
 
 
-# When does the paper's order hold, SLA at 5 % before sparse-only attention at 15 %?
+# When does the paper's order hold, with SLA at 5 % better than sparse-only attention at 15 %?
 SLA = "SLA, 5 %"
 ARMS = {SLA: Recipe(), "sparse only, 5 %": Recipe("sparse"), "sparse only, 15 %": Recipe("sparse", critical_ratio=0.15)}
 TEACHER = {"teacher": Recipe("full", length=0)}
@@ -62,9 +62,9 @@ AS_IN_MAIN = "as in main"
 
 
 def when(setting: Setting) -> Recipes:
-    """Each condition changes one thing about the comparison, or a few that go together; N and the model, the setting.
+    """All arms in each condition. A condition changes one thing about the comparison, or a few that belong together.
 
-    The large settings are a condition themselves: fewer there. Where the change is one of SLA, SLA alone is measured.
+    The large settings have fewer conditions. A condition that changes only SLA is measured only for SLA.
     """
     recipes: Recipes = {}
 
@@ -81,9 +81,9 @@ def when(setting: Setting) -> Recipes:
     add("tokens in tiles", tiles=True)
     if setting.name == "n4096":
         return recipes
-    # The last one asks whether the order of the longest runs is one of the shared learning rate.
-    for length, besides, rate in ((4, "", 1.0), (8, "", 1.0), (8, ", a third of the rate", 1 / 3)):
-        condition = f"{length * setting.steps} steps{besides}"
+    # The last one tests whether the shared learning rate decides the order of the longest runs.
+    for length, suffix, rate in ((4, "", 1.0), (8, "", 1.0), (8, ", a third of the rate", 1 / 3)):
+        condition = f"{length * setting.steps} steps{suffix}"
         add(condition, length=length, rate=rate)
         improved = {SLA: Recipe(**CHANGES_OF_SLA[IMPROVED])}
         add(f"{condition}, {IMPROVED}", improved, length=length, rate=rate)
@@ -96,7 +96,7 @@ def when(setting: Setting) -> Recipes:
 
 
 def same_sparse_arms(condition: str) -> str:
-    """The condition whose sparse-only arms stand for this one's: what is a change of SLA alone does not touch them."""
+    """The condition with the same sparse-only arms: changes of SLA do not affect these and are left out."""
     for change in sorted(CHANGES_OF_SLA, key=len, reverse=True):
         condition = condition.removesuffix(change).removesuffix(", ")
     return condition or AS_IN_MAIN

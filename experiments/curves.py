@@ -1,4 +1,4 @@
-"""What to fine-tune, and towards what: Proj alone or everything, the flow loss or the teacher."""
+"""What to fine-tune, and towards what: only Proj or everything, the flow loss or the teacher."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RECIPES = {
 
 
 def _measure(case: str, seed: int, setting: Setting, context: Context) -> dict[str, float]:
-    """Loss and distance at the end, the loss at nine points, and the first of them where half of the gap is closed.
+    """Loss and distance at the end, the loss at nine points, and the first point where half of the gap is closed.
 
-    The gap is that between the untrained student's held-out loss and the teacher's. A recipe that does not get half-way
-    has no such step.
+    The gap is the difference between the untrained student's held-out loss and the teacher's. A recipe that never
+    closes half of it has no such step.
     """
     recipe, teacher = RECIPES[case], find_teacher(setting, context)
     student = build(recipe, teacher, setting, seed)

@@ -1,4 +1,4 @@
-"""The figures of docs/experiments.md: each shows the answer to one question, with what it is to be compared with."""
+"""The figures of docs/experiments.md. Each shows the answer to one question, and the values to compare it with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from .comparisons import ARMS, AS_IN_MAIN, IMPROVED, SLA
 from .values import Lines, Spread, cases_of, conditions_of, pairs, spread_of, typeset
 
-INK = "#7d8590"  # can be read on a light page and on a dark one; on the site it becomes the colour of the text
-COLOURS, MARKERS = ("#2a86c8", "#d55e00", "#009e73", "#cc79a7"), "osD^"  # told apart without colour, too
+INK = "#7d8590"  # readable on light and dark pages; the site replaces it by the colour of its text
+COLOURS, MARKERS = ("#2a86c8", "#d55e00", "#009e73", "#cc79a7"), "osD^"  # also told apart without colour
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
@@ -32,12 +32,12 @@ STYLE: Any = {
     **{f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.", "grid.")},
 }
 Marks = dict[str, float]  # losses to compare with
-Series = dict[str, dict[Any, Spread | None]]  # by name: what to show in a row, or at an x
+Series = dict[str, dict[Any, Spread | None]]  # by name: the value in each row, or at each x
 Draw = Callable[[Lines, Marks], Figure]
 
 
 def draw(name: str, groups: dict[str, Lines]) -> str | None:
-    """A figure of `FIGURES` as SVG, the same bytes every time; None where its experiment is not measured."""
+    """A figure of `FIGURES` as SVG, with the same bytes every time; None if its experiment is not measured."""
     group, function = FIGURES[name]
     if group not in groups:
         return None
@@ -55,7 +55,7 @@ def draw(name: str, groups: dict[str, Lines]) -> str | None:
 
 
 def rows(series: Series, label: str, marks: Marks, *, log: bool = False) -> Figure:
-    """A mark at the mean of every row and series, and a line from the lowest to the highest value."""
+    """A marker at the mean of every row and series, on a line from the lowest to the highest value."""
     names = list(next(iter(series.values())))
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.36 * len(names)))
     for number, (name, each) in enumerate(series.items()):
@@ -79,7 +79,7 @@ def rows(series: Series, label: str, marks: Marks, *, log: bool = False) -> Figu
 
 
 def curves(series: Series, label: str, marks: Marks, ticks: Collection[float] = ()) -> Figure:
-    """The mean of every series over x, and a band from lowest to highest; x is logarithmic with `ticks`, else y is."""
+    """The mean of every series over x, in a band from lowest to highest. With `ticks` x is logarithmic, otherwise y."""
     figure, axes = plt.subplots(figsize=(7.2, 3.9))
     for number, (name, each) in enumerate(series.items()):
         found = {x: at_x for x, at_x in each.items() if at_x}
@@ -99,7 +99,7 @@ def curves(series: Series, label: str, marks: Marks, ticks: Collection[float] = 
 
 
 def pareto(lines: Lines, marks: Marks) -> Figure:
-    """Loss against FLOPs of all that was trained."""
+    """Loss against FLOPs, for every student that was trained."""
     names = {"SLA (paper)": "SLA, all three forms", "SLA-1": "", "SLA, released code": ""}
     places = {"SLA (paper)": (8, 6), "L+S": (8, -8), "sparse only, 5 %": (-8, 0), "full attention": (-8, 0)}
     figure, axes = plt.subplots(figsize=(7.2, 3.9))
@@ -133,7 +133,7 @@ def _logarithmic(axes: Axes, name: str) -> None:
 
 
 def by_case(names: dict[str, str], label: str, *, compare: bool = False, log: bool = False) -> Draw:
-    """A row for each case and a series for each of the quantities; `names` has these by the series' names."""
+    """A row for each case and a series for each quantity. `names` maps the name of a series to its quantity."""
 
     def function(lines: Lines, marks: Marks) -> Figure:
         cases = cases_of(lines)
@@ -160,14 +160,14 @@ def critical(lines: Lines, marks: Marks) -> Figure:
 
 
 def over_steps(lines: Lines, marks: Marks) -> Figure:
-    """Loss against steps, of each recipe."""
+    """Loss against steps, for each recipe."""
     points = {50 * point: f"loss_at_{50 * point}" for point in range(9)}
     series = {case: {x: spread_of(lines, case, name) for x, name in points.items()} for case in cases_of(lines)}
     return curves(series, "fine-tuning steps", marks)
 
 
 def when(lines: Lines, marks: Marks) -> Figure:
-    """SLA's loss less that of each sparse-only arm, in each condition."""
+    """SLA's loss minus that of each sparse-only arm, in each condition."""
     found = {condition: pairs(lines, condition) for condition in conditions_of(lines)}
     others = dict(enumerate(list(ARMS)[1:], start=len(ARMS)))
     series = {f"SLA minus {arm}": {row: each[at] for row, each in found.items()} for at, arm in others.items()}
@@ -178,7 +178,7 @@ RANKS = {"whole map": "stable_rank", "largest 8 %": "stable_rank_top_8", "the re
 FLATNESS = {"features in use, of all": "features_in_use", "distance from the average of V": "from_average"}
 CHOICES = {name: f"held_out_loss_{name}" for name in ("random", "pooled", "oracle", "teacher")}
 ABLATION = by_case({"SLA": "held_out_loss"}, "held-out loss", compare=True)
-FIGURES: dict[str, tuple[str, Draw]] = {  # by name of the file: whose lines it shows, and how
+FIGURES: dict[str, tuple[str, Draw]] = {  # by name of the file: the experiment that it shows, and how
     "crossing": ("when n1024", crossing),
     "motivation": ("motivation n1024", by_case(RANKS, "stable rank", log=True)),
     "choice": ("choice n1024", by_case(CHOICES, "held-out loss", log=True)),

@@ -1,6 +1,6 @@
-"""What most experiments do: take the teacher, fine-tune a student, evaluate it.
+"""Most experiments fine-tune a student of the teacher and evaluate it.
 
-All students of one seed see the same clips, noise and times, so that a comparison of two is paired.
+All students of one seed see the same clips, noise and times, and so comparisons between them are paired.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ REAL = "held-out clips"
 
 
 def _each_layer(student: VideoTransformer, teacher: VideoTransformer) -> TrainObjective:
-    """Each layer by itself: its output against full attention, on the query, key and value of the teacher's layer.
+    """The error of each layer's output against full attention, on the query, key and value of the teacher's layer.
 
-    Mean over layers of the squared error, in units of the mean square of full attention.
+    It is the mean over layers of the squared error, in units of the mean square of full attention.
     """
 
     def loss(model: Callable[..., Any], batch: Batch) -> Tensor:
@@ -56,9 +56,9 @@ def fine_tune(
     context: Context,
     watch: Callable[[int], object] = lambda step: None,
 ) -> None:
-    """Trains the student in place by `lab.train`; `watch(step)` is called after each step.
+    """Trains the student in place with `lab.train`, and calls `watch(step)` after each step.
 
-    On a GPU under bfloat16 autocast, with float32 weights. Raises FloatingPointError if the loss leaves the finite.
+    On a GPU it runs under bfloat16 autocast, with float32 weights. Raises FloatingPointError if the loss is not finite.
     """
     if not recipe.steps(setting):
         return
@@ -82,11 +82,11 @@ def fine_tune(
 
 @cache
 def find_teacher(setting: Setting, context: Context, backdrop: float = 0.0) -> VideoTransformer:
-    """The full-attention model that students start from, without gradients; not to be changed.
+    """The full-attention model that students start from, without gradients. Callers must not change it.
 
-    The shipped one where it fits, else one that the folder `work` keeps, trained now if it is not there. Training
-    starts from the shipped weights where the width is theirs: nothing in the model depends on the number of tokens.
-    `backdrop` is an option of the clips. Raises ValueError if the kept teacher was trained otherwise.
+    It is the shipped model if that fits, otherwise one from the folder `work`, which is trained now if it is missing.
+    Training starts from the shipped weights if the width is the same, since nothing in the model depends on the number
+    of tokens. `backdrop` is an option of the clips. Raises ValueError if the kept teacher was trained in another way.
     """
     shipped, _ = load_weights(TEACHER, context.device)
     wanted = replace(setting.model, backdrop=backdrop)
@@ -111,7 +111,7 @@ def find_teacher(setting: Setting, context: Context, backdrop: float = 0.0) -> V
 
 
 def losses(student: VideoTransformer, teacher: VideoTransformer, setting: Setting) -> dict[str, float]:
-    """Held-out loss and distance to the teacher, in float32."""
+    """The held-out loss and the distance to the teacher, in float32."""
     data = evaluate.held_out(teacher, setting.clips)
     prediction, target = (evaluate.predict(model, data, batch=64) for model in (student, teacher))
     loss = evaluate.held_out_loss(prediction, data)
@@ -121,7 +121,7 @@ def losses(student: VideoTransformer, teacher: VideoTransformer, setting: Settin
 def of_recipes(recipes: Callable[[Setting], dict[str, Recipe]], *, generate: bool = False) -> Experiment:
     """An experiment whose cases are fine-tunes.
 
-    With `generate`, the clips that a student makes are judged too, and with them held-out clips, the case `REAL`.
+    With `generate`, the students also generate clips, which are judged. The case `REAL` judges held-out clips.
     """
 
     def cases(setting: Setting) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sla_ref
+from sla_ref.feature_maps import Softmax
 from sla_ref.lab.arms import LinearOnly, SparseOnly
 from sla_ref.lab.model import PATCH, ModelConfig, VideoTransformer, with_attention
 
@@ -21,25 +21,25 @@ Objective = Literal["flow", "teacher", "layers"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A student and its training; the defaults are SLA as the paper has it."""
+    """A student and its training. The defaults are SLA as in the paper."""
 
     attention: str = "sla"  # an arm of `lab.arms`, or "released": linear over all keys, as in the authors' branch main
     critical_ratio: float = 0.05
     negligible_ratio: float = 0.10
-    block_factor: int = 1  # tokens of a block, in units of the setting's
+    block_factor: int = 1  # tokens per block, in units of the setting's
     feature_map: str = "softmax"
-    temperature: float = 1.0  # t in softmax(t x); other feature maps have none
-    proj: Proj = "zero"  # how Proj starts; "absent" is an identity that stays one
-    tiles: bool = False  # whether tokens are cut into blocks in the order of the setting's tiles; else in raster order
-    backdrop: float = 0.0  # of the clips (`lab.data`); the teacher has learnt them too
-    length: float = 1.0  # fine-tuning steps, in units of the setting's; 0: swapped in, not trained
-    trained: str = ""  # part of the names of the parameters that are trained; "" is in all of them
+    temperature: float = 1.0  # t in softmax(t x), for the feature map softmax
+    proj: Proj = "zero"  # how Proj starts; "absent" is an identity that is not trained
+    tiles: bool = False  # whether blocks are the setting's tiles, instead of tokens in raster order
+    backdrop: float = 0.0  # of the clips (`lab.data`); the teacher is trained on such clips too
+    length: float = 1.0  # fine-tuning steps, in units of the setting's; 0 means swapped in, not trained
+    trained: str = ""  # trains the parameters whose names contain it; "" trains all
     objective: Objective = "flow"
     rate: float = 1.0  # learning rate, in units of the setting's
     proj_rate: float = 1.0  # learning rate of Proj, in units of the others'
 
     def steps(self, setting: Setting) -> int:
-        """Of the fine-tune."""
+        """Number of fine-tuning steps."""
         return round(self.length * setting.steps)
 
 
@@ -60,9 +60,9 @@ class ReleasedSLA(nn.Module):
 
 
 class Reordered(nn.Module):
-    """Attention over tokens in another order, and its output in the old one.
+    """Attention over tokens in another order, with its output in the old order.
 
-    Full attention does not depend on the order of tokens; which of them make a block does.
+    Full attention does not depend on the order of the tokens, but the order decides which tokens form a block.
     """
 
     order: Tensor
@@ -78,7 +78,7 @@ class Reordered(nn.Module):
 
 
 def tile_order(frames: int, side: int, tile: tuple[int, int, int]) -> Tensor:
-    """The tokens (frames * side^2) in raster order, sorted by tiles of so many frames, rows and columns."""
+    """The indices of the tokens (frames * side^2,) in the order of their tiles of frames, rows and columns."""
     time, rows, columns = tile
     grid = torch.arange(frames * side * side)
     grid = grid.view(frames // time, time, side // rows, rows, side // columns, columns)
@@ -88,23 +88,23 @@ def tile_order(frames: int, side: int, tile: tuple[int, int, int]) -> Tensor:
 def _sla(recipe: Recipe, config: ModelConfig) -> nn.Module:
     if recipe.attention == "released":
         return ReleasedSLA(config)
-    feature_map: str | Callable[[Tensor], Tensor] = recipe.feature_map
-    if recipe.temperature != 1:
-        feature_map = lambda tokens: torch.softmax(recipe.temperature * tokens, dim=-1)  # noqa: E731
-    ratios = config.critical_ratio, config.negligible_ratio
     sla = sla_ref.SparseLinearAttention(
-        config.head_dim, *ratios, block_q=config.block, block_k=config.block, feature_map=feature_map
+        config.head_dim,
+        config.critical_ratio,
+        config.negligible_ratio,
+        block_q=config.block,
+        block_k=config.block,
+        feature_map=recipe.feature_map if recipe.temperature == 1 else Softmax(recipe.temperature),
+        proj_init="zero" if recipe.proj == "zero" else "identity",
     )
-    if recipe.proj != "zero":
-        nn.init.eye_(sla.proj_l.weight)
     sla.proj_l.requires_grad_(recipe.proj != "absent")
     return sla
 
 
 def build(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int) -> VideoTransformer:
-    """The teacher's weights with the recipe's attention; only what the recipe trains wants a gradient.
+    """A student with the teacher's weights and the recipe's attention. Only what the recipe trains requires a gradient.
 
-    The seed decides the weights of a learnable feature map.
+    The seed sets the weights of a learnable feature map.
     """
     torch.manual_seed(seed)
     student = with_attention(

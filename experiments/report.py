@@ -1,7 +1,7 @@
-"""Tables of measured lines in docs/experiments.md, and the figures of `figures` in docs/experiments/.
+"""Puts tables of measured lines into docs/experiments.md, and the drawings of `figures` into docs/experiments/.
 
-The page is written by hand but for what stands between `<!-- report: NAME SETTING -->` and `<!-- end of report -->`.
-The place `<!-- report: machines -->` gets the table of where everything was measured.
+It rewrites what is between `<!-- report: NAME SETTING -->` and `<!-- end of report -->`; the rest of the page is
+written by hand. The table of all machines goes to the place `<!-- report: machines -->`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLACE = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end of report -->)", re.
 
 
 class Quantity(NamedTuple):
-    """How a table shows a value; with `percent`, as so many hundredths."""
+    """How a table shows a value."""
 
     title: str
     decimals: int = 4
@@ -48,9 +48,9 @@ QUANTITIES = {
     "above_mean": _percent("weights above 1/N"),
     "below_hundredth": _percent("weights below 1/(100 N)"),
     "error_without_small": _percent("error without those below 1/(100 N)", 2),
-    "error_only_large": _percent("error with those above 1/N alone"),
+    "error_only_large": _percent("error with only those above 1/N"),
     "error_without_smallest_45": _percent("error without the smallest 45 %", 1),
-    "error_only_largest_8": _percent("error with the largest 8.1 % alone"),
+    "error_only_largest_8": _percent("error with only the largest 8.1 %"),
     "stable_rank": Quantity("stable rank", 0),
     "stable_rank_top_8": Quantity("stable rank, largest 8 %", 0),
     "stable_rank_rest": Quantity("stable rank, the rest", 1),
@@ -60,7 +60,7 @@ QUANTITIES = {
 
 
 def report(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    """Rewrites the page, and the figures of all that is measured in `results`; ValueError as `fill`."""
+    """Rewrites the page and the figures of everything measured in `results`. Raises ValueError as `fill`."""
     groups = read_results(results)
     page = docs / "experiments.md"
     text = fill(page.read_text(encoding="utf-8"), groups)
@@ -74,10 +74,10 @@ def report(results: Path = RESULTS, docs: Path = DOCS) -> None:
 
 
 def fill(page: str, groups: dict[str, Lines]) -> str:
-    """The page with every place filled anew. ValueError unless it has one for each measured group, and no other."""
+    """The page with new tables. Raises ValueError unless it has a place for each measured group, and no other."""
     places = {found[2] for found in PLACE.finditer(page)} - {"machines"}
     if odd := sorted(places ^ groups.keys()):
-        raise ValueError(f"the page must have a place for all that is measured and no other, which fails for {odd}")
+        raise ValueError(f"the page must have a place for each measured experiment and no other, which fails for {odd}")
 
     def block(found: re.Match[str]) -> str:
         if found[2] == "machines":
@@ -92,7 +92,7 @@ def fill(page: str, groups: dict[str, Lines]) -> str:
 
 
 def cell(found: Spread | None, quantity: Quantity = LOSS) -> str:
-    """The mean, with half of the range of the seeds where it shows, or with the range of what was averaged."""
+    """The mean, with half of the seeds' range unless that rounds to zero, or with the range of what was averaged."""
     if found is None:
         return "-"
 
@@ -108,7 +108,7 @@ def cell(found: Spread | None, quantity: Quantity = LOSS) -> str:
 
 
 def table(lines: Lines) -> list[list[str]]:
-    """A row for each case and a column for each quantity that varies; with many quantities the other way round."""
+    """A row for each case and a column for each quantity that varies, or transposed if there are many quantities."""
     cases = cases_of(lines)
     columns = [["", *cases]]
     for name, quantity in QUANTITIES.items():
@@ -119,7 +119,7 @@ def table(lines: Lines) -> list[list[str]]:
 
 
 def differences(lines: Lines) -> list[list[str]]:
-    """A row for each condition of "when"."""
+    """A row for each condition of the experiment "when"."""
     header = ["held-out loss", *ARMS, *(f"SLA minus {arm}" for arm in list(ARMS)[1:])]
     return [header, *([condition, *map(cell, pairs(lines, condition))] for condition in conditions_of(lines))]
 

@@ -1,7 +1,7 @@
-"""Runs experiments: a line of JSON for every case and seed, appended when it is measured.
+"""Runs experiments, and appends a line of JSON for every case and seed once it is measured.
 
-The file is `<experiment>.<setting>.seed<k>.jsonl`. A case that is in it is not measured again, so an interrupted run
-goes on where it was. Runs with different seeds write different files and may go side by side.
+The file is `<experiment>.<setting>.seed<k>.jsonl`. A case that is in the file is not measured again, so an interrupted
+run continues where it stopped. Runs with different seeds write different files and may run in parallel.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "experiments"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The measurements of a file. A last line that was cut short is no measurement and is left out.
+    """The measurements of a file. If a run was interrupted while it wrote the last line, that line is left out.
 
     Raises ValueError for any other line that is not JSON.
     """
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     found = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is empty, or torn
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is empty or not complete
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
     return found
 
 
 def run(names: list[str], setting: Setting, seeds: list[int], out: Path, context: Context, console: Console) -> int:
-    """Measures what is missing; returns how many lines were added.
+    """Measures what is missing, and returns how many lines were added.
 
-    A case is measured with all seeds before the next one begins, so that a run that ends early leaves whole
-    comparisons. What a case raises ends the run; what was measured before it stays.
+    Each case is measured with all seeds before the next case begins, so a run that ends early leaves whole comparisons.
+    An error in a case ends the run, and what was measured before is kept.
 
     Raises:
-        ValueError: an unknown experiment, a seed twice or below 0, lines in `out` that were measured at other sizes,
-            or a GPU without the Triton backend. Before any work.
+        ValueError: before any work, if an experiment is unknown, if a seed is repeated or negative, if `out` has lines
+            that were measured at other sizes, or if a GPU has no working Triton backend.
     """
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be different numbers of at least 0, got {seeds}")
@@ -56,9 +56,9 @@ def run(names: list[str], setting: Setting, seeds: list[int], out: Path, context
         if name not in EXPERIMENTS:
             raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
     if context.device.type == "cuda" and (reason := sla_ref.list_backends()["triton"]):
-        # Training is recorded as a CUDA graph; the backend `torch` reads data on the way, which stops a recording.
+        # Training is recorded as a CUDA graph, and the backend `torch` reads values, which a recording does not allow.
         raise ValueError(f"device must be cpu where the backend 'triton' cannot run ({reason})")
-    sizes = json.loads(json.dumps(asdict(setting)))  # as they come back from a file
+    sizes = json.loads(json.dumps(asdict(setting)))  # as they are read back from a file
     paths = {(name, seed): out / f"{name}.{setting.name}.seed{seed}.jsonl" for name in names for seed in seeds}
     measured = {key: _measured(path, sizes) for key, path in paths.items()}
     cases = [(name, case) for name in dict.fromkeys(names) for case in EXPERIMENTS[name].cases(setting)]
@@ -79,7 +79,7 @@ def run(names: list[str], setting: Setting, seeds: list[int], out: Path, context
 
 
 def _measured(path: Path, sizes: dict[str, Any]) -> set[str]:
-    """The cases in a file, which loses a torn last line; ValueError if it is of other sizes."""
+    """The cases in a file, after removing a last line that is not complete. ValueError if it has other sizes."""
     lines = read_lines(path)
     for line in lines:
         if line["sizes"] != sizes:

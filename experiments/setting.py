@@ -13,20 +13,20 @@ from sla_ref.lab.model import ModelConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of a measurement. A token is a patch of 4 x 4 pixels of one frame; a block has `block` of them."""
+    """The sizes of a measurement. A token is a patch of 4 x 4 pixels of one frame, and a block has `block` tokens."""
 
     name: str
     size: int
     frames: int
     block: int
-    tile: tuple[int, int, int]  # frames, rows and columns of tokens in a block, where tokens are ordered by tiles
+    tile: tuple[int, int, int]  # frames, rows and columns of tokens in a block, if tokens are ordered by tiles
     width: int = 128
     depth: int = 4
     heads: int = 2
     steps: int = 400  # of a fine-tune, unless a case says otherwise
     batch: int = 32
     learning_rate: float = 1e-3  # peak of the one-cycle schedule, the same for all: that of `sla-ref finetune`
-    teacher_steps: int = 1000  # of a teacher that is trained for other data, more tokens or a larger model
+    teacher_steps: int = 1000  # of a teacher for other data, more tokens or a larger model
     clips: int = 256  # held-out clips for losses and distances
     samples: int = 256  # generated clips
     sample_steps: int = 16
@@ -52,7 +52,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Context:
-    """What all measurements of a run share: the device, and the folder that keeps trained teachers and classifiers."""
+    """What all measurements of a run share: a device, and the folder that keeps trained teachers and classifiers."""
 
     device: torch.device
     work: Path
@@ -60,7 +60,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Experiment:
-    """`cases(setting)` names the cases; `measure(case, seed, setting, context)` gives the quantities of one by name."""
+    """`cases(setting)` names the cases, and `measure(case, seed, setting, context)` returns quantities by name."""
 
     cases: Callable[[Setting], list[str]]
     measure: Callable[[str, int, Setting, Context], dict[str, float]]

@@ -1,4 +1,4 @@
-"""Measured lines as the page needs them: by experiment, by case, as a mean with its range."""
+"""Measured lines in the form that the page needs: by experiment and case, as a mean with its range."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Lines = list[dict[str, Any]]
 
 
 class Spread(NamedTuple):
-    """A mean over seeds and a range: of the seeds, or (`of_all`) of all that each seed's value is a mean of."""
+    """A mean over seeds, and the range of the seeds or, with `of_all`, of everything that their values are means of."""
 
     mean: float
     low: float
@@ -46,23 +46,23 @@ def values_of(lines: Lines, case: str, name: str = "held_out_loss") -> dict[int,
 
 
 def spread(values: list[float]) -> Spread | None:
-    """Of no values, None."""
+    """The mean and range of the values; None if there are none."""
     return Spread(mean(values), min(values), max(values)) if values else None
 
 
 def spread_of(lines: Lines, case: str, name: str = "held_out_loss") -> Spread | None:
-    """Of one quantity of one case; None where it was not measured."""
+    """The spread of one quantity of one case; None if it was not measured."""
     found, low, high = (list(values_of(lines, case, name + bound).values()) for bound in ("", "_min", "_max"))
     return Spread(mean(found), min(low), max(high), of_all=True) if low else spread(found)
 
 
 def conditions_of(lines: Lines) -> list[str]:
-    """What stands before the colon in the cases of "when"."""
+    """The conditions of the experiment "when": the part of a case before the colon."""
     return list(dict.fromkeys(case.partition(": ")[0] for case in cases_of(lines)))
 
 
 def pairs(lines: Lines, condition: str) -> list[Spread | None]:
-    """The losses of the arms in a condition of "when", and by how much SLA's is above each other one, seed by seed."""
+    """The losses of the arms in a condition of "when", and SLA's loss minus each of the others, seed by seed."""
     sparse = same_sparse_arms(condition)
     sla, *others = (values_of(lines, f"{condition if arm == SLA else sparse}: {arm}") for arm in ARMS)
     above = [[sla[seed] - other[seed] for seed in sla if seed in other] for other in others]
@@ -70,6 +70,6 @@ def pairs(lines: Lines, condition: str) -> list[Spread | None]:
 
 
 def typeset(text: str) -> str:
-    """Names of cases in words, and no line breaks before a % or around a ±."""
+    """The text with names of cases in words, and without line breaks before % and around ±."""
     text = text.replace(IMPROVED, "both changes of SLA").replace(AS_IN_MAIN, "400 steps, nothing changed")
     return re.sub(r" ?%", "\u00a0%", text).replace(" ± ", "\u00a0±\u00a0")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sla_ref
+from sla_ref.feature_maps import FeatureMap, Softmax
 from sla_ref.integrations import checkpoints, thu_ml
 
 D, DEPTH = 4, 3
@@ -25,7 +26,7 @@ FAST_VIDEO = "blocks.{}.attn1.attn_impl.proj_l"
 class Model(nn.Module):
     """Blocks 0 and 2 have SLA, block 1 is dense; `mlp` stands for what the checkpoint of a whole model has besides."""
 
-    def __init__(self, feature_map: str | nn.Module = "softmax") -> None:
+    def __init__(self, feature_map: str | FeatureMap = "softmax") -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Module() for _ in range(DEPTH))
         for block in self.blocks:
@@ -401,6 +402,11 @@ def test_load_wants_the_mathematics_of_the_file(tmp_path):
     checkpoints.save_sla(Model("elu"), path)
     with pytest.raises(ValueError, match=r"must have feature_map 'elu' in its SLA layers, as .* says, got 'softmax'"):
         checkpoints.load_sla(Model(), path)
+    sharp = tmp_path / "sharp.safetensors"
+    checkpoints.save_sla(Model(Softmax(4)), sharp)
+    checkpoints.load_sla(Model(Softmax(4.0)), sharp)
+    with pytest.raises(ValueError, match=r"must have feature_map 'softmax of temperature 4.0' .* got 'softmax'"):
+        checkpoints.load_sla(Model(), sharp)
     layer = thu_ml.SparseLinearAttention(D, 0.1)
     checkpoints.save_sla(layer, tmp_path / "main.safetensors")
     with pytest.raises(ValueError, match=r"must have variant 'main' in its SLA layers, as .* says, got 'paper'"):

@@ -147,6 +147,8 @@ def test_variants_of_the_released_code(variant):
     torch.testing.assert_close(run(model), expected, atol=2e-2, rtol=2e-2)  # in bfloat16
     with pytest.raises(ValueError, match=r"negligible_ratio must be None for variant 'main', got 0.1"):
         wan.install_sla(transformer(), 0.1, 0.1, variant="main")
+    with pytest.raises(ValueError, match=r"proj_init must be 'zero' for variant 'main', got 'identity'"):
+        wan.install_sla(transformer(), 0.1, proj_init="identity", variant="main")
 
 
 # --- where it is put -------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def test_weights_are_the_models_own(installed):
 
 def test_options_arrive():
     model = transformer()
-    options = {"block_q": 16, "block_k": 8, "feature_map": "hedgehog", "backend": "torch"}
+    options = {"block_q": 16, "block_k": 8, "feature_map": "hedgehog", "proj_init": "identity", "backend": "torch"}
     wan.install_sla(model, 0.3, 0.2, **options)
     layer = model.blocks[0].attn1.processor
     assert isinstance(layer, sla_ref.SparseLinearAttention)
@@ -467,6 +469,7 @@ class Pipeline:
         ({"critical_ratio": 2, "variant": "main"}, ValueError, "critical_ratio must be"),
         ({"block_k": 0, "variant": "main"}, ValueError, "block_k must be an int >= 1, got 0"),
         ({"feature_map": "tanh"}, ValueError, "feature_map must be one of"),
+        ({"proj_init": "eye"}, ValueError, "proj_init must be one of 'zero', 'identity', got 'eye'"),
         ({"backend": "nope"}, ValueError, "backend must be one of"),
         ({"variant": "SLA-2"}, ValueError, "variant must be one of 'main', 'SLA-1', 'paper', got 'SLA-2'"),
         ({"layers": [0, 2]}, ValueError, r"layers must hold different numbers from 0 to 1, at least one, got \[0, 2\]"),

@@ -39,7 +39,7 @@ def _attending(weights):
 
 def test_figures_of_a_map_that_sees_each_token_alone_and_of_one_that_sees_all_alike():
     value = torch.randn(100, 5, generator=torch.Generator().manual_seed(0)).abs()
-    alone = attention_maps.map_figures(*_attending(torch.eye(100)), value)
+    alone = attention_maps.map_quantities(*_attending(torch.eye(100)), value)
     assert alone["above_mean"] == pytest.approx(0.01) and alone["below_hundredth"] == pytest.approx(0.99)
     for name in ("without_small", "only_large", "without_smallest_45", "only_largest_8"):
         assert alone[f"error_{name}"] == 0
@@ -47,7 +47,7 @@ def test_figures_of_a_map_that_sees_each_token_alone_and_of_one_that_sees_all_al
     # A uniform map with one step: half of the weights of each row are three times as large as the others.
     halves = torch.full((100, 100), 0.005)
     halves[:, :50] = 0.015
-    known = attention_maps.map_figures(*_attending(halves), value)
+    known = attention_maps.map_quantities(*_attending(halves), value)
     assert known["above_mean"] == 0.5 and known["below_hundredth"] == 0
     assert known["error_without_small"].item() == pytest.approx(0, abs=1e-6)
     whole, half = halves @ value, value[:50].mean(dim=0)
@@ -61,7 +61,7 @@ def test_errors_of_the_papers_shares_keep_those_shares():
     generator = torch.Generator().manual_seed(0)
     weights = (3 * torch.randn(2, 60, 60, generator=generator)).softmax(dim=-1)
     value = torch.randn(2, 60, 4, generator=generator)
-    figures = attention_maps.map_figures(*_attending(weights), value)
+    figures = attention_maps.map_quantities(*_attending(weights), value)
     for name, share in (("error_only_largest_8", 0.081), ("error_without_smallest_45", 0.55)):
         least = weights.flatten(1).sort(dim=1, descending=True).values[:, round(share * 3600) - 1]
         expected = analysis.error_of_keeping(weights >= least[:, None, None], weights, value)
@@ -120,17 +120,17 @@ def _inputs(data):
 def test_features_in_use_are_all_of_a_flat_token_and_one_of_a_sharp_one():
     tokens = torch.zeros(1, 2, 6, 4)
     tokens[:, 1, :, 0] = 1.0  # the second head's features become one at a high temperature
-    found = flatness.figures(tokens, tokens, torch.ones(1, 2, 6, 8), temperature=100.0)["features_in_use"]
+    found = flatness.quantities(tokens, tokens, torch.ones(1, 2, 6, 8), temperature=100.0)["features_in_use"]
     torch.testing.assert_close(found, torch.tensor([[1.0, 1 / 4]]))
 
 
 def test_linear_branch_is_the_average_of_flat_features_and_far_from_it_with_sharp_ones():
     torch.manual_seed(0)
     value = torch.randn(1, 1, 4, 8)
-    flat = flatness.figures(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), value, temperature=4.0)
+    flat = flatness.quantities(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), value, temperature=4.0)
     assert flat["from_average"].item() == pytest.approx(0, abs=1e-6)
     # One feature for each key: linear attention returns the value of the key that the query asks for.
-    sharp = flatness.figures(torch.eye(4)[None, None], torch.eye(4)[None, None], value, temperature=50.0)
+    sharp = flatness.quantities(torch.eye(4)[None, None], torch.eye(4)[None, None], value, temperature=50.0)
     expected = (value - value.mean(dim=-2, keepdim=True)).norm() / value.norm()
     assert sharp["from_average"].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -146,7 +146,7 @@ def test_features_are_measured_over_all_layers_heads_and_times(context):
     teacher = find_teacher(QUICK, context)
     data = attention_maps.noisy_clips(teacher, 0, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.1, 0.3, 0.5]))
     layers = evaluate.attention_inputs(teacher, *_inputs(data))
-    alone = torch.stack([flatness.figures(*layer, temperature=4.0)["from_average"] for layer in layers])
+    alone = torch.stack([flatness.quantities(*layer, temperature=4.0)["from_average"] for layer in layers])
     assert alone.numel() == 2 * 8 * 2  # layers, clips, heads
     figures = [found[1][f"from_average{bound}"] for bound in ("", "_min", "_max")]
     assert figures == pytest.approx([alone.mean().item(), alone.min().item(), alone.max().item()], rel=1e-4)
@@ -183,7 +183,7 @@ def test_all_choices_hand_out_the_same_classes_and_the_oracle_keeps_the_most(att
 
 def test_figures_of_maps_are_those_of_the_dense_definition(attention):
     query, key, value, block_map = attention
-    figures = block_choice.map_figures(query, key, value, CONFIG, block_choice.choices(0))
+    figures = block_choice.map_quantities(query, key, value, CONFIG, block_choice.choices(0))
     weights = analysis.attention_weights(query, key)
     for name, choose in block_choice.choices(0).items():
         labels = choose(query, key, block_map)
@@ -195,7 +195,9 @@ def test_figures_of_maps_are_those_of_the_dense_definition(attention):
     assert "recall_oracle" not in figures
     assert figures["recall_pooled"].mean() > figures["recall_random"].mean()
     # A random choice finds as many of the critical blocks as there are among all blocks, 3 of 12.
-    repeated = [block_choice.map_figures(query, key, value, CONFIG, block_choice.choices(seed)) for seed in range(20)]
+    repeated = [
+        block_choice.map_quantities(query, key, value, CONFIG, block_choice.choices(seed)) for seed in range(20)
+    ]
     found = torch.stack([each["recall_random"] for each in repeated]).mean().item()
     assert found == pytest.approx(3 / 12, abs=0.03)
 

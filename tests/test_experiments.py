@@ -86,7 +86,7 @@ def test_a_measured_case_is_not_run_again_and_a_torn_line_is(tmp_path, context, 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path, context, counted):
     (tmp_path / "counted.quick.seed0.jsonl").write_text("{no\n{}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"seed0\.jsonl, line 1, is no JSON"):
+    with pytest.raises(ValueError, match=r"seed0\.jsonl, line 1, is not JSON"):
         start(tmp_path, context, 0)
     assert counted == []
 

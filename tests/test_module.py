@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import sla_ref
+from sla_ref.feature_maps import Softmax
 
 BLOCKS = {"block_q": 8, "block_k": 8}
 
@@ -26,6 +28,16 @@ def test_a_fresh_layer_is_its_sparse_branch():
     assert layer.proj_l.weight.dtype == torch.float32
     assert not layer.proj_l.weight.any()
     assert not layer.proj_l.bias.any()
+
+
+def test_from_the_identity_a_fresh_layer_is_the_sum_of_both_branches():
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, proj_init="identity", **BLOCKS)
+    out = sla_ref.sparse_linear_attention(*inputs(), critical_ratio=0.3, negligible_ratio=0.3, **BLOCKS)
+    torch.testing.assert_close(layer(*inputs()), out.sparse + out.linear)
+    torch.nn.init.normal_(layer.proj_l.weight)
+    torch.nn.init.normal_(layer.proj_l.bias)
+    layer.reset_parameters()
+    assert torch.equal(layer.proj_l.weight, torch.eye(16)) and not layer.proj_l.bias.any()
 
 
 def test_critical_ratio_one_is_exact_attention():
@@ -75,7 +87,7 @@ def test_autocast(proj, device):
         torch.testing.assert_close(grad, wanted, atol=0.1 * wanted.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu", "hedgehog", torch.exp])
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu", "hedgehog", torch.exp, Softmax(4.0)])
 def test_feature_maps(feature_map):
     layer = sla_ref.SparseLinearAttention(16, feature_map=feature_map, **BLOCKS)
     torch.nn.init.normal_(layer.proj_l.weight)
@@ -89,6 +101,7 @@ def test_feature_map_formulas():
     torch.testing.assert_close(sla_ref.feature_maps.elu(x), torch.where(x > 0, x + 1, x.exp()))
     torch.testing.assert_close(sla_ref.feature_maps.relu(x), x.clamp(min=0))
     torch.testing.assert_close(sla_ref.feature_maps.softmax(x), x.exp() / x.exp().sum(-1, keepdim=True))
+    torch.testing.assert_close(Softmax(4)(x), (4 * x).exp() / (4 * x).exp().sum(-1, keepdim=True))
     hedgehog = sla_ref.Hedgehog(6)
     wx = x @ hedgehog.weight.T
     torch.testing.assert_close(hedgehog(x), torch.cat([wx.softmax(-1), (-wx).softmax(-1)], -1))
@@ -102,14 +115,19 @@ def test_a_given_map_overrides_the_ratios():
     torch.testing.assert_close(layer(*x, block_map=everything), F.scaled_dot_product_attention(*x))
 
 
-def test_deepcopy_pickle_and_state_dict():
-    layer = sla_ref.SparseLinearAttention(16, feature_map="hedgehog", **BLOCKS)
+@pytest.mark.parametrize(
+    ("feature_map", "of_phi"),
+    [("hedgehog", {"phi_query.weight", "phi_key.weight"}), (Softmax(4.0), set())],
+    ids=["hedgehog", "temperature"],
+)
+def test_deepcopy_pickle_and_state_dict(feature_map, of_phi):
+    layer = sla_ref.SparseLinearAttention(16, feature_map=feature_map, **BLOCKS)
     torch.nn.init.normal_(layer.proj_l.weight)
     expected = layer(*inputs())
     for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(clone(*inputs()), expected)
-    names = set(layer.state_dict())
-    assert names == {"proj_l.weight", "proj_l.bias", "phi_query.weight", "phi_key.weight"}
+        assert clone.feature_map == feature_map and str(feature_map) in repr(clone)
+    assert set(layer.state_dict()) == {"proj_l.weight", "proj_l.bias"} | of_phi
     layer.reset_parameters()
     assert not layer.proj_l.weight.any()
 
@@ -125,10 +143,11 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
-def test_compiled_layer_with_dynamic_lengths():
+@pytest.mark.parametrize("feature_map", ["hedgehog", Softmax(4.0)], ids=["hedgehog", "temperature"])
+def test_compiled_layer_with_dynamic_lengths(feature_map):
     """Forward and backward in one graph each, for the tokens and for the layer's own weights, Hedgehog's among them."""
     torch._dynamo.reset()
-    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, feature_map="hedgehog", **BLOCKS)
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, feature_map=feature_map, **BLOCKS)
     torch.nn.init.normal_(layer.proj_l.weight)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (30, 47):
@@ -281,6 +300,13 @@ def test_bad_names_and_shapes():
         sla_ref.SparseLinearAttention(15, feature_map="hedgehog")
     with pytest.raises(ValueError, match="backend must be one of"):
         sla_ref.SparseLinearAttention(16, backend="nope")
+    with pytest.raises(ValueError, match="proj_init must be one of 'zero', 'identity', got 'eye'"):
+        sla_ref.SparseLinearAttention(16, proj_init="eye")
+    for temperature in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"temperature must be a finite number > 0, got {temperature}"):
+            Softmax(temperature)
+    with pytest.raises(TypeError, match="temperature must be a finite number > 0, got '4' of type str"):
+        Softmax("4")
     with pytest.raises(ValueError, match="query must have head_dim 8, got shape"):
         sla_ref.SparseLinearAttention(8)(*inputs())
     with pytest.raises(ValueError, match="query must have shape"):

@@ -1,13 +1,14 @@
-"""The Markdown extensions of the site: maths, steps side by side, glossary."""
+"""The extensions of the site: maths, steps side by side, glossary, reading times, API."""
 
 from __future__ import annotations
 
 import re
 
+import griffe
 import markdown
 import pytest
 
-from tools import glossary, maths, paper_tags
+from tools import api_defaults, glossary, maths, paper_tags, reading_times
 
 
 def to_html(text: str) -> str:
@@ -191,3 +192,44 @@ def test_words_of_the_glossary_get_hover_text():
     html = markdown.markdown("A critical block, two feature maps.", extensions=[glossary.makeExtension()])
     assert f'<abbr class="sla-critical" title="{words["critical"]}">critical</abbr>' in html
     assert f'<abbr title="{words["feature map"]}">feature maps</abbr>' in html
+
+
+def test_a_section_explains_a_word_once():
+    text = (
+        "## A critical block\n\nTwo feature maps, one feature map.\n\n- critical\n- critical\n\n## Next\n\nfeature map"
+    )
+    html = markdown.markdown(text, extensions=[glossary.makeExtension()])
+    assert re.findall(r"<abbr[^>]*>(.*?)</abbr>", html) == ["feature maps", "critical", "feature map"]
+    assert "<span>" in html and "block</h2>" in html
+
+
+# --- reading times ---------------------------------------------------------------------------------------------------
+
+
+def test_a_section_tells_how_long_its_pages_take(monkeypatch):
+    monkeypatch.setattr(reading_times, "minutes", {"a.md": 12.0, "b.md": 9.0, "c/d.md": 80.0}.get)
+    section = "All {hours}.\n\n1. [A](a.md) and [B](b.md) ({minutes})\n2. [part](a.md#x), [D](c/d.md): {minutes}"
+    html = markdown.markdown(
+        f"{section}\n\n## Next\n\n[A](a.md): {{hours}}", extensions=[reading_times.makeExtension()]
+    )
+    assert "All 1½ hours." in html and "(20 minutes)" in html and ": 80 minutes</li>" in html
+    assert html.endswith("</a>: 10 minutes</p>")
+
+
+def test_folded_tables_take_no_time_and_code_takes_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading_times, "DOCS", tmp_path)
+    page = "word " * 400 + "\n<details>\n" + "cell " * 9000 + "\n</details>\n```sh\n" + "line\n" * 30 + "```\n"
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    assert reading_times.minutes("page.md") == pytest.approx(2 + 3)
+
+
+# --- API -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_default_that_is_a_constant_is_shown_as_its_value():
+    ours = griffe.load_extensions(api_defaults.ConstantDefaults)
+    package = griffe.load("sla_ref", search_paths=[paper_tags.ROOT / "src"], extensions=ours)
+    of_layer = package["module.SparseLinearAttention.__init__"].parameters
+    assert (of_layer["critical_ratio"].default, of_layer["block_q"].default) == ("0.05", "64")
+    assert package["integrations.diffusers.install_sla"].parameters["block_k"].default == "64"
+    assert of_layer["feature_map"].default == "'softmax'" and str(of_layer["backend"].default) == "None"

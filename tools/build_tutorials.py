@@ -10,7 +10,7 @@ An exercise is four cells: the task in a text cell, then code cells with the tag
 the mistake that the solution's cell names: `mistake=["+ 1", ""]` replaces a piece of the solution's text. The page
 folds the solution.
 
-Beside the page lie, to download, the script and a notebook, both without the solutions, the script with the solutions
+Next to the page are its downloads: the script and a notebook, both without the solutions, the script with the solutions
 in place of the stubs, and `lesson.py`, which all of them import.
 
 The last cell is a recap, and links to what to read next: "Next: [2. Title](02_name.md)".
@@ -56,7 +56,7 @@ WORDS, LINES = 200, 10  # that somebody reads in a minute
 FIGURE = re.compile(r"^figure, [^\n]*plt\.subplots.*?^plt\.show\(\)$", re.DOTALL | re.MULTILINE)
 NEXT = re.compile(r"^Next: \[[^\]]+\]\(([\w./]+)\.md\)$", re.MULTILINE)
 
-INK = "#0f0e0d"  # stands in a figure for the colour of the text around it, which the reader's theme decides
+INK = "#0f0e0d"  # the page replaces it by the colour of its text, which the reader's theme decides
 STYLE = {
     "svg.fonttype": "path",
     "font.size": 10,
@@ -202,7 +202,7 @@ class Run:
 
 
 def inline_svg(figure: matplotlib.figure.Figure, name: str) -> str:
-    """A figure as SVG to stand inside a page, where INK is the colour of the page's text."""
+    """A figure as SVG inside a page, where INK is the colour of the page's text."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg")
@@ -211,7 +211,7 @@ def inline_svg(figure: matplotlib.figure.Figure, name: str) -> str:
 
 
 def for_page(svg: str, ink: str, label: str) -> str:
-    """What matplotlib has saved as SVG, to stand inside a page: `ink` becomes the colour of the page's text."""
+    """An SVG of matplotlib for the inside of a page: `ink` becomes the colour of the page's text."""
     svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style .*?</style>", "", svg, flags=re.DOTALL)
     used = set(re.findall(r"#([\w-]+)", svg))
@@ -377,7 +377,7 @@ def downloads(script: Path) -> str:
 
 
 def helpers(script: Path) -> list[Path]:
-    """The modules that lie beside the script and that it needs."""
+    """The modules in the script's folder that it needs."""
     return [LESSON, STATES] if STATES.stem in script.read_text(encoding="utf-8") else [LESSON]
 
 

@@ -45,7 +45,7 @@ class Drawing:
         self.shape("path", d=d, stroke=stroke, **more)
 
     def text(self, x: float, y: float, words: str, *, at: str = "middle", size: float = TEXT, **more: object) -> None:
-        """One line whose middle is at height y. What stands between dollars is maths: `$H_i$`, `$O^{s}$`."""
+        """One line whose middle is at height y. The parts between dollars are maths: `$H_i$`, `$O^{s}$`."""
         options = {"text-anchor": at if at != "start" else None, "font-size": size if size != TEXT else None, **more}
         pairs = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in options.items() if value is not None)
         place = f'x="{number(x)}" y="{number(y + 0.35 * size)}"'

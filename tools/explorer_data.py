@@ -1,8 +1,8 @@
 """Writes what the mask explorer shows: `python tools/explorer_data.py [--out docs/explorer/data.js]`.
 
-One held-out clip at several noise levels goes through the lab's teacher. Of every layer, head and level the page gets
-the key blocks of each query block in the order of their scores, so that it can classify them for any ratio without
-rounding; and for its few ratios what the classes hold and cost, computed here with the package.
+One held-out clip at several noise levels goes through the lab's teacher. For every layer, head and level the page gets
+the key blocks of each query block in the order of their scores, and classifies them for any ratio without rounding. For
+its few ratios it also gets what the classes hold and cost, which the package computes here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sla_ref.lab.data import MovingDigits
 from sla_ref.lab.model import PATCH, ModelConfig
 
 OUT = Path(__file__).parents[1] / "docs" / "explorer" / "data.js"
-TIMES = (0.9, 0.7, 0.5, 0.3, 0.1)
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CRITICAL_RATIOS = (0.025, 0.05, 0.10, 0.20)
 NEGLIGIBLE_RATIOS = (0.0, 0.10, 0.30, 0.50)
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"  # one character for a number below 64
@@ -37,14 +37,14 @@ def encode(numbers: Tensor) -> str:
 
 @torch.no_grad()
 def attention_inputs() -> tuple[ModelConfig, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """The configuration, the clip at every time (T, F, S, S), and of each layer query, key, value (T, H, N, D)."""
+    """The configuration; the clip, clean and at every time (1 + T, F, S, S); of each layer query, key, value."""
     teacher, _ = weights.load_weights(weights.TEACHER)
     config = teacher.config
     clip, labels = MovingDigits("held_out", evaluate.HELD_OUT_SEED, size=config.size, frames=config.frames).batch(1)
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(evaluate.HELD_OUT_SEED))
     time = torch.tensor(TIMES)
     x = flow.noised(clip, noise, time)
-    return config, x, evaluate.attention_inputs(teacher, x, time, labels.expand(len(time)))
+    return config, torch.cat([clip, x]), evaluate.attention_inputs(teacher, x, time, labels.expand(len(time)))
 
 
 def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dic
     full = weights @ value
 
     def error(labels: Tensor) -> Tensor:
-        """Relative L1 error of softmax attention over the blocks with label 1 alone."""
+        """Relative L1 error of softmax attention over only the blocks with label 1."""
         block_map = sla_ref.BlockMap(labels, block, block, query.shape[2], key.shape[2])
         output = sla_ref.sparse_linear_attention(query, key, value, block_map=block_map)
         return analysis.relative_l1(output.sparse, full)
@@ -71,7 +71,7 @@ def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dic
         from_rank = (rank < critical).to(torch.int8) - (rank >= rank.shape[-1] - negligible).to(torch.int8)
         assert torch.equal(labels, from_rank), "the order of the blocks does not give their classes"
 
-    # The stops of the two ratios fit into one row together, so that neither class depends on the other's ratio.
+    # The largest values of both ratios fit into one row together: neither class depends on the other's ratio.
     assert CRITICAL_RATIOS[-1] + NEGLIGIBLE_RATIOS[-1] <= 1
     by_critical = [classes(ratio, 0.0) for ratio in CRITICAL_RATIOS]
     by_negligible = [classes(CRITICAL_RATIOS[0], ratio) for ratio in NEGLIGIBLE_RATIOS]
@@ -90,7 +90,7 @@ def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dic
 
 def collect() -> dict[str, Any]:
     """Everything, as JSON can hold it."""
-    config, x, layers = attention_inputs()
+    config, clips, layers = attention_inputs()
     blocks = config.tokens // config.block
     if blocks * config.block != config.tokens or blocks > len(DIGITS):
         raise ValueError(f"the page takes whole blocks, {len(DIGITS)} at most, got {config.tokens / config.block}")
@@ -110,7 +110,7 @@ def collect() -> dict[str, Any]:
         "full_flops": analysis.attention_flops(*sizes),
         "sla_flops": [analysis.attention_flops(*sizes, critical_share=share, linear=True) for share in shares],
         "digits": DIGITS,
-        "clips": [encode(((clip.clamp(-1, 1) + 1) * 31.5).round().int()) for clip in x],
+        "clips": [encode(((clip.clamp(-1, 1) + 1) * 31.5).round().int()) for clip in clips],
         "layers": [describe_layer(*layer, config.block) for layer in layers],
     }
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the data of the mask explorer.")
     parser.add_argument("--out", type=Path, default=OUT, help="the file, which is replaced")
     out = parser.parse_args().out
-    torch.set_num_threads(1)  # so that the sums do not depend on the number of cores
+    torch.set_num_threads(1)  # or else the sums depend on the number of cores
     text = f"window.maskExplorerData = {json.dumps(collect(), separators=(',', ':'))};\n"
     with whole(out) as path:
         path.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Python-Markdown extension: an SVG of docs/experiments/ stands in the page itself, with the page's text colour as ink.
+"""Python-Markdown extension: puts an SVG of docs/experiments/ into the page itself, with the page's text colour as ink.
 
-In the page it is an ordinary image, which shows wherever Markdown does; there its ink is a grey for light and dark.
+In Markdown it is an ordinary image, which also shows elsewhere; there its ink is a grey for light and dark.
 """
 
 import re

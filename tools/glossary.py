@@ -1,4 +1,4 @@
-"""Python-Markdown extension: the glossary of docs/notation.md as hover text wherever its words stand.
+"""Python-Markdown extension: the glossary of docs/notation.md as hover text, where a section first uses a word of it.
 
 The names of the three classes are underlined in their colours (docs/stylesheets/extra.css).
 """
@@ -14,6 +14,7 @@ from markdown.extensions.abbr import AbbrExtension, AbbrTreeprocessor
 
 PAGE = Path(__file__).parents[1] / "docs" / "notation.md"
 CLASSES = ("critical", "marginal", "negligible")
+HEADINGS = ("h1", "h2", "h3")
 
 
 def read_glossary() -> dict[str, str]:
@@ -24,11 +25,29 @@ def read_glossary() -> dict[str, str]:
 
 
 class _Words(AbbrTreeprocessor):
+    def run(self, root: Element) -> None:
+        super().run(root)
+        explained: set[str] = set()
+        for element in root.iter():
+            if element.tag in HEADINGS:
+                explained.clear()
+                for word in element.iter("abbr"):
+                    _plain(word)
+            elif element.tag == "abbr":
+                if element.get("title") in explained:
+                    _plain(element)
+                explained.add(element.get("title", ""))
+
     def create_element(self, title: str, text: str, tail: str) -> Element:
         word = super().create_element(title, text, tail)
         if text in CLASSES:
             word.set("class", f"sla-{text}")
         return word
+
+
+def _plain(word: Element) -> None:
+    word.tag = "span"
+    word.attrib.clear()
 
 
 class Glossary(AbbrExtension):

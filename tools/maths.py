@@ -6,7 +6,7 @@ r"""Python-Markdown extension: LaTeX between dollars becomes MathML while the si
 
 The browser then needs neither a script nor a network. MathML Core, which browsers implement, has no `mathvariant` and
 no `columnalign`: math-core writes letters such as a double-struck R as their Unicode characters, and alignment as CSS.
-LaTeX that it does not know fails the build. A dollar sign in the text is written `\$`, or stands beside a space.
+LaTeX that it does not know fails the build. A dollar sign in the text is written `\$`, or has a space next to it.
 """
 
 from re import Match

@@ -5,7 +5,7 @@ the page from any other, and from docstrings too.
 
 A line `::: steps Alg. 1` becomes every step of Algorithm 1 in the tables of docs/paper.md: in words and as a formula on
 the left, and on the right the code that carries the tag, on each rung, read from the sources when the site is built.
-A line `::: rungs` becomes the buttons that choose the rung to be shown (by CSS alone, in docs/stylesheets/extra.css).
+A line `::: rungs` becomes the buttons that choose the rung to be shown (with CSS only, in docs/stylesheets/extra.css).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Excerpt(NamedTuple):
 def excerpts(text: str, tag: str) -> list[Excerpt]:
     """The pieces of a source file to show for a tag, of MOST lines at most.
 
-    At a statement the tag stands for that statement, which is shown with its neighbours; in a comment of its own, for
+    At a statement the tag marks that statement, which is shown with its neighbours; in a comment of its own, for
     the lines down to the next empty one; in the docstring of a short function, for the function. In the docstring of a
     long one it says what the function is about, and not where the step is.
     """

@@ -314,7 +314,8 @@ plt.show()
 # knows a good $W$ yet. With $W = 0$ and $b = 0$ the layer starts as the sparse branch alone, exactly. Of the three
 # starts below it is the nearest. The nearest start need not lead to the best end: in the fine-tunes of
 # [Experiments](../experiments.md#start-of-proj), Proj ends better from the identity, and even the plain sum ends ahead
-# of Proj from zero.
+# of Proj from zero. `SparseLinearAttention(..., proj_init="identity")` starts it there, and [Use it in
+# Wan](../wan.md#two-changes-that-helped) says when to use which.
 
 # %%
 show_source(SparseLinearAttention.forward)
@@ -340,7 +341,7 @@ with torch.no_grad():
 assert min(start_errors, key=start_errors.get) == "zero"
 
 # %% [markdown]
-# Does a layer that starts at zero ever learn? Let $G$ be the gradient of the loss by the output. Then
+# Does a layer that starts at zero ever learn? Let $G$ be the gradient of the loss with respect to the output. Then
 #
 # $$\frac{\partial \mathcal L}{\partial W} = \sum_n G_n^\top O^l_n, \qquad
 # \frac{\partial \mathcal L}{\partial b} = \sum_n G_n, \qquad \frac{\partial \mathcal L}{\partial O^l} = G W.$$

@@ -8,7 +8,7 @@
 # are one number too long, and what limits how many threads a GPU can hold.
 #
 # Builds on: [4. Algorithm 1](04_algorithm_1.md), [5. Algorithm 2](05_algorithm_2.md),
-# [6. The Triton kernel](06_triton_kernel.md)
+# [6b. The package's Triton kernels](06b_package_kernels.md)
 #
 # The simulator is switched on by an environment variable, and Numba looks at it once: when it is imported. After that
 # every `@cuda.jit` makes a kernel of the one kind or of the other. So it comes before the import.

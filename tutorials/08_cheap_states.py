@@ -449,4 +449,4 @@ with check_exercise(2, shorter_list):
 # tables need fewer additions, but over most of the range the plain matrix product is the fastest, because processors
 # are built for it. Subtraction also loses digits.
 #
-# Next: [6. The Triton kernel](06_triton_kernel.md)
+# Next: [6a. A first Triton kernel](06a_first_kernel.md)

@@ -8,7 +8,7 @@
 #
 # "SLA-1" is the branch of that name at commit 325cc75, "main" the branch main at d973e55. What is said about them was
 # read in their code. The functions below are written anew from it, on top of the
-# [specification](../api.md#the-specification).
+# [specification](../api/operator.md#the-specification).
 
 # %%
 import matplotlib.pyplot as plt

@@ -1,6 +1,8 @@
 """sla_ref: sparse-linear attention (SLA, arXiv 2509.24006) as a readable specification with tested backends."""
 
 from . import _interrupt as _interrupt  # isort: skip  (before torch)
+from typing import TYPE_CHECKING
+
 from . import reference, reference_sla2
 from .attention import SLAOutput, sparse_linear_attention
 from .backends import (
@@ -44,3 +46,18 @@ __all__ = [
     "use_backend",
     "which_backend",
 ]
+
+if TYPE_CHECKING:
+    from . import testing as testing
+else:
+
+    def __getattr__(name: str):
+        """Import `sla_ref.testing`, which is for authors of backends, when it is first used."""
+        if name != "testing":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return import_module(".testing", __name__)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "testing"})

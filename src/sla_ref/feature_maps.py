@@ -6,10 +6,13 @@ Positive maps keep weights positive.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .checks import check_scale
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -27,6 +30,32 @@ def elu(tokens: Tensor) -> Tensor:
 def relu(tokens: Tensor) -> Tensor:
     """max(x, 0); (..., D) -> (..., D). A token whose features are all zero gets a zero denominator, so linear = 0."""
     return F.relu(tokens)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """softmax(temperature * x) over the head dimension: `feature_map=Softmax(4.0)`; (..., D) -> (..., D).
+
+    A temperature above 1 makes the features sharper, one below 1 makes them flatter.
+
+    It runs outside the fused kernels, which know the plain softmax only. phi(Q) and phi(K) are therefore written to
+    memory, in the dtype of query, and kept for the backward: two more tensors of the size of query and key. The softmax
+    and its gradient are operations of their own, which `torch.compile` can fuse with what is around the layer.
+
+    Args:
+        temperature: factor on x, a finite number > 0.
+
+    Raises:
+        TypeError, ValueError: temperature has the wrong type or value.
+    """
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        check_scale(self.temperature, "temperature")
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return torch.softmax(self.temperature * tokens, dim=-1)
 
 
 class Hedgehog(nn.Module):

@@ -15,6 +15,8 @@ from .checks import FLOATS, check_block_size, check_ratio
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
 from .router import resolve_router
 
+PROJ_INITS = {"zero": nn.init.zeros_, "identity": nn.init.eye_}
+
 
 def project(proj_l: nn.Module, linear: Tensor) -> Tensor:
     """Proj(O^l), in the dtype that Proj gives.
@@ -32,15 +34,18 @@ def project(proj_l: nn.Module, linear: Tensor) -> Tensor:
 class SparseLinearAttention(nn.Module):
     """Takes the place of softmax attention in a model: O = O^s + Proj(O^l). [Eq. 6]
 
-    Proj starts at zero, so that a fresh layer is the sparse branch alone and fine-tuning grows the linear branch. At
-    zero, the gradient reaches Proj only; one step later it reaches phi through Proj too.
+    Where Proj starts decides what a fresh layer is. From zero, it is the sparse branch alone, and fine-tuning grows the
+    linear branch: the first gradient reaches Proj only, and one step later it reaches phi through Proj too. From the
+    identity, it is the sum of both branches, and both learn from the first step on.
 
     Args:
         head_dim: D, which query, key and value must have.
         critical_ratio: share of key blocks per query block with exact attention, 0 < critical_ratio <= 1.
         negligible_ratio: share of key blocks per query block that are skipped, 0 <= negligible_ratio <= 1.
         block_q, block_k: tokens per query block and per key block.
-        feature_map: phi: "softmax", "elu" (elu + 1), "relu", "hedgehog" (learnable, the layer owns it), or a callable.
+        feature_map: phi: "softmax", "elu" (elu + 1), "relu", "hedgehog" (learnable, the layer owns it), or a callable,
+            such as `sla_ref.feature_maps.Softmax(4.0)`.
+        proj_init: where the weight of Proj starts, "zero" or "identity"; its bias starts at zero.
         router: what chooses the classes: "pooled" (SLA's own, by block means), "learned" (SLA2's), or a callable such
             as a `sla_ref.Router`, called as `sla_ref.classify_blocks`.
         backend: name of a backend, or None for what `sla_ref.set_backend` explains.
@@ -58,6 +63,7 @@ class SparseLinearAttention(nn.Module):
         block_q: int = DEFAULT_BLOCK,
         block_k: int = DEFAULT_BLOCK,
         feature_map: str | FeatureMap = "softmax",
+        proj_init: str = "zero",
         router: str | Callable[..., BlockMap] = "pooled",
         backend: str | None = None,
     ) -> None:
@@ -67,6 +73,8 @@ class SparseLinearAttention(nn.Module):
         check_ratio("negligible_ratio", negligible_ratio, zero_allowed=True)
         check_block_size("block_q", block_q)
         check_block_size("block_k", block_k)
+        if proj_init not in tuple(PROJ_INITS):
+            raise ValueError(f"proj_init must be one of {', '.join(map(repr, PROJ_INITS))}, got {proj_init!r}")
         if backend is not None:
             backends.require_known(backend)
         self.head_dim = head_dim
@@ -75,6 +83,7 @@ class SparseLinearAttention(nn.Module):
         self.block_q = block_q
         self.block_k = block_k
         self.feature_map = feature_map
+        self.proj_init = proj_init
         self.backend = backend
         self.phi_query: FeatureMap
         self.phi_key: FeatureMap
@@ -87,8 +96,8 @@ class SparseLinearAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Proj to zero; a Hedgehog map to a new random start."""
-        nn.init.zeros_(self.proj_l.weight)
+        """Proj to where `proj_init` says; a Hedgehog map to a new random start."""
+        PROJ_INITS[self.proj_init](self.proj_l.weight)
         nn.init.zeros_(self.proj_l.bias)
         for phi in (self.phi_query, self.phi_key):
             if isinstance(phi, Hedgehog):

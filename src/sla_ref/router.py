@@ -276,7 +276,7 @@ def protect(
     """The same map with the blocks of some tokens critical, in addition to those that are.
 
     For sequences that hold more than one kind of token: text, audio or a first frame beside the video. Such tokens are
-    few, and a ranking by means can lose them. Implementations that keep them exact: SGLang, FastVideo.
+    few, and a ranking by means can lose them. SGLang's pull request 36318 keeps them exact in this way.
 
     Args:
         block_map: any block map; it stays as it is.

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..feature_maps import FeatureMap, Softmax
 from ..files import whole
 from ..module import SparseLinearAttention
 from . import thu_ml
@@ -267,12 +268,17 @@ def _settings(model: nn.Module) -> dict[str, str]:
     """What the weights belong to, as text; the role is empty where `install_sla` was given none."""
     found: dict[str, set[str]] = {}
     for layer in sla_layers(model).values():
-        feature_map = layer.feature_map if isinstance(layer.feature_map, str) else "a callable"
-        found.setdefault("feature_map", set()).add(feature_map)
+        found.setdefault("feature_map", set()).add(_name_of(layer.feature_map))
         found.setdefault("variant", set()).add(str(getattr(layer, "variant", "paper")))
         if hasattr(layer, "role"):
             found.setdefault("role", set()).add(str(layer.role or ""))
     return {setting: ", ".join(sorted(values)) for setting, values in found.items()}
+
+
+def _name_of(feature_map: str | FeatureMap) -> str:
+    if isinstance(feature_map, Softmax):
+        return f"softmax of temperature {float(feature_map.temperature)}"
+    return feature_map if isinstance(feature_map, str) else "a callable"
 
 
 # --- what a state_dict holds -----------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def install_sla(
     block_q: int = DEFAULT_BLOCK,
     block_k: int = DEFAULT_BLOCK,
     feature_map: str | FeatureMap = "softmax",
+    proj_init: str = "zero",
     variant: str = "paper",
     backend: str | None = None,
     group: dist.ProcessGroup | None = None,
@@ -73,7 +74,7 @@ def install_sla(
 ) -> None:
     """Puts an SLA layer of its own into each block's self-attention; cross-attention stays as it is.
 
-    Proj is created float32 and zero on the block's device, to be trained; `transformer.to()` applies to it afterwards.
+    Proj is created float32 on the block's device, to be trained; `transformer.to()` applies to it afterwards.
     Call this before `torch.compile` or a wrapper for several devices, and before an optimizer is made.
     `transformer.parameters()` then lists the backbone's parameters first, as without SLA, and SLA's behind them.
 
@@ -87,6 +88,7 @@ def install_sla(
         negligible_ratio: likewise; 0.10 if None. Only variant "paper" takes one.
         layers: numbers of the blocks that get SLA, the others stay dense; all if None.
         block_q, block_k, feature_map, backend: as in `sla_ref.SparseLinearAttention`.
+        proj_init: likewise. The other variants start Proj at zero.
         variant: "paper", or "main" or "SLA-1" for weights trained with the authors' code, TurboDiffusion's for example:
             see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
         group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split.
@@ -133,12 +135,20 @@ def install_sla(
         processor: _WanSelfAttention
         if variant == "paper":
             share = DEFAULT_NEGLIGIBLE_RATIO if negligible_ratio is None else negligible_ratio
-            blocks = {"block_q": block_q, "block_k": block_k}
             processor = WanSLAProcessor(
-                head_dim, critical_ratio, share, **blocks, feature_map=feature_map, backend=backend
+                head_dim,
+                critical_ratio,
+                share,
+                block_q=block_q,
+                block_k=block_k,
+                feature_map=feature_map,
+                proj_init=proj_init,
+                backend=backend,
             )
         elif negligible_ratio is not None:
             raise ValueError(f"negligible_ratio must be None for variant {variant!r}, got {negligible_ratio!r}")
+        elif proj_init != "zero":
+            raise ValueError(f"proj_init must be 'zero' for variant {variant!r}, got {proj_init!r}")
         else:
             processor = WanReleasedSLAProcessor(
                 head_dim, critical_ratio, feature_map, block_q, block_k, variant=variant, backend=backend

@@ -1,11 +1,11 @@
 # %% [markdown]
-# # 6. The Triton kernel
+# # 6a. A first Triton kernel
 #
 # A GPU kernel is a function that thousands of programs run at once, each on a tile of its own. Triton writes such
 # functions in Python, and its interpreter runs them on a CPU, where they can be stopped and looked into. Here a kernel
-# of three lines grows into the sparse branch, and its running $m$, $l$ and $O$ are printed between blocks. Then come
-# the package's own kernels. Afterwards you will be able to read `sla_ref/backends/triton/`, and know what a run in the
-# interpreter proves and what it cannot show.
+# of three lines grows into the sparse branch, and its running $m$, $l$ and $O$ are printed between blocks. Afterwards
+# you will be able to write a kernel that walks along a list of blocks, and know what a program, a tile and a mask are
+# and what the compiler makes of them. [6b](06b_package_kernels.md) then reads the kernels of the package.
 #
 # Builds on: [4. Algorithm 1](04_algorithm_1.md), [5. Algorithm 2](05_algorithm_2.md)
 #
@@ -20,23 +20,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
 from inspect import getsource
 from pathlib import Path
-from unittest import mock
 
-import matplotlib.pyplot as plt
 import torch
 import triton
 import triton.language as tl
-from lesson import check_exercise, expect, show_source
+from lesson import check_exercise, expect
 
 from sla_ref import testing
-from sla_ref.analysis import CLASS_COLOURS, CLASS_NAMES
 from sla_ref.backends import pytorch
-from sla_ref.backends import triton as backend
-from sla_ref.backends.triton import labels as of_labels
-from sla_ref.backends.triton import launch, linear, sparse, tokens
 
 assert triton.knobs.runtime.interpret, (
     "the cells below look into running kernels: leave TRITON_INTERPRET unset, or 1"
@@ -362,322 +355,6 @@ torch.testing.assert_close(out, saved.out_sparse[0, 0])
 torch.testing.assert_close(lse, saved.lse[0, 0])
 
 # %% [markdown]
-# ## The same in the package
-#
-# The package's kernels are in `sla_ref/backends/triton/`, a page for each subject. `tokens.py` has helpers like ours. A
-# tensor of tokens arrives as a pointer with the strides of batch, head and token. One launch covers all heads, so a
-# program first finds its block and its head from its number, and then where that head begins.
-
-# %%
-show_source(tokens.dot, tokens.own_rows, tokens.head_of, tokens.slab_pointers, tokens.load_slab)
-
-# %% [markdown]
-# COLUMNS is D rounded up to a power of two, since a tile cannot be 96 wide; the columns that are too many are masked. A
-# slab is a part of the features, `feature` to `feature + FEATURES`, for tiles too large for the registers as a whole.
-# On GPUs that can, `load` lets the hardware fetch a tile by itself (a descriptor, TMA) and needs no addresses.
-#
-# ### Why int64
-#
-# Triton computes with int32 where it can, as a GPU does. A tensor of more than $2^{31}$ elements has addresses beyond
-# that, and an int32 product does not complain. Here a head has $2^{27}$ elements, as 1,048,576 tokens of 128 have:
-
-
-# %%
-@triton.jit
-def offset_kernel(narrow, wide, stride):
-    head = tl.program_id(0)
-    tl.store(narrow + head, (head * stride).to(tl.int64))
-    tl.store(wide + head, head.to(tl.int64) * stride)
-
-
-narrow, wide = torch.zeros(2, 20, dtype=torch.int64)
-offset_kernel[(20,)](narrow, wide, 2**27)
-print(f"head 16 begins at {wide[16]}, in int32 at {narrow[16]}")
-
-assert wide.tolist() == [head * 2**27 for head in range(20)]
-assert torch.equal(narrow[:16], wide[:16]) and narrow[16] == -(2**31)
-
-# %% [markdown]
-# Hence the `.to(tl.int64)` in `slab_pointers` before the products, not after. Offsets inside a tile are small and stay
-# int32, which takes half the registers.
-#
-# ### The online softmax
-#
-# `softmax_step` in `sparse.py` is ours with three changes. It loads K and V itself. It works with powers of two, as in
-# the second exercise of tutorial 4: `scale` holds a factor $\log_2 e$. And it compares with keys past the end only if
-# `PARTIAL` says so, a constexpr: from one source the compiler makes a step with the comparison and one without.
-
-# %%
-show_source(sparse.softmax_step, sparse.scores)
-
-# %% [markdown]
-# The interpreter lets us put a function of our own in its place, which calls the original and looks at what it returns.
-# Row 3 of query block 3 has the same history as in our kernel, once $m$ is multiplied by the scale, which the package
-# takes to the scores after it has subtracted their maximum.
-
-# %%
-ours = list(trace)
-original_step = sparse.softmax_step
-
-
-def watched_step(run, Q, key, value, first_key, *rest):
-    run = original_step(run, Q, key, value, first_key, *rest)
-    watch(tl.program_id(0), number(first_key) // 16, run.m * scale, run.l, run.O)
-    return run
-
-
-trace.clear()
-with mock.patch.object(sparse, "softmax_step", watched_step):
-    fused = backend.forward(problem.inputs)
-print_trace()
-
-torch.testing.assert_close(torch.tensor(trace), torch.tensor(ours))
-
-# %% [markdown]
-# ## The linear branch, and the whole forward
-#
-# A state $h_j$, $z_j$ does not depend on a query. One program of `states_kernel` makes one of them, and writes it as a
-# row of memory: first the rows of $h_j$, then $z_j$, then two counters. `SOFTMAX` chooses between two forms: either
-# `phi_key` holds $\phi(K)$, or it holds $K$ and `load_phi` computes the softmax on the way, so that $\phi(K)$ is never
-# in memory.
-
-# %%
-show_source(linear.states_kernel)
-
-# %% [markdown]
-# Then every query block needs $H_i = \sum_j [M_{ij} = 0]\, h_j$. All of these sums together are one matrix product,
-#
-# $$\underset{T_m \times T_n}{W} \;\cdot\; \underset{T_n \times (D^2 + D)}{(h, z)},$$
-#
-# and that is what GPUs are best at. A product cannot skip a block: $0 \cdot \mathrm{NaN}$ is NaN, so a single bad key
-# block would ruin all rows. Therefore `states_kernel` writes zeros for such a block and counts it, and the rows that
-# do include it become NaN at the end.
-#
-# In float16 a sum over many blocks could pass 65,504, its largest number, and be infinite: 32,760 tokens with features
-# of 2.5 are enough. So $W_{ij}$ is not 1 but about one over the number of marginal blocks of the row. The factor
-# cancels in $\phi H / (\phi Z)$. That it is a power of two makes this exact: such a factor moves the exponent of a
-# float and leaves its digits alone.
-
-# %%
-phi_K, V = (
-    torch.nn.functional.pad(tensor, (0, 0, 0, 8)).view(8, 16, 16) for tensor in (phi_key, value)
-)
-# (8, 16 * 16 + 16)
-states = torch.cat([phi_K.mT @ V, phi_K.sum(1, keepdim=True)], dim=1).flatten(1)
-marginal = (labels == 0).float()
-count = marginal.sum(1, keepdim=True)
-# padded with zeros to whole tiles
-W = of_labels.marginal_weights(block_map, torch.float32)[0, :8, :8]
-print(f"marginal blocks in a row: {int(count[0])}, weight: {W.max():.3f}")
-
-assert torch.equal(W, marginal * 2.0 ** -count.log2().floor())
-
-
-def linear_branch(W):
-    """(120, 16), from the weights that add up the states."""
-    H, Z = (W @ states).view(8, 17, 16).split([16, 1], dim=1)
-    phi_Q = torch.nn.functional.pad(phi_query, (0, 0, 0, 8)).view(8, 16, 16)
-    return ((phi_Q @ H) / (phi_Q @ Z.mT)).flatten(0, 1)[:120]
-
-
-torch.testing.assert_close(linear_branch(W), saved.out_linear[0, 0])
-assert torch.equal(linear_branch(W), linear_branch(marginal)), (
-    "a factor of a power of two costs no bit"
-)
-assert not torch.equal(linear_branch(marginal / 3), linear_branch(marginal)), "another factor does"
-Z = torch.tensor(32760 * 2.5)
-assert Z.half().isinf() and (Z / 256).half().isfinite()
-
-# %% [markdown]
-# The matrix $W$ comes from a kernel that reads the labels. For each row it counts the zeros, and then writes.
-
-# %%
-show_source(of_labels.weights_kernel)
-
-# %% [markdown]
-# Now the whole forward. Where our grid had a program for each query block, here a block may be cut into several
-# programs of ROWS rows, and a key block into steps of KEYS keys: smaller tiles for GPUs with less room. Lists ascend,
-# so only a list's last block can be the partial one, and the loop over all others goes without the comparison. A query
-# block without a critical block gets `sparse = 0` and `lse = -inf`. The linear branch is a function of its own:
-# $\phi(Q_i) H_i$ and $\phi(Q_i) Z_i$, slab by slab. The kernel runs one after the other.
-
-# %%
-show_source(backend.forward_kernel, sparse.sparse_rows, linear.linear_rows)
-
-# %% [markdown]
-# `do_not_specialize` above the kernel needs a word. Triton compiles a kernel once for each combination of constexpr
-# values, and by default also once for integers that are divisible by 16 and once for those that are not, since the
-# former may allow wider loads. The 32,760 tokens of a video at 480p are not divisible by 16, and 32,768 are. Named in
-# `do_not_specialize`, lengths are just numbers, and all sequences run the same binary. So what was tested at one length
-# is what runs at another, and a new length does not have to be compiled. `tests/test_compiled.py` compares binaries.
-#
-# Its outputs are those of the `torch` backend, also with the softmax inside. NumPy may warn of a division by zero here:
-# rows past the end have a denominator of 0, and are not stored.
-
-# %%
-inside = backend.forward(problem.inputs._replace(phi_query=None, phi_key=None))
-torch.testing.assert_close(tuple(fused), tuple(saved))
-torch.testing.assert_close(tuple(inside), tuple(saved))
-
-# %% [markdown]
-# ## The backward, down the columns
-#
-# $dQ_i$ belongs to a query block and is summed along its row of the map, as in the forward. $dK_j$ and $dV_j$ belong to
-# a key block, and get a share from every query block that has $j$ on its list. Two ways to do this:
-#
-# - Walk along rows and let each program add its share to $dK_j$ in memory. Several programs then add to the same place
-#   at the same time, which needs atomic additions, and their order changes from run to run.
-# - Walk down columns. One program owns $dK_j$ and $dV_j$, gathers all shares and writes once.
-#
-# The order matters because float addition is not associative:
-
-# %%
-large = torch.tensor(1e8)
-assert (large + 1) - large == 0 and (large - large) + 1 == 1
-
-# %% [markdown]
-# So the package does the second, and results repeat bit for bit. A column needs a list of its own, the transpose of
-# `kv_indices`. Columns differ in length, and one long column would make a table of equal rows large, so all lists stand
-# one behind the other: the list of key block $j$ is `q_indices[q_offsets[j] : q_offsets[j + 1]]`.
-#
-# ![The walks of the kernels over the critical blocks](../docs/images/walks.svg)
-#
-# *Whoever owns a row or a column reads the critical blocks on its list and is the only one that writes its result.*
-
-# %%
-q_offsets, q_indices = block_map.q_offsets[0, 0], block_map.q_indices[0, 0]
-columns = [q_indices[start:end].tolist() for start, end in q_offsets.unfold(0, 2, 1)]
-for j, column in enumerate(columns):
-    print(f"key block {j}: query blocks {column}")
-    assert column == (labels[:, j] == 1).nonzero().flatten().tolist()
-
-# %%
-show_source(sparse.dkdv_kernel)
-
-# %% [markdown]
-# K and V are loaded once and stay; Q and dO come and go. `scratch` holds $L$ and $D^s$ of each row, left there by the
-# kernel that makes $dQ$. The rest is lines 9 to 12 of Algorithm 2.
-#
-# Which tiles does each kernel read? Let us ask. A launcher starts the kernels, and ours writes down their names. Two
-# functions of the package are replaced by ones that write down what they are called with: `load`, with which the sparse
-# branch reads tiles, and `store`, which writes tiles of outputs and tells us whether each is written once.
-
-# %%
-reads, writes = defaultdict(lambda: defaultdict(list)), Counter()
-load, store = tokens.load, tokens.store
-running = []
-
-
-class WatchfulLauncher(launch.Launcher):
-    def start(self, kernel, programs, *args, **options):
-        running.append(kernel.fn.__name__)
-        super().start(kernel, programs, *args, **options)
-
-
-def recorded_load(head, first, *rest):
-    reads[running[-1]][number(tl.program_id(0))].append(number(first) // 16)
-    return load(head, first, *rest)
-
-
-def recorded_store(head, first, feature, tile):
-    writes[len(running), *map(number, (head.data, first, feature))] += 1
-    store(head, first, feature, tile)
-
-
-grads = (problem.grad_sparse, problem.grad_linear, problem.grad_lse)
-with (
-    launch.launch_with(WatchfulLauncher()),
-    mock.patch.multiple(backend, load=recorded_load, store=recorded_store),
-    mock.patch.multiple(sparse, load=recorded_load, store=recorded_store),
-    mock.patch.object(linear, "store", recorded_store),
-):
-    backend.forward(problem.inputs)
-    gradients = backend.backward(*grads, problem.inputs, fused)
-print(
-    f"{len(running)} launches, {len(writes)} tiles of outputs, "
-    f"each written {max(writes.values())} time"
-)
-
-expected = pytorch.backward(*grads, problem.inputs, saved)
-torch.testing.assert_close(tuple(gradients), tuple(expected))
-assert set(writes.values()) == {1}
-
-# %% [markdown]
-# A program of the forward reads Q, then K and V for each step. One of the dK, dV kernel reads K and V, then Q and dO
-# for each step. The number in a cell below says in which step of its program it was read. Both kernels visit the
-# critical pairs and no other: the left one has a program for each row, the right one for each column.
-
-# %%
-along_rows = {i: tiles[1::2] for i, tiles in reads["forward_kernel"].items()}
-down_columns = {j: tiles[2::2] for j, tiles in reads["dkdv_kernel"].items()}
-assert along_rows == {i: block_map.kv_indices[0, 0, i].tolist() for i in range(8)}
-assert down_columns == dict(enumerate(columns))
-
-style = {label: {"facecolor": CLASS_COLOURS[label], "alpha": 0.45, "lw": 0} for label in (1, 0, -1)}
-style[-1]["hatch"] = "///"
-figure, panels = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True, layout="constrained")
-for panel, title in zip(panels, ("forward_kernel", "dkdv_kernel"), strict=True):
-    for i in range(8):
-        for j in range(8):
-            panel.add_patch(
-                plt.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **style[int(labels[i, j])])
-            )
-    panel.set(xlim=(-0.5, 7.5), ylim=(7.5, -0.5), aspect="equal", xlabel="key block j", title=title)
-    panel.set(xticks=range(8), yticks=range(8))
-panels[0].set_ylabel("query block i")
-for i, steps in along_rows.items():
-    for step, j in enumerate(steps):
-        panels[0].text(j, i, step, ha="center", va="center")
-for j, steps in down_columns.items():
-    for step, i in enumerate(steps):
-        panels[1].text(j, i, step, ha="center", va="center")
-keys = [plt.Rectangle((0, 0), 1, 1, **style[label]) for label in style]
-figure.legend(keys, [CLASS_NAMES[label] for label in style], loc="outside lower center", ncols=3)
-plt.show()
-
-# %% [markdown]
-# ## What the interpreter cannot show
-#
-# Here is a kernel that is wrong. A hundred programs each read the same number, add 1 and write it back. On a GPU they
-# run at once; two that read before either has written count as one. This is a **race**.
-
-
-# %%
-@triton.jit
-def racing_kernel(total):
-    tl.store(total, tl.load(total) + 1)
-
-
-total = torch.zeros(1)
-racing_kernel[(100,)](total)
-print(total.item())
-
-assert total.item() == 100
-
-# %% [markdown]
-# The interpreter calls it right, because there is never more than one program. No run in it can find a race, however
-# often it is repeated.
-#
-# This package had one, and not even in its source. Look at the loop in `linear_rows`. Its
-# $\phi(Q)$ tile goes two ways: into the sum for the denominator and into the product with $H$. In the first version
-# the compiler pipelined that loop. It fetched the tile of the next turn into shared memory while the matrix unit was at
-# work on this one, which is what pipelining is for. But this tile had one buffer only, and the fetch overwrote what the
-# matrix unit was still reading. The interpreter has no pipeline, and nothing to see. On an H200, with long sequences
-# and blocks of 64, the same forward gave other bits when it was repeated. `num_stages=1` in the `tl.range` of that loop
-# turns the pipeline off there. [Performance](../performance.md) says what has been run on which GPU.
-#
-# What it teaches:
-#
-# - What the interpreter confirms is the mathematics. What a GPU runs is the compiler's version of it.
-# - Repeating a run and comparing bits is a sharp test, for kernels that promise to repeat. An error bound may not see a
-#   few stale numbers. Where atomics add floats, bits may differ anyway and the test says nothing.
-# - A small case may never lose a race. The test for this one (`tests/test_triton.py`) needs a GPU and 32,760 tokens.
-# - The flaw could be read in the compiled code, as a wait for all products *but one* before the fetch.
-#   `tests/test_compiled.py` reads it there, without a GPU.
-#
-# The interpreter is also blind to tf32, as said above, to memory that is undefined instead of 0, and to everything
-# about speed: registers, shared memory, whether loads are wide.
-#
 # ## What the compiler makes of it
 #
 # Compiling needs no GPU. It does need a Python without the interpreter, so here is one that gets `double_kernel` with
@@ -723,14 +400,6 @@ assert [line for line in ptx if line.startswith("@%p") and "st.global" in line],
 # number `%tid.x`. The mask has become a comparison, `setp.lt`, and `@%p1` in front of an instruction means: only where
 # it holds. A program of our three lines is 128 threads that do the same thing in step.
 #
-# For the package's kernels there is a command. It compiles each of them for one of four architectures, prints
-# registers, stack, shared memory and the kind of matrix instruction, and fails where a kernel spills registers to
-# memory or needs more shared memory than there is:
-#
-# ```sh
-# sla-ref kernels --target sm_90
-# ```
-#
 # ## Exercises
 #
 # **1. States.** Write the kernel that makes $h_j = \phi(K_j)^\top V_j$ and $z_j$, one key block per program. $h$ is
@@ -758,6 +427,9 @@ def states_kernel(phi_key, value, h, z, length, D: tl.constexpr, BLOCK: tl.const
 
 # %% tags=["check"]
 h, z = torch.full((8, 16, 16), float("nan")), torch.full((8, 16), float("nan"))
+phi_K, V = (
+    torch.nn.functional.pad(tensor, (0, 0, 0, 8)).view(8, 16, 16) for tensor in (phi_key, value)
+)
 
 with check_exercise(1, states_kernel):
     states_kernel[(8,)](phi_key, value, h, z, 120, D=16, BLOCK=16)
@@ -765,9 +437,11 @@ with check_exercise(1, states_kernel):
     expect("z[j, d]", z, phi_K.sum(1), rtol=1.3e-6, atol=1e-5)
 
 # %% [markdown]
-# **2. Down a column.** Write the kernel for the sparse branch's share of $dV$: one program per key block, which walks
-# down its list, makes $P = e^{S - L}$ again and adds up $P^\top dO^s$, lines 9 and 10 of Algorithm 2. The list of block
-# $j$ begins at `q_offsets[j]`. Memory behind `lse` holds NaN as well: which `other` gives rows past the end no weight?
+# **2. Down a column.** Key block $j$ owns $dV_j$, to which every query block with $j$ on its list adds a share. Write
+# the kernel for the sparse branch's share: one program per key block, which walks down these query blocks, makes
+# $P = e^{S - L}$ again and adds up $P^\top dO^s$, lines 9 and 10 of Algorithm 2. The query blocks of $j$ are
+# `q_indices[q_offsets[j] : q_offsets[j + 1]]`. Memory behind `lse` holds NaN as well: which `other` gives rows past the
+# end no weight?
 
 
 # %% tags=["exercise"]
@@ -822,6 +496,7 @@ def dv_kernel(
 
 
 # %% tags=["check"]
+q_offsets, q_indices = block_map.q_offsets[0, 0], block_map.q_indices[0, 0]
 grad_value = in_nan(torch.full((120, 16), float("nan")))
 dO = in_nan(problem.grad_sparse[0, 0])
 no_linear = torch.zeros_like(problem.grad_linear)
@@ -836,8 +511,8 @@ with check_exercise(2, dv_kernel):
 # %% [markdown]
 # ## Recap
 #
-# A Triton kernel is written for one tile, and many programs run it at once. The forward walks along the rows of the map
-# and the backward down its columns, so that no two programs write the same number. The interpreter proves the
-# arithmetic; races, precision and speed need a compiler or a GPU.
+# A Triton kernel is written for one tile, and many programs run it at once. A mask says which places of a tile exist,
+# and what the others read as has to suit what is computed from them. A list of critical blocks turns attention into the
+# sparse branch: what is not on the list is never touched.
 #
-# Next: [7. The Numba kernel](07_numba_kernel.md)
+# Next: [6b. The package's Triton kernels](06b_package_kernels.md)
