@@ -467,7 +467,7 @@ states = torch.cat([phi_K.mT @ V, phi_K.sum(1, keepdim=True)], dim=1).flatten(1)
 marginal = (labels == 0).float()
 count = marginal.sum(1, keepdim=True)
 # padded with zeros to whole tiles
-W = of_labels.marginal_weights(block_map, torch.float32)[0, :8, :8]
+W = of_labels.read_labels(block_map, torch.float32, backward=False).weights[0, :8, :8]
 print(f"marginal blocks in a row: {int(count[0])}, weight: {W.max():.3f}")
 
 assert torch.equal(W, marginal * 2.0 ** -count.log2().floor())
@@ -489,10 +489,10 @@ Z = torch.tensor(32760 * 2.5)
 assert Z.half().isinf() and (Z / 256).half().isfinite()
 
 # %% [markdown]
-# The matrix $W$ comes from a kernel that reads the labels. For each row it counts the zeros, and then writes.
+# The matrix $W$ comes from the kernel that reads the labels. For each row it counts the zeros, and then writes.
 
 # %%
-show_source(of_labels.weights_kernel)
+show_source(of_labels.write_weights)
 
 # %% [markdown]
 # Now the whole forward. Where our grid had a program for each query block, here a block may be cut into several
