@@ -110,7 +110,10 @@ def classify_blocks(
     num_critical = torch.sym_max(1, torch.sym_int(critical_ratio * key_blocks))
     num_negligible = torch.sym_min(torch.sym_int(negligible_ratio * key_blocks), key_blocks - num_critical)
     labels = _normal(_labels(query.detach(), key.detach(), num_critical, num_negligible, block_q, block_k))
-    return trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical, is_uniform=True)
+    # Under a compiler the numbers may be symbols, and a graph would be tied to the answer.
+    has_marginal = torch.compiler.is_compiling() or num_critical + num_negligible < key_blocks
+    sizes = block_q, block_k, query.shape[2], key.shape[2]
+    return trusted_map(labels, *sizes, num_critical, True, bool(has_marginal))
 
 
 # One operator to compilers: whether N is a multiple of the block size is then no question to an exported graph.
@@ -183,6 +186,8 @@ class BlockMap:
     """C, the largest number of critical blocks in a row, at least 1."""
     is_uniform: bool = field(init=False, repr=False)
     """Whether every query block is known to have exactly C critical blocks."""
+    has_marginal: bool = field(init=False, repr=False)
+    """False where no block is known to be marginal: there is no linear branch then."""
     _version: int | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -202,13 +207,14 @@ class BlockMap:
         if 0 in self.labels.shape:
             raise ValueError(f"labels must have no empty dimension, got shape {tuple(self.labels.shape)}")
         object.__setattr__(self, "labels", _normal(self.labels))
-        least, most = self._count()
+        least, most, has_marginal = self._count()
         object.__setattr__(self, "max_critical", torch.sym_max(1, most))
         object.__setattr__(self, "is_uniform", least == self.max_critical)
+        object.__setattr__(self, "has_marginal", has_marginal)
         object.__setattr__(self, "_version", version(self.labels))
 
-    def _count(self) -> tuple[int, int]:
-        """Check what labels holds; the smallest and the largest number of critical blocks in a row."""
+    def _count(self) -> tuple[int, int, bool]:
+        """Check what labels holds; the fewest and the most critical blocks in a row, and if any block is marginal."""
         num_key_blocks = self.labels.shape[3]
         given = self.num_critical
         if given is not None:
@@ -217,10 +223,10 @@ class BlockMap:
             if not 0 <= given <= num_key_blocks:
                 raise ValueError(f"num_critical must be between 0 and the {num_key_blocks} key blocks, got {given}")
         if not _readable(self.labels):
-            return (0, num_key_blocks) if given is None else (given, given)
+            return (0, num_key_blocks, True) if given is None else (given, given, True)
         counts = (self.labels == CRITICAL).sum(-1)
-        bounds = [*self.labels.aminmax(), *counts.aminmax()]
-        low, high, least, most = torch.stack([bound.long() for bound in bounds]).tolist()  # one wait for the device
+        bounds = [*self.labels.aminmax(), *counts.aminmax(), (self.labels == MARGINAL).any()]
+        low, high, least, most, marginal = torch.stack([bound.long() for bound in bounds]).tolist()  # one wait
         if low < NEGLIGIBLE or high > CRITICAL:
             raise ValueError(f"labels must hold only 1, 0 and -1, got values from {low} to {high}")
         if given is not None and not least == most == given:
@@ -228,7 +234,7 @@ class BlockMap:
                 f"num_critical must be the number of critical blocks in every row of labels, or None; got {given} for "
                 f"rows with {least} to {most}"
             )
-        return least, most
+        return least, most, bool(marginal)
 
     def require_unchanged(self) -> None:
         """Raise ValueError if labels was changed in place since: what was read then is no longer true."""
@@ -306,13 +312,20 @@ class BlockMap:
 
 
 def trusted_map(
-    labels: Tensor, block_q: int, block_k: int, query_length: int, key_length: int, max_critical: int, is_uniform: bool
+    labels: Tensor,
+    block_q: int,
+    block_k: int,
+    query_length: int,
+    key_length: int,
+    max_critical: int,
+    is_uniform: bool,
+    has_marginal: bool,
 ) -> BlockMap:
     """A map of parts that are known to fit: nothing is checked and no data is read."""
     block_map = object.__new__(BlockMap)
     num_critical = max_critical if is_uniform else None
     sizes = block_q, block_k, query_length, key_length
-    values = (labels, *sizes, num_critical, max_critical, is_uniform, version(labels))
+    values = (labels, *sizes, num_critical, max_critical, is_uniform, has_marginal, version(labels))
     for name, value in zip(BlockMap.__dataclass_fields__, values, strict=True):
         object.__setattr__(block_map, name, value)  # the dataclass is frozen
     return block_map
@@ -321,7 +334,7 @@ def trusted_map(
 def _parts(block_map: BlockMap) -> tuple[Any, ...]:
     """The arguments of `trusted_map`."""
     sizes = block_map.block_q, block_map.block_k, block_map.query_length, block_map.key_length
-    return block_map.labels, *sizes, block_map.max_critical, block_map.is_uniform
+    return block_map.labels, *sizes, block_map.max_critical, block_map.is_uniform, block_map.has_marginal
 
 
 def _readable(labels: Tensor) -> bool:

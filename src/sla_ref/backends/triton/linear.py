@@ -24,8 +24,21 @@ from torch import Tensor
 
 from .labels import WEIGHTS_TILE, marginal_weights
 from .launch import INTERPRETED, SIZES, Call, start
-from .tokens import dot, for_linear, head_of, load_phi, load_slab, own_rows, phi_of, store, strided, to_tf32
+from .tokens import (
+    dot,
+    for_linear,
+    head_of,
+    load_phi,
+    load_slab,
+    own_rows,
+    phi_of,
+    store,
+    strided,
+    to_tf32,
+    weight_slab,
+)
 
+PARTS = tl.constexpr(16)  # of a head's keys, in the gradient of Proj's weight
 SMALLEST_DENOMINATOR = tl.constexpr(2.0**-96)  # as in the specification
 
 # --- parts of kernels ------------------------------------------------------------------------------------------------
@@ -91,14 +104,28 @@ def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
     return tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])  # [Alg. 1 L16]
 
 
+@triton.jit
+def values(value, weight, first, column, ROWS: tl.constexpr, WIDTH: tl.constexpr, plan: tl.constexpr):
+    """Some features of ROWS values as the linear branch takes them: of V, or of V W^T with Proj inside. # [ROWS, WIDTH]"""
+    if weight is None:
+        tile = load_slab(value, first, column, ROWS, WIDTH)
+    else:
+        tile = tl.zeros([ROWS, WIDTH], tl.float32)
+        for feature in tl.range(0, plan.COLUMNS, plan.FEATURES, num_stages=1):
+            V = for_linear(load_slab(value, first, feature, ROWS, plan.FEATURES), value, plan)
+            W = for_linear(weight_slab(weight, column, feature, WIDTH, plan.FEATURES, plan), value, plan)
+            tile = dot(V, tl.trans(W), tile, plan.TF32)
+    return tile
+
+
 # --- states and their sums -------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=SIZES)
 def states_kernel(
-    phi_key, value, states, first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr
+    phi_key, value, weight, states, first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr
 ):
-    """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4]"""
+    """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4] With Proj inside, V_j W^T takes the place of V_j."""
     COLUMNS: tl.constexpr = plan.COLUMNS
     block, head, first = own_rows(first_head, key_length, plan.BLOCK_K, plan.BLOCK_K)
     phi_key = head_of(phi_key, head, num_heads, key_length, plan)
@@ -114,7 +141,7 @@ def states_kernel(
     z = tl.where(good == 1, z, 0.0)
     store_state(state + COLUMNS * COLUMNS + columns, z, plan)
     for column in range(0, COLUMNS, plan.FEATURES):
-        V = load_slab(value, first, column, plan.BLOCK_K, plan.FEATURES)  # [BLOCK_K, FEATURES]
+        V = values(value, weight, first, column, plan.BLOCK_K, plan.FEATURES, plan)  # [BLOCK_K, FEATURES]
         good = tl.minimum(good, tl.min(tl.min(finite(V), 1), 0))
         h = tl.where(
             good == 1, dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32), 0.0
@@ -191,26 +218,26 @@ def chunks_of_heads(call: Call, per_query_block: int, tensors: int) -> list[tupl
 class MarginalSums:
     """H_i and Z_i of all query blocks, made anew for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
 
-    Arguments as for `chunks_of_heads`.
+    Arguments as for `chunks_of_heads`; with Proj's weight, they are those of V W^T.
     """
 
-    def __init__(self, call: Call, per_query_block: int, tensors: int) -> None:
+    def __init__(self, call: Call, weight: Tensor | None, per_query_block: int, tensors: int) -> None:
         query, labels = call.inputs.query, call.inputs.block_map.labels
         self.call, self.chunks = call, chunks_of_heads(call, per_query_block, tensors)
-        self.keys = (strided(call.phi_key), strided(call.inputs.value))
+        self.keys = (strided(call.phi_key), strided(call.inputs.value), weight)
         self.weights = marginal_weights(call.inputs.block_map, call.state_dtype)
         (_, heads), size = self.chunks[0], (call.columns + 2) * call.columns
         self.states = torch.empty(heads, labels.shape[3], size, dtype=call.state_dtype, device=query.device)
         self.sums = torch.empty(heads, labels.shape[2], size, dtype=call.state_dtype, device=query.device)
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """The first head of each chunk, and the sums of its heads (heads, Tq, size of a state)."""
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The first head of each chunk, how many there are, and their sums (heads, Tq, size of a state)."""
         tiles = self.call.tiles("states")
         for first, heads in self.chunks:
             states, sums = self.states[:heads], self.sums[:heads]
             self.call.start(states_kernel, tiles, heads * states.shape[1], *self.keys, states, first_head=first)
             add_up(self.call, self.weights[first : first + heads], states, sums)
-            yield first, sums
+            yield first, heads, sums
 
     def back(self, first: int, grad_sums: Tensor) -> Tensor:
         """The gradients of a chunk's states from those of its sums, in the place of the states. [Alg. 2 L14]"""
@@ -224,7 +251,7 @@ class MarginalSums:
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_sums_kernel(
-    phi_query, grad_linear, grad_phi_query, sums, grad_sums,
+    phi_query, grad_linear, grad_phi_query, row_Dl, sums, grad_sums,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dQ^phi, or its share of dQ where phi is softmax, dH_i and dZ_i for query block i. [Alg. 2 L3-L5]"""
@@ -251,6 +278,8 @@ def grad_sums_kernel(
     inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
     # This is rowsum(dO * O) with an O that is not rounded. Where few features hold a row, dphi is a small difference.
     Dl = along * inverse  # [ROWS] [Alg. 2 L2]
+    if row_Dl is not None:
+        tl.store(row_Dl + block.to(tl.int64) * ROWS + tl.arange(0, ROWS), Dl)
     for feature in range(0, COLUMNS, plan.FEATURES):
         H = tl.load(sums + h_slab(feature, plan))  # [FEATURES, COLUMNS]
         Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
@@ -272,10 +301,13 @@ def grad_sums_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_keys_kernel(
-    phi_key, value, grad_phi_key, grad_value, grad_states,
+    phi_key, value, weight, grad_phi_key, grad_value, grad_states,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
-    """dK^phi (its share of dK where phi is softmax) and the share of dV for key block j. [Alg. 2 L16] [Alg. 2 L17]"""
+    """dK^phi (its share of dK where phi is softmax) and the share of dV for key block j. [Alg. 2 L16] [Alg. 2 L17]
+
+    With Proj inside, the share is that of V W^T.
+    """
     KEYS: tl.constexpr = plan.BLOCK_K
     COLUMNS: tl.constexpr = plan.COLUMNS
     block, head, first = own_rows(first_head, key_length, KEYS, KEYS)
@@ -285,7 +317,7 @@ def grad_keys_kernel(
 
     phi_rows = phi_of(phi_key, first, KEYS, plan)
     value = head_of(value, head, num_heads, key_length, plan)
-    V = for_linear(load_slab(value, first, 0, KEYS, COLUMNS), value, plan)  # [KEYS, COLUMNS]
+    V = for_linear(values(value, weight, first, 0, KEYS, COLUMNS, plan), value, plan)  # [KEYS, COLUMNS]
     dV = tl.zeros([KEYS, COLUMNS], tl.float32)
     along = tl.zeros([KEYS], tl.float32)
     for feature in range(0, COLUMNS, plan.FEATURES):
@@ -306,18 +338,68 @@ def grad_keys_kernel(
     store(head_of(grad_value, head, num_heads, key_length, plan), first, 0, dV)
 
 
-def backward(call: Call, grad_linear: Tensor, dphi_Q: Tensor, dphi_K: Tensor, dV: Tensor) -> None:
-    """Fill dphi_Q and dphi_K (with a share of dQ and dK where phi is softmax), and dV with this branch's share."""
-    sums_of = MarginalSums(call, per_query_block=2, tensors=2)
+@triton.jit(do_not_specialize=SIZES)
+def grad_weight_kernel(
+    grad_value, value, partial,
+    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+):  # fmt: skip
+    """A part of the gradient of Proj's weight: FEATURES rows of dV^T V, over each PARTS-th tile of a head's keys.
+
+    dV is the share of V W^T. The parts are added up outside, in an order that depends on the sizes alone.
+    """
+    FEATURES: tl.constexpr = plan.FEATURES
+    COLUMNS: tl.constexpr = plan.COLUMNS
+    SLABS: tl.constexpr = COLUMNS // FEATURES
+    program = tl.program_id(0)
+    head = program // (PARTS * SLABS)
+    feature = program % SLABS * FEATURES
+    grad_value = head_of(grad_value, head, num_heads, key_length, plan)
+    value = head_of(value, head, num_heads, key_length, plan)
+    acc = tl.zeros([FEATURES, COLUMNS], tl.float32)
+    start = program // SLABS % PARTS * plan.KEYS
+    for step in range(tl.cdiv(key_length - start, PARTS * plan.KEYS)):
+        first = start + step * (PARTS * plan.KEYS)
+        dV = load_slab(grad_value, first, feature, plan.KEYS, FEATURES)  # [KEYS, FEATURES]
+        V = load_slab(value, first, 0, plan.KEYS, COLUMNS)  # [KEYS, COLUMNS]
+        acc = dot(tl.trans(dV), V, acc)
+    row = program.to(tl.int64) // SLABS * COLUMNS + feature + tl.arange(0, FEATURES)
+    tl.store(partial + (row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]), acc)
+
+
+def grad_weight(call: Call, dV: Tensor) -> Tensor:
+    """The gradient of Proj's weight from the linear branch's share of dV: the sum of dV^T V. # (D, D) float32"""
+    value, tiles = call.inputs.value, call.tiles("grad_weight")
+    shape = (call.heads * PARTS.value, call.columns, call.columns)
+    partial = torch.empty(shape, dtype=torch.float32, device=value.device)
+    programs = len(partial) * (call.columns // tiles.features)
+    call.start(grad_weight_kernel, tiles, programs, strided(dV), strided(value), partial)
+    return partial.sum(0)[: value.shape[-1], : value.shape[-1]]
+
+
+def backward(
+    call: Call,
+    grad_linear: Tensor,
+    weight: Tensor | None,
+    row_Dl: Tensor | None,
+    dphi_Q: Tensor,
+    dphi_K: Tensor,
+    dV: Tensor,
+) -> None:
+    """Fill dphi_Q and dphi_K (with a share of dQ and dK where phi is softmax), and dV with this branch's share.
+
+    With Proj's weight, `grad_linear` is the gradient of Proj(O^l), and dV gets the share of V W^T. D^l is left in
+    `row_Dl`, (B * H, Tq * block_q) float32, where there is one. [Alg. 2 L2]
+    """
+    sums_of = MarginalSums(call, weight, per_query_block=2, tensors=2)
     all_grad_sums = torch.empty_like(sums_of.sums)
     of_queries = tuple(map(strided, (call.phi_query, grad_linear, dphi_Q)))
     of_keys = (*sums_of.keys, strided(dphi_K), strided(dV))
     query_tiles, key_tiles = call.tiles("grad_sums"), call.tiles("grad_keys")
-    for first, sums in sums_of:
-        heads, num_query_blocks, _ = sums.shape
+    for first, heads, sums in sums_of:
         grad_sums = all_grad_sums[:heads]
-        programs = heads * num_query_blocks
-        call.start(grad_sums_kernel, query_tiles, programs, *of_queries, sums, grad_sums, first_head=first)
+        programs = heads * sums.shape[1]
+        args = (*of_queries, None if row_Dl is None else row_Dl[first:], sums, grad_sums)
+        call.start(grad_sums_kernel, query_tiles, programs, *args, first_head=first)
         grad_states = sums_of.back(first, grad_sums)
         programs = heads * grad_states.shape[1]
         call.start(grad_keys_kernel, key_tiles, programs, *of_keys, grad_states, first_head=first)

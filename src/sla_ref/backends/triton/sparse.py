@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...protocol import Saved
+from ...protocol import Proj
 from .labels import key_lists, query_lists
 from .launch import SIZES, Call, Tiles
-from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled
+from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled, weight_slab
 
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -114,12 +114,13 @@ def dq_step(dQ, rows, key, value, first_key, scale, PARTIAL: tl.constexpr, plan:
 
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    query, key, value, grad_sparse, grad_lse, out_sparse, lse, lists, scratch, grad_query, scale,
+    query, key, value, grad_sparse, grad_lse, out_sparse, lse, bias, grad_bias, row_Dl, lists, scratch, grad_query, scale,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dQ for ROWS rows of query block i, along its list of critical key blocks. [Alg. 2 L12]
 
     Where phi is softmax, `grad_query` holds the linear branch's share already; this adds to it.
+    With Proj inside, `out_sparse` is O, and D^s is what D^l leaves of rowsum(dO (O - b)).
     """
     ROWS: tl.constexpr = plan.ROWS
     COLUMNS: tl.constexpr = plan.COLUMNS
@@ -131,7 +132,13 @@ def dq_kernel(
 
     dO = load(head_of(grad_sparse, head, num_heads, query_length, plan), first, ROWS, COLUMNS)
     O = load_slab(head_of(out_sparse, head, num_heads, query_length, plan), first, 0, ROWS, COLUMNS)
-    Ds = tl.sum(dO.to(tl.float32) * O.to(tl.float32), 1)  # [ROWS] [Alg. 2 L2]
+    O = O.to(tl.float32)
+    if bias is not None:
+        column = tl.arange(0, COLUMNS)
+        O -= tl.load(bias + column, mask=column < plan.D, other=0.0).to(tl.float32)[None, :]
+        part = tl.program_id(0).to(tl.int64) * COLUMNS + column
+        tl.store(grad_bias + part, tl.sum(dO.to(tl.float32), 0))  # added up outside
+    Ds = tl.sum(dO.to(tl.float32) * O, 1)  # [ROWS] [Alg. 2 L2]
     row = first + tl.arange(0, ROWS)
     of_head = head.to(tl.int64) * query_length
     if grad_lse is not None:  # dS = P (dP - Ds) + P dL
@@ -139,6 +146,8 @@ def dq_kernel(
     # Past the end lse reads as inf: exp2(S - inf) is no weight.
     L = tl.load(lse + of_head + row, mask=row < query_length, other=float("inf")) * LOG2_E  # [ROWS]
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if row_Dl is not None:
+        Ds -= tl.load(row_Dl + place)
     tl.store(scratch.L + place, L)
     tl.store(scratch.Ds + place, Ds)
 
@@ -160,13 +169,14 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
-    query, key, value, grad_sparse, lists, scratch, grad_key, grad_value, scale,
+    query, key, value, grad_sparse, weight, lists, scratch, grad_key, grad_value, scale,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
     Scores are held transposed, [KEYS, ROWS], so that each product reads its operands as they lie in memory.
     `grad_value` holds the linear branch's share already, where phi is softmax `grad_key` too; this adds to them.
+    With Proj inside, that share is the gradient of V W^T, so it is multiplied by W.
     """
     ROWS: tl.constexpr = plan.ROWS
     KEYS: tl.constexpr = plan.KEYS
@@ -207,7 +217,12 @@ def dkdv_kernel(
     if plan.SOFTMAX:
         dK += load_slab(grad_key, first_key, 0, KEYS, COLUMNS).to(tl.float32)
     store(grad_key, first_key, 0, dK)
-    dV += load_slab(grad_value, first_key, 0, KEYS, COLUMNS).to(tl.float32)
+    if weight is None:
+        dV += load_slab(grad_value, first_key, 0, KEYS, COLUMNS).to(tl.float32)
+    else:
+        for feature in tl.range(0, COLUMNS, plan.FEATURES, num_stages=1):
+            share = load_slab(grad_value, first_key, feature, KEYS, plan.FEATURES)
+            dV = dot(share, weight_slab(weight, feature, 0, plan.FEATURES, COLUMNS, plan), dV)
     store(grad_value, first_key, 0, dV)
 
 
@@ -215,23 +230,41 @@ def dkdv_kernel(
 
 
 def backward(
-    call: Call, saved: Saved, grad_sparse: Tensor, grad_lse: Tensor | None, dQ: Tensor, dK: Tensor, dV: Tensor
-) -> None:
-    """Fill dQ and dK, or add to them where phi is softmax, and add to dV."""
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    dQ: Tensor,
+    dK: Tensor,
+    dV: Tensor,
+    proj: Proj | None = None,
+    row_Dl: Tensor | None = None,
+) -> Tensor | None:
+    """Fill dQ and dK, or add to them where phi is softmax, and add to dV.
+
+    `out` is O^s. With Proj inside it is O, and the result is the gradient of the bias, (D,) float32; `row_Dl` is what
+    the linear branch has left, if there is one.
+    """
     query, key, value, *_, block_map, scale = call.inputs
     *_, num_query_blocks, num_key_blocks = block_map.labels.shape
 
     def inputs(tiles: Tiles) -> list[Any]:
-        return tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys), (grad_sparse, tiles.rows))
+        return tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys), (grad_out, tiles.rows))
 
     shape = (call.heads, num_query_blocks * block_map.block_q)
     scratch = RowScratch(*torch.empty(2, *shape, dtype=torch.float32, device=query.device))
     tiles = call.tiles("dq")
     programs = call.heads * num_query_blocks * (block_map.block_q // tiles.rows)
-    of_rows = (None if grad_lse is None else grad_lse.contiguous(), strided(saved.out_sparse), saved.lse.contiguous())
-    args = (*inputs(tiles), *of_rows, key_lists(block_map), scratch, strided(dQ), scale)
+    weight = bias = grad_bias = None
+    if proj is not None:
+        bias, grad_bias = proj.bias, torch.empty(programs, call.columns, dtype=torch.float32, device=query.device)
+        weight = None if row_Dl is None else proj.weight
+    of_rows = (None if grad_lse is None else grad_lse.contiguous(), strided(out), lse.contiguous())
+    args = (*inputs(tiles), *of_rows, bias, grad_bias, row_Dl, key_lists(block_map), scratch, strided(dQ), scale)
     call.start(dq_kernel, tiles, programs, *args)
     tiles = call.tiles("dkdv")
     programs = call.heads * num_key_blocks * (block_map.block_k // tiles.keys)
-    args = (*inputs(tiles), query_lists(block_map), scratch, strided(dK), strided(dV), scale)
+    args = (*inputs(tiles), weight, query_lists(block_map), scratch, strided(dK), strided(dV), scale)
     call.start(dkdv_kernel, tiles, programs, *args)
+    return None if grad_bias is None else grad_bias.sum(0)[: query.shape[-1]]

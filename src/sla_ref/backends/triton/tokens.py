@@ -121,6 +121,15 @@ def store(head, first, feature, tile):
     tl.store(pointers, tile.to(head.data.dtype.element_ty), mask=slab_mask(head, first, feature, ROWS, FEATURES))
 
 
+@triton.jit
+def weight_slab(weight, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr, plan: tl.constexpr):
+    """A part of Proj's weight, (D, D) from input to output features; zero beyond D. # [ROWS, WIDTH]"""
+    row = row + tl.arange(0, ROWS)
+    column = column + tl.arange(0, WIDTH)
+    mask = (row < plan.D)[:, None] & (column < plan.D)[None, :]
+    return tl.load(weight + (row[:, None] * plan.D + column[None, :]), mask=mask, other=0.0)
+
+
 # --- phi -------------------------------------------------------------------------------------------------------------
 
 
