@@ -147,7 +147,7 @@ def _forward(inputs: Inputs, out_linear: Tensor | None, proj: Proj | None) -> tu
         outputs = (bias, strided(out), None if out_linear is None else strided(out_linear), lse)
         chunks: Iterable[tuple[int, int, Tensor | None]] = [(0, call.heads, None)]
         if block_map.has_marginal:  # the backward needs more memory than four tensors
-            chunks = MarginalSums(call, weight, per_query_block=1, tensors=4)
+            chunks = MarginalSums(call, weight, None, per_query_block=1, tensors=4)
         for first, heads, sums in chunks:
             programs = heads * block_map.labels.shape[2] * (block_map.block_q // tiles.rows)
             call.start(forward_kernel, tiles, programs, *tokens, lists, sums, *outputs, inputs.scale, first_head=first)

@@ -63,18 +63,13 @@ def z_slab(feature, plan: tl.constexpr):
 
 
 @triton.jit
-def finite(x):
-    """1 where x is a number, 0 where it is NaN or infinite."""
-    return (tl.abs(x.to(tl.float32)) < float("inf")).to(tl.int32)
-
-
-@triton.jit
-def sound(denominator, sums, plan: tl.constexpr):
-    """The denominators phi(Q_i) Z_i: 0 in a query block without marginal block, NaN if one of them is bad. # [ROWS]"""
+def inverse_of(denominator, sums, plan: tl.constexpr):
+    """1 / (phi(Q_i) Z_i): 0 where there is no marginal block or nothing to divide by, NaN if one is bad. # [ROWS]"""
     blocks = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS).to(tl.float32)
     bad = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS + 1).to(tl.float32)
-    denominator = tl.where(tl.abs(denominator) < SMALLEST_DENOMINATOR, 0.0, denominator)
-    return tl.where(bad > 0, float("nan"), tl.where(blocks > 0, denominator, 0.0))
+    denominator = tl.where(blocks > 0, denominator, 0.0)
+    inverse = tl.where(tl.abs(denominator) < SMALLEST_DENOMINATOR, 0.0, 1 / denominator)
+    return tl.where(bad > 0, float("nan"), inverse)
 
 
 @triton.jit
@@ -100,22 +95,18 @@ def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
         Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
         denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
         O = dot(phi, H, O, plan.TF32)
-    denominator = sound(denominator, sums, plan)
-    return tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])  # [Alg. 1 L16]
+    return O * inverse_of(denominator, sums, plan)[:, None]  # [Alg. 1 L16]
 
 
 @triton.jit
-def values(value, weight, first, column, ROWS: tl.constexpr, WIDTH: tl.constexpr, plan: tl.constexpr):
-    """Some features of ROWS values as the linear branch takes them: of V, or of V W^T with Proj inside. # [ROWS, WIDTH]"""
-    if weight is None:
-        tile = load_slab(value, first, column, ROWS, WIDTH)
-    else:
-        tile = tl.zeros([ROWS, WIDTH], tl.float32)
-        for feature in tl.range(0, plan.COLUMNS, plan.FEATURES, num_stages=1):
-            V = for_linear(load_slab(value, first, feature, ROWS, plan.FEATURES), value, plan)
-            W = for_linear(weight_slab(weight, column, feature, WIDTH, plan.FEATURES, plan), value, plan)
-            tile = dot(V, tl.trans(W), tile, plan.TF32)
-    return tile
+def projected(value, weight, first, column, ROWS: tl.constexpr, WIDTH: tl.constexpr, plan: tl.constexpr):
+    """Some features of V W^T for ROWS keys: the values as Proj leaves them. # [ROWS, WIDTH]"""
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for feature in tl.range(0, plan.COLUMNS, plan.FEATURES, num_stages=1):
+        V = load_slab(value, first, feature, ROWS, plan.FEATURES)
+        W = weight_slab(weight, column, feature, WIDTH, plan.FEATURES, plan)
+        acc = dot(V, tl.trans(W), acc)
+    return acc
 
 
 # --- states and their sums -------------------------------------------------------------------------------------------
@@ -123,9 +114,13 @@ def values(value, weight, first, column, ROWS: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit(do_not_specialize=SIZES)
 def states_kernel(
-    phi_key, value, weight, states, first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr
-):
-    """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4] With Proj inside, V_j W^T takes the place of V_j."""
+    phi_key, value, weight, projected_value, states,
+    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+):  # fmt: skip
+    """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4]
+
+    With Proj inside, V_j W^T takes the place of V_j. It is kept where there is a place for it.
+    """
     COLUMNS: tl.constexpr = plan.COLUMNS
     block, head, first = own_rows(first_head, key_length, plan.BLOCK_K, plan.BLOCK_K)
     phi_key = head_of(phi_key, head, num_heads, key_length, plan)
@@ -137,18 +132,23 @@ def states_kernel(
     z = tl.sum(phi.to(tl.float32), 0)  # [COLUMNS] [Alg. 1 L4]
     # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So what a NaN or Inf has spoilt counts
     # as zero, and the block as bad; the query blocks that it is marginal to turn their rows into NaN.
-    good = tl.min(finite(z), 0)
-    z = tl.where(good == 1, z, 0.0)
+    spoilt = tl.sum(z * 0.0, 0)  # 0, or NaN: no other number is left of a NaN or Inf
+    z = tl.where(spoilt == 0, z, 0.0)
     store_state(state + COLUMNS * COLUMNS + columns, z, plan)
     for column in range(0, COLUMNS, plan.FEATURES):
-        V = values(value, weight, first, column, plan.BLOCK_K, plan.FEATURES, plan)  # [BLOCK_K, FEATURES]
-        good = tl.minimum(good, tl.min(tl.min(finite(V), 1), 0))
-        h = tl.where(
-            good == 1, dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32), 0.0
-        )  # [COLUMNS, FEATURES] [Alg. 1 L4]
+        if weight is None:
+            V = load_slab(value, first, column, plan.BLOCK_K, plan.FEATURES)  # [BLOCK_K, FEATURES]
+        else:
+            V = projected(value, weight, first, column, plan.BLOCK_K, plan.FEATURES, plan)
+            if projected_value is not None:
+                store(head_of(projected_value, head, num_heads, key_length, plan), first, column, V)
+        spoilt += tl.sum(tl.sum(V.to(tl.float32) * 0.0, 1), 0)
+        h = dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32)  # [COLUMNS, FEATURES] [Alg. 1 L4]
+        h = tl.where(spoilt == 0, h, 0.0)
         place = columns[:, None] * COLUMNS + (column + tl.arange(0, plan.FEATURES))[None, :]
         store_state(state + place, h, plan)
-    counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
+    bad = tl.where(spoilt == 0, 0.0, 1.0)
+    counts = tl.where(columns == 0, 1.0, tl.where(columns == 1, bad, 0.0))
     store_state(state + (COLUMNS + 1) * COLUMNS + columns, counts, plan)
 
 
@@ -218,13 +218,16 @@ def chunks_of_heads(call: Call, per_query_block: int, tensors: int) -> list[tupl
 class MarginalSums:
     """H_i and Z_i of all query blocks, made anew for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
 
-    Arguments as for `chunks_of_heads`; with Proj's weight, they are those of V W^T.
+    Arguments as for `chunks_of_heads`. With Proj's weight they are those of V W^T, which is left in `projected`, if given.
     """
 
-    def __init__(self, call: Call, weight: Tensor | None, per_query_block: int, tensors: int) -> None:
+    def __init__(
+        self, call: Call, weight: Tensor | None, projected: Tensor | None, per_query_block: int, tensors: int
+    ) -> None:
         query, labels = call.inputs.query, call.inputs.block_map.labels
         self.call, self.chunks = call, chunks_of_heads(call, per_query_block, tensors)
-        self.keys = (strided(call.phi_key), strided(call.inputs.value), weight)
+        kept = None if projected is None else strided(projected)
+        self.keys = (strided(call.phi_key), strided(call.inputs.value), weight, kept)
         self.weights = marginal_weights(call.inputs.block_map, call.state_dtype)
         (_, heads), size = self.chunks[0], (call.columns + 2) * call.columns
         self.states = torch.empty(heads, labels.shape[3], size, dtype=call.state_dtype, device=query.device)
@@ -274,8 +277,7 @@ def grad_sums_kernel(
         phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan).to(tl.float32)  # [ROWS, FEATURES]
         denominator += tl.sum(phi * Z[None, :], 1)
         along += tl.sum(phi * dot(dO, tl.trans(H), None, plan.TF32), 1)
-    denominator = sound(denominator, sums, plan)
-    inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
+    inverse = inverse_of(denominator, sums, plan)  # no gradient through a row that is zero by definition
     # This is rowsum(dO * O) with an O that is not rounded. Where few features hold a row, dphi is a small difference.
     Dl = along * inverse  # [ROWS] [Alg. 2 L2]
     if row_Dl is not None:
@@ -301,12 +303,12 @@ def grad_sums_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_keys_kernel(
-    phi_key, value, weight, grad_phi_key, grad_value, grad_states,
+    phi_key, value, grad_phi_key, grad_value, grad_states,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dK^phi (its share of dK where phi is softmax) and the share of dV for key block j. [Alg. 2 L16] [Alg. 2 L17]
 
-    With Proj inside, the share is that of V W^T.
+    With Proj inside, `value` is V W^T, in the place where its gradient goes.
     """
     KEYS: tl.constexpr = plan.BLOCK_K
     COLUMNS: tl.constexpr = plan.COLUMNS
@@ -317,7 +319,7 @@ def grad_keys_kernel(
 
     phi_rows = phi_of(phi_key, first, KEYS, plan)
     value = head_of(value, head, num_heads, key_length, plan)
-    V = for_linear(values(value, weight, first, 0, KEYS, COLUMNS, plan), value, plan)  # [KEYS, COLUMNS]
+    V = for_linear(load_slab(value, first, 0, KEYS, COLUMNS), value, plan)  # [KEYS, COLUMNS]
     dV = tl.zeros([KEYS, COLUMNS], tl.float32)
     along = tl.zeros([KEYS], tl.float32)
     for feature in range(0, COLUMNS, plan.FEATURES):
@@ -390,10 +392,11 @@ def backward(
     With Proj's weight, `grad_linear` is the gradient of Proj(O^l), and dV gets the share of V W^T. D^l is left in
     `row_Dl`, (B * H, Tq * block_q) float32, where there is one. [Alg. 2 L2]
     """
-    sums_of = MarginalSums(call, weight, per_query_block=2, tensors=2)
+    sums_of = MarginalSums(call, weight, None if weight is None else dV, per_query_block=2, tensors=2)
     all_grad_sums = torch.empty_like(sums_of.sums)
     of_queries = tuple(map(strided, (call.phi_query, grad_linear, dphi_Q)))
-    of_keys = (*sums_of.keys, strided(dphi_K), strided(dV))
+    values = call.inputs.value if weight is None else dV
+    of_keys = tuple(map(strided, (call.phi_key, values, dphi_K, dV)))
     query_tiles, key_tiles = call.tiles("grad_sums"), call.tiles("grad_keys")
     for first, heads, sums in sums_of:
         grad_sums = all_grad_sums[:heads]

@@ -36,7 +36,7 @@ class Running(NamedTuple):
 
     O: Any  # not divided by l yet, [ROWS, COLUMNS]
     l: Any  # each row's sum, [ROWS]
-    m: Any  # each row's maximum of Q K^T, not scaled, [ROWS]
+    m: Any  # each row's maximum in base 2, [ROWS]
 
 
 @triton.jit
@@ -44,9 +44,9 @@ def softmax_step(run, Q, key, value, first_key, scale, PARTIAL: tl.constexpr, pl
     """Take KEYS more keys of a critical block into the softmax. [Eq. 4]"""
     K = load(key, first_key, plan.KEYS, plan.COLUMNS)  # [KEYS, COLUMNS]
     S = scores(Q, K, first_key, key.length, PARTIAL)  # [ROWS, KEYS] [Alg. 1 L9]
-    m = tl.maximum(run.m, tl.max(S, 1))
-    P = tl.exp2((S - m[:, None]) * scale)  # exactly 1 for the largest score, which a fused S * scale - m misses
-    shrink = tl.exp2((run.m - m) * scale)
+    m = tl.maximum(run.m, tl.max(S, 1) * scale)
+    P = tl.exp2(S * scale - m[:, None])  # one instruction; what rounding m costs is the same factor in P and in l
+    shrink = tl.exp2(run.m - m)
     l = run.l * shrink + tl.sum(P, 1)  # [Alg. 1 L10]
     V = load(value, first_key, plan.KEYS, plan.COLUMNS)  # [KEYS, COLUMNS]
     O = dot(P.to(V.dtype), V, run.O * shrink[:, None])  # [Alg. 1 L11]
@@ -74,8 +74,8 @@ def sparse_rows(Q, key, value, kv_indices, num_blocks, scale, plan: tl.constexpr
         first_key = tl.load(kv_indices + step // STEPS) * plan.BLOCK_K + step % STEPS * plan.KEYS
         run = softmax_step(run, Q, key, value, first_key, scale, True, plan)
     l = tl.where(run.l == 0, 1.0, run.l)  # no critical block: sparse = 0, lse = -inf
-    L = tl.where(run.l == 0, float("-inf"), (run.m * scale + tl.log2(l)) * LN_2)
-    return run.O / l[:, None], L  # [Alg. 1 L16]
+    L = tl.where(run.l == 0, float("-inf"), (run.m + tl.log2(l)) * LN_2)
+    return run.O * (1 / l)[:, None], L  # [Alg. 1 L16]
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
