@@ -280,8 +280,6 @@ def grad_sums_kernel(
     inverse = inverse_of(denominator, sums, plan)  # no gradient through a row that is zero by definition
     # This is rowsum(dO * O) with an O that is not rounded. Where few features hold a row, dphi is a small difference.
     Dl = along * inverse  # [ROWS] [Alg. 2 L2]
-    if row_Dl is not None:
-        tl.store(row_Dl + block.to(tl.int64) * ROWS + tl.arange(0, ROWS), Dl)
     for feature in range(0, COLUMNS, plan.FEATURES):
         H = tl.load(sums + h_slab(feature, plan))  # [FEATURES, COLUMNS]
         Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
@@ -291,6 +289,8 @@ def grad_sums_kernel(
         # dx = phi (dphi - phi . dphi), and phi . dphi = 0: O^l is the same for a longer phi(Q).
         dphi *= weight if plan.SOFTMAX else inverse[:, None]
         store(grad_phi_query, first, feature, dphi)
+        if row_Dl is not None:  # here: a store between the loops would have H loaded, and phi computed, once more
+            tl.store(row_Dl + block.to(tl.int64) * ROWS + tl.arange(0, ROWS), Dl)
 
         weight_tile = for_linear(weight, grad_linear, plan)
         dH = dot(tl.trans(weight_tile), dO, None, plan.TF32)  # [FEATURES, COLUMNS] [Alg. 2 L3]
