@@ -40,7 +40,7 @@ from .labels import key_lists
 from .launch import INTERPRETED, SIZES, Call
 from .linear import MarginalSums, linear_rows, state_of
 from .sparse import sparse_rows
-from .tokens import head_of, load, load_slab, own_rows, store, strided, tiled
+from .tokens import Head, head_of, load, load_slab, own_rows, store, strided, tiled
 
 name = "triton"
 softmax_inside = True
@@ -96,7 +96,8 @@ def forward_kernel(
     query = head_of(query, head, num_heads, query_length, plan)
     key = head_of(key, head, num_heads, key_length, plan)
     value = head_of(value, head, num_heads, key_length, plan)
-    out = head_of(out, head, num_heads, query_length, plan)
+    # `out` is contiguous. With strides, there would not be enough registers to read it once more.
+    out = Head(out + head.to(tl.int64) * query_length * plan.D, 0, 0, plan.D, query_length, plan.D)
     listed = (first_head * tl.cdiv(query_length, plan.BLOCK_Q) + block).to(tl.int64)
     kv_indices = lists.indices + listed * capacity
     Q = load(query, first, ROWS, COLUMNS)
@@ -113,8 +114,8 @@ def forward_kernel(
         O = linear_rows(phi_query, first, state_of(sums, block, plan), ROWS, plan)  # [Eq. 5]
         if out_linear is None:  # O^s has waited in memory: the registers hold one branch at a time
             tl.debug_barrier()
-            O += load_slab(out, first, 0, ROWS, COLUMNS).to(tl.float32)  # [Eq. 6]
-            store(out, first, 0, O)
+            O = O.to(out.data.dtype.element_ty).to(tl.float32)  # rounded, as Proj's result is outside
+            store(out, first, 0, O + load_slab(out, first, 0, ROWS, COLUMNS).to(tl.float32))  # [Eq. 6]
         else:
             store(head_of(out_linear, head, num_heads, query_length, plan), first, 0, O)
 
@@ -144,7 +145,7 @@ def _forward(inputs: Inputs, out_linear: Tensor | None, proj: Proj | None) -> tu
     with torch.cuda.device_of(query):
         tokens = (*tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys)), strided(call.phi_query))
         lists = key_lists(block_map)
-        outputs = (bias, strided(out), None if out_linear is None else strided(out_linear), lse)
+        outputs = (bias, out, None if out_linear is None else strided(out_linear), lse)
         chunks: Iterable[tuple[int, int, Tensor | None]] = [(0, call.heads, None)]
         if block_map.has_marginal:  # the backward needs more memory than four tensors
             chunks = MarginalSums(call, weight, None, per_query_block=1, tensors=4)
