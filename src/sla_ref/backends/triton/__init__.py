@@ -96,8 +96,7 @@ def forward_kernel(
     query = head_of(query, head, num_heads, query_length, plan)
     key = head_of(key, head, num_heads, key_length, plan)
     value = head_of(value, head, num_heads, key_length, plan)
-    # `out` is contiguous. With strides, there would not be enough registers to read it once more.
-    out = Head(out + head.to(tl.int64) * query_length * plan.D, 0, 0, plan.D, query_length, plan.D)
+    out = head_of(out, head, num_heads, query_length, plan)
     listed = (first_head * tl.cdiv(query_length, plan.BLOCK_Q) + block).to(tl.int64)
     kv_indices = lists.indices + listed * capacity
     Q = load(query, first, ROWS, COLUMNS)
@@ -114,6 +113,8 @@ def forward_kernel(
         O = linear_rows(phi_query, first, state_of(sums, block, plan), ROWS, plan)  # [Eq. 5]
         if out_linear is None:  # O^s has waited in memory: the registers hold one branch at a time
             tl.debug_barrier()
+            # It is contiguous. Said so, the compiler makes the addresses anew and need not keep them in registers.
+            out = Head(out.data, 0, 0, plan.D, query_length, plan.D)
             O = O.to(out.data.dtype.element_ty).to(tl.float32)  # rounded, as Proj's result is outside
             store(out, first, 0, O + load_slab(out, first, 0, ROWS, COLUMNS).to(tl.float32))  # [Eq. 6]
         else:
@@ -145,7 +146,7 @@ def _forward(inputs: Inputs, out_linear: Tensor | None, proj: Proj | None) -> tu
     with torch.cuda.device_of(query):
         tokens = (*tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys)), strided(call.phi_query))
         lists = key_lists(block_map)
-        outputs = (bias, out, None if out_linear is None else strided(out_linear), lse)
+        outputs = (bias, strided(out), None if out_linear is None else strided(out_linear), lse)
         chunks: Iterable[tuple[int, int, Tensor | None]] = [(0, call.heads, None)]
         if block_map.has_marginal:  # the backward needs more memory than four tensors
             chunks = MarginalSums(call, weight, None, per_query_block=1, tensors=4)
