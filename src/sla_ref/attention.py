@@ -543,12 +543,14 @@ class _Layer(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, labels, options = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # no zeros for what is only kept
         ctx.save_for_backward(*tensors, *output, *[None] * (4 - len(output)), labels)
         ctx.options = options
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, *rest: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, *rest: None) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 9
         gradients = _LayerGradient.apply(grad_out, *ctx.saved_tensors, ctx.options)
         *of_tokens, grad_weight, grad_bias = gradients
         return *of_tokens, *[None] * (5 - len(of_tokens)), grad_weight, grad_bias, None, None
