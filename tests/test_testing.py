@@ -178,7 +178,7 @@ def drop_the_last_query_block(run, grad_sparse, *rest):
 
 
 def round_the_gradient_of_phi(run, *args):
-    """To float16's range, which softmax's gradient leaves at large activations."""
+    """Round it to float16, whose range softmax's gradient leaves at large activations."""
     gradients = run(*args)
     return gradients._replace(phi_query=gradients.phi_query.half().float(), phi_key=gradients.phi_key.half().float())
 
