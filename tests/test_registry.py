@@ -314,7 +314,7 @@ def test_which_backend():
     block_map = sla_ref.classify_blocks(query, query)
     assert sla_ref.which_backend(query, block_map) == (
         "torch",
-        "query is on cpu, and 'auto' takes 'triton' for CUDA tensors alone",
+        "query is on cpu, and 'auto' takes 'triton' only for CUDA tensors",
     )
     sla_ref.register_backend("picky", make_backend(unsupported=lambda query, block_map: "head_dim is 4, not 5"))
     with sla_ref.use_backend("torch"):
