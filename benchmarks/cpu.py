@@ -27,6 +27,7 @@ import sla_ref
 from sla_ref.backends import pytorch
 from sla_ref.files import whole
 from sla_ref.lab.machine import machine
+from sla_ref.protocol import Inputs
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 HEADS = 2
@@ -84,7 +85,8 @@ def sparse_branch(length: int, critical_blocks: int, turns: int) -> float:
     ratio = (critical_blocks + 0.5) / (length // 64)
     block_map = sla_ref.classify_blocks(query, key, ratio, 1.0)
     assert block_map.max_critical == critical_blocks
-    return fastest({"sparse": lambda: pytorch._sparse_forward(query, key, value, block_map, 0.125)}, turns)["sparse"]
+    inputs = Inputs(query, key, value, None, None, block_map, 0.125)
+    return fastest({"sparse": lambda: pytorch._sparse_forward(inputs)}, turns)["sparse"]
 
 
 def main(

@@ -31,8 +31,13 @@ def ulysses(ranks: int, tokens: int) -> float | None:
     """All-to-all of q, k, v and o in each layer, and of their gradients; None if the heads cannot be shared out."""
     if HEADS % ranks:
         return None
-    tensor = tokens / ranks * HEADS * HEAD_DIM * BYTES
-    return 2 * 4 * LAYERS * (ranks - 1) / ranks * tensor
+    return LAYERS * ulysses_layer(ranks, tokens)
+
+
+def ulysses_layer(ranks: int, tokens: int, heads: int = HEADS, head_dim: int = HEAD_DIM) -> float:
+    """The same of one layer."""
+    tensor = tokens / ranks * heads * head_dim * BYTES
+    return 2 * 4 * (ranks - 1) / ranks * tensor
 
 
 def rows() -> list[str]:

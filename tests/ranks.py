@@ -51,13 +51,17 @@ class Attention(nn.Module):
         nn.init.normal_(self.layer.proj_l.weight)
         nn.init.normal_(self.layer.proj_l.bias)
         self.out = nn.Linear(32, 32)
-        self.split = False
+        self.split = self.early = False  # whether tokens are split, and classified before the values are there
         self.double()
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = split_tokens(tokens, 1) if self.split else tokens
         query, key, value = self.qkv(tokens).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)  # (B, 4, N, 8)
-        out = ulysses_attention(self.layer, query, key, value) if self.split else self.layer(query, key, value)
+        if self.split:
+            classify = self.layer.classify if self.early else None
+            out = ulysses_attention(self.layer, query, key, value, classify=classify)
+        else:
+            out = self.layer(query, key, value)
         tokens = self.out(out.transpose(1, 2).flatten(2))
         return gather_tokens(tokens, 1) if self.split else tokens
 
@@ -164,6 +168,9 @@ def split(folder: Path) -> None:
         model = Attention(feature_map)
         model.split = True
         found[f"summed, {feature_map}"] = outcome(model, tokens())
+        model.zero_grad()
+        model.early = True
+        found[f"classified early, {feature_map}"] = outcome(model, tokens())
     model = Attention()
     model.split = True
     found["ddp"] = outcome(DistributedDataParallel(model), tokens())
@@ -219,6 +226,7 @@ def split(folder: Path) -> None:
             "layers": message(Wan, group, layers=[1]),
             "size": message(Wan(group), *latents(10 + 2 * rank)),
         }
+    found["comparisons"] = comparisons()
     one = torch.randn(1, 4, 5, 8)
     found["errors"] = {
         "length": message(ulysses_attention, Attention().layer, *[torch.randn(1, 4, 5 + 2 * rank, 8)] * 3),
@@ -260,6 +268,30 @@ def trained(folder: Path) -> None:
     weights = distributed.whole_state(model, optimizer)[0]
     if dist.get_rank() == 0:
         torch.save({"share": share, "weights": weights, "uneven": said}, folder / "trained.pt")
+
+
+def comparisons() -> dict[str, object]:
+    """How often the ranks compare shapes, and what they say when each of them has another new one."""
+    group, rank = dist.new_group(), dist.get_rank()
+    layer = Attention("softmax").layer.float()
+    all_gather, found = dist.all_gather, {}
+
+    def attend(length: int, batch: int = 1) -> int:
+        """The comparisons of five layers on the shards of a clip, and of the tokens gathered after each of them."""
+        with patch("torch.distributed.all_gather", side_effect=all_gather) as compare:
+            shards = [split_tokens(torch.randn(1, 4, length, 8), 2, group)] * 3
+            compare.reset_mock()
+            for _ in range(5):
+                out = ulysses_attention(layer, *(each.expand(batch, -1, -1, -1) for each in shards), group)
+                gather_tokens(out[0, 0], 0, group)
+        return compare.call_count
+
+    # Rank 0 has 23 tokens of 45 and of 46.
+    found["counts"] = [attend(length, batch) for length, batch in ((45, 1), (45, 1), (46, 1), (46, 2), (45, 1))]
+    found["after a change"] = message(attend, 45, 2 + rank)
+    found["again"] = message(attend, 45, 2 + rank)
+    found["and right again"] = attend(45)
+    return found
 
 
 def waits() -> str:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sla_ref import backends, testing
+from sla_ref import BlockMap, backends, testing
+from sla_ref.backends import pytorch
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -121,6 +122,25 @@ def test_torch_backend_on_any_problem(**arguments) -> None:
 
 
 @pytest.mark.backend("torch")
+def test_torch_backend_makes_no_states_without_a_marginal_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it for a head without one among others."""
+    problem = testing.make_problem(heads=3, labels="random", dtype=torch.float64)
+    block_map = problem.inputs.block_map
+    labels = block_map.labels.clone()
+    labels[:, 1][labels[:, 1] == 0] = -1
+    sizes = block_map.block_q, block_map.block_k, block_map.query_length, block_map.key_length
+    mixed = problem._replace(inputs=problem.inputs._replace(block_map=BlockMap(labels, *sizes)))
+    found = testing.run_backend(pytorch, mixed)
+    for name, expected in testing.oracle(mixed).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-12, rtol=1e-12)
+
+    labels = labels.masked_fill(labels == 0, -1)
+    without = problem._replace(inputs=problem.inputs._replace(block_map=BlockMap(labels, *sizes)))
+    monkeypatch.setattr(pytorch, "_sum_over", lambda *_: pytest.fail("there is nothing to add up"))
+    found = testing.run_backend(pytorch, without)
+    assert not any(found[name].any() for name in ("linear", "grad_phi_query", "grad_phi_key"))
+
+
 def test_torch_backend_repeats_on_two_threads() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

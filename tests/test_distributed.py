@@ -30,9 +30,9 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one process of the tests: each 
 needs_wan = pytest.mark.skipif(not WAN, reason="needs the extra diffusers")
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Two processes on this machine's CPU, and a port of their own; nobody has to know the machine's name."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Processes on this machine's CPU, and a port of their own; nobody has to know the machine's name."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["--local-addr", "127.0.0.1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -87,12 +87,32 @@ def test_output_and_gradients_are_those_of_one_process(split, feature_map):
     """45 tokens on two ranks. The ranks' gradients are parts of the gradient of the sum of both losses."""
     found, _ = split
     expected = ranks.outcome(ranks.Attention(feature_map), ranks.tokens())
-    outputs = [each[f"summed, {feature_map}"] for each in found]
+    outputs = [dict(each[f"summed, {feature_map}"]) for each in found]
     for output in outputs:
         torch.testing.assert_close(output.pop("out"), expected["out"])
     average = {name: (outputs[0][name] + outputs[1][name]) / 2 for name in outputs[0]}
     close(average, {name: value for name, value in expected.items() if name != "out"})
     assert not torch.allclose(outputs[0]["layer.proj_l.weight"], expected["layer.proj_l.weight"]), "half the heads"
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "hedgehog"])
+def test_classifying_while_the_values_travel_changes_no_bit(split, feature_map):
+    for each in split[0]:
+        close(each[f"classified early, {feature_map}"], each[f"summed, {feature_map}"], atol=0, rtol=0)
+
+
+def test_ranks_compare_each_shape_once(split):
+    """For attention and for gathering, until the number of tokens changes, even where a rank has as many as before."""
+    for each in split[0]:
+        assert each["comparisons"]["counts"] == [2, 0, 2, 1, 2]
+        assert each["comparisons"]["and right again"] == 0
+
+
+def test_ranks_that_disagree_after_a_change_all_say_so(split):
+    first, second = (each["comparisons"] for each in split[0])
+    expected = "(2, 4, 23, 8) torch.float32 on rank 0; (3, 4, 22, 8) torch.float32 on rank 1"
+    assert expected in first["after a change"]
+    assert first["after a change"] == second["after a change"] == first["again"] == second["again"]
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
@@ -292,6 +312,41 @@ def test_a_rank_that_dies_ends_all(tmp_path):
     session = torchrun(ROOT / "tests" / "ranks.py", "dying", tmp_path)
     assert session.returncode == 1
     assert f"exitcode  : {-signal.SIGKILL}" in session.stderr
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+BENCHMARK = ROOT / "benchmarks" / "several_gpus.py"
+
+
+def test_the_benchmark_measures_two_ranks(tmp_path):
+    out = tmp_path / "new" / "figures.json"
+    session = torchrun(BENCHMARK, "--tiny", "--json", out)
+    assert session.returncode == 0, session.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["about"]["ranks"] == 2
+    found = result["ulysses"]
+    assert "error" not in found
+    assert max(found["parity"]["largest_difference"].values()) < 0.05  # of bfloat16 numbers up to about 5
+    assert max(found["parity"]["proj_relative_error"].values()) < 0.05
+    assert found["one"].keys() == found["several"].keys() == {"forward", "forward_backward"}
+    assert found["sent_mb"] == pytest.approx(found["predicted_mb"])
+    assert all(step["step"] > 0 for step in result["training"].values())
+    assert session.stdout.count("forward_backward: ") == 1, "one report"
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments", "message"),
+    [
+        (3, ["--tiny"], "heads must be divisible by the ranks of the group, which share them out, got 2 on 3 ranks"),
+        (1, [], "there is no GPU here; --tiny rehearses on the CPU"),
+        (1, ["--tiny", "--json", BENCHMARK], "--json must name a new file"),
+    ],
+)
+def test_the_benchmark_refuses_before_any_work(processes, arguments, message):
+    session = torchrun(BENCHMARK, *arguments, processes=processes)
+    assert session.returncode == 1
+    assert message in session.stderr
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_reserved_names(name):
 
 
 def test_register_checks_the_protocol():
-    with pytest.raises(TypeError, match="module must have a function 'backward'"):
+    with pytest.raises(TypeError, match="a backend must have a function 'backward'"):
         sla_ref.register_backend("half", make_backend(backward=None))
     with pytest.raises(TypeError, match="name must be a string, got int"):
         sla_ref.register_backend(3, make_backend())

@@ -327,13 +327,10 @@ def explorer(browser, address) -> Page:
     return browser
 
 
-def set_sliders(page: Page, **places: int) -> None:
-    """Moves sliders to stops, counted from 0."""
+def press_buttons(page: Page, **places: int) -> None:
+    """Presses the button of each setting at a place counted from 0."""
     for name, place in places.items():
-        page.evaluate(
-            f"(input => {{ input.value = {place}; input.dispatchEvent(new Event('input')); }})"
-            f"(document.querySelector('#explorer-{name}'))"
-        )
+        page.evaluate(f"document.querySelectorAll('#explorer-{name} input')[{place}].click()")
 
 
 COLOURS_ON_THE_MAP = """
@@ -356,10 +353,10 @@ def shown_labels(page: Page) -> torch.Tensor:
     return torch.tensor(labels, dtype=torch.int8).view(64, 64)
 
 
-def package_labels(layers, layer: int, time: int, head: int, critical: int, negligible: int) -> torch.Tensor:
+def package_labels(layers, layer: int, t: int, head: int, critical: int, negligible: int) -> torch.Tensor:
     query, key, _ = layers[layer]
     ratios = explorer_data.CRITICAL_RATIOS[critical], explorer_data.NEGLIGIBLE_RATIOS[negligible]
-    return sla_ref.classify_blocks(query, key, *ratios, block_q=16, block_k=16).labels[time, head]
+    return sla_ref.classify_blocks(query, key, *ratios, block_q=16, block_k=16).labels[t, head]
 
 
 def test_the_explorers_data_are_those_that_its_tool_computes(site):
@@ -370,16 +367,16 @@ def test_the_explorers_data_are_those_that_its_tool_computes(site):
 
 
 def test_the_explorer_shows_the_classes_of_the_package(explorer, explorer_layers):
-    maps = [{"layer": n // 10, "time": n // 2 % 5, "head": n % 2} for n in range(4 * 5 * 2)]
+    maps = [{"layer": n // 10, "t": n // 2 % 5, "head": n % 2} for n in range(4 * 5 * 2)]
     ratios = [{"critical": n // 4, "negligible": n % 4} for n in range(4 * 4)]
     for settings in [one | ratios[n % 16] for n, one in enumerate(maps)] + [maps[7] | one for one in ratios]:
-        set_sliders(explorer, **settings)
+        press_buttons(explorer, **settings)
         assert torch.equal(shown_labels(explorer), package_labels(explorer_layers, **settings)), settings
 
 
 def test_the_explorers_figures_are_those_of_dense_attention(explorer, explorer_layers):
-    settings = {"layer": 3, "time": 1, "head": 1, "critical": 2, "negligible": 3}
-    set_sliders(explorer, **settings)
+    settings = {"layer": 3, "t": 1, "head": 1, "critical": 2, "negligible": 3}
+    press_buttons(explorer, **settings)
     labels = package_labels(explorer_layers, **settings)
     query, key, value = (tokens[1, 1].double() for tokens in explorer_layers[3])
     weights = torch.softmax(query @ key.T / 8, dim=-1)
@@ -400,6 +397,28 @@ def test_the_explorers_figures_are_those_of_dense_attention(explorer, explorer_l
         error(of_pairs == 1),
         error(of_pairs >= 0),
     ]
+    bars = "[...document.querySelectorAll('.explorer-bar')].map(bar => [...bar.children].map(part => part.style.width))"
+    widths = [[float(width.removesuffix("%")) for width in bar] for bar in explorer.evaluate(bars)]
+    assert widths[0] == pytest.approx([100 * count / 64 for count in (6, 26, 32)])
+    assert widths[1] == pytest.approx([float(held(label).removesuffix(" %")) for label in (1, 0, -1)], abs=0.1)
+
+
+@pytest.mark.parametrize("clip", ["noisy", "clean"])
+def test_the_explorer_tints_the_clip_in_the_colours_of_the_classes(explorer, explorer_layers, clip):
+    settings = {"layer": 3, "t": 1, "head": 1, "critical": 3, "negligible": 3}
+    press_buttons(explorer, **settings)
+    if clip == "clean":
+        explorer.evaluate("document.querySelector('#explorer-clip').click()")
+    labels = package_labels(explorer_layers, **settings)[25].tolist()
+    clips = explorer_data.attention_inputs()[1].clamp(-1, 1)
+    frames = clips[0 if clip == "clean" else 1 + settings["t"]]
+    for block, label in enumerate(labels):
+        x, y = 20, block % 4 * 8 + 5  # away from the marks and outlines, in pixels of the clip
+        grey = 255 * (frames[block // 4, y, x].item() + 1) / 2
+        place = (block // 4 % 4 * 138 + 4 * x + 2, block // 16 * 138 + 4 * y + 2)
+        pixel = f"[...document.querySelector('#explorer-frames').getContext('2d').getImageData{(*place, 1, 1)}.data]"
+        colour = bytes.fromhex(analysis.CLASS_COLOURS[label][1:])
+        assert explorer.evaluate(pixel)[:3] == pytest.approx([(grey + part) / 2 for part in colour], abs=4), block
 
 
 def chosen_pair(page: Page) -> tuple[int, int]:
@@ -410,16 +429,17 @@ def chosen_pair(page: Page) -> tuple[int, int]:
 
 
 def test_the_explorer_answers_to_the_keyboard(explorer, explorer_layers):
-    explorer.evaluate("document.querySelector('#explorer-critical').focus()")
+    explorer.evaluate("document.querySelector('#explorer-critical input:checked').focus()")
     explorer.press("ArrowRight")  # to 10 %
-    settings = {"layer": 2, "time": 2, "head": 0, "critical": 2, "negligible": 1}
+    settings = {"layer": 2, "t": 2, "head": 0, "critical": 2, "negligible": 1}
     assert torch.equal(shown_labels(explorer), package_labels(explorer_layers, **settings))
 
+    explorer.evaluate("[...document.querySelectorAll('.explorer-tries a')].at(-1).focus()")
     visited = []
-    for _ in range(7):
+    for _ in range(9):
         explorer.press("Tab")
-        visited.append(explorer.evaluate("document.activeElement.id.replace('explorer-', '')"))
-    assert visited == ["negligible", "layer", "head", "time", "query", "map", "frames"]
+        visited.append(explorer.evaluate("document.activeElement.closest('[id^=explorer-]').id.slice(9)"))
+    assert visited == ["layer", "head", "t", "critical", "negligible", "query", "map", "clip", "frames"]
 
     i, j = chosen_pair(explorer)
     explorer.press("ArrowRight")  # in the clip: a frame on
@@ -454,4 +474,71 @@ def test_the_explorer_answers_to_the_mouse(explorer):
     assert chosen_pair(explorer) == (50, 10)
     explorer.point("#explorer-frames", 0.65, 0.42, click=True)  # third frame of the second row, its third band
     assert chosen_pair(explorer) == (6 * 4 + 2, 10)
+    assert explorer.problems == []
+
+
+SETTINGS = """
+Object.fromEntries(['layer', 'head', 't', 'critical', 'negligible', 'query', 'clip'].map(name => {
+  const part = document.querySelector(`#explorer-${name}`);
+  const place = [...part.querySelectorAll('input')].findIndex(button => button.checked);
+  return [name, {range: Number(part.value), checkbox: Number(part.checked)}[part.type] ?? place];
+}))
+"""
+START = {"layer": 2, "head": 0, "t": 2, "critical": 1, "negligible": 1, "query": 25, "clip": 0}
+
+
+def wait_for_settings(page: Page, settings: dict[str, int]) -> None:
+    """Waits until the controls are at these places, counted from 0; a new address takes a moment to have its effect."""
+    page.wait_for(f"JSON.stringify({SETTINGS}) === {json.dumps(json.dumps(settings, separators=(',', ':')))}")
+
+
+def test_the_address_holds_what_the_explorer_shows(explorer, explorer_layers, address):
+    assert explorer.evaluate(SETTINGS) == START
+    assert explorer.evaluate("location.hash") == "", "nothing has been set yet"
+    chosen = {"layer": 1, "head": 1, "t": 4, "critical": 3, "negligible": 2}
+    press_buttons(explorer, **chosen)
+    explorer.evaluate("document.querySelector('#explorer-clip').click()")
+    explorer.point("#explorer-map", 10.5 / 64, 50.5 / 64, click=True)
+    words = "#layer=2&head=2&t=0.9&critical=0.2&negligible=0.3&query=51&key=11&clip=clean"
+    explorer.wait_for(f"location.hash === {json.dumps(words)}")
+
+    explorer.open(f"{address}/explorer.html{words}", width=1280, height=900, dark=False)
+    explorer.wait_for("!!document.querySelector('#explorer-map')")
+    assert explorer.evaluate(SETTINGS) == chosen | {"query": 50, "clip": 1}
+    assert chosen_pair(explorer) == (50, 10)
+    assert torch.equal(shown_labels(explorer), package_labels(explorer_layers, **chosen))
+
+    explorer.evaluate("location.hash = '#what-you-see'")
+    explorer.evaluate("new Promise(done => setTimeout(done, 0))")
+    assert explorer.evaluate(SETTINGS) == chosen | {"query": 50, "clip": 1}, "a heading's address changes nothing"
+    explorer.evaluate("location.hash = '#layer=9&t=0.1&sigma=3'")
+    wait_for_settings(explorer, START | {"t": 0})  # what the address does not know is as at the start
+    assert explorer.problems == []
+
+
+def test_what_to_try_sets_the_explorer_and_the_back_button_undoes_it(explorer):
+    stops = {
+        "layer": ["1", "2", "3", "4"],
+        "head": ["1", "2"],
+        "t": list(map(str, explorer_data.TIMES)),
+        "critical": list(map(str, explorer_data.CRITICAL_RATIOS)),
+        "negligible": list(map(str, explorer_data.NEGLIGIBLE_RATIOS)),
+    }
+    links = explorer.evaluate("[...document.querySelectorAll('.explorer-tries a')].map(link => link.hash)")
+    assert len(links) >= 6
+    states = [START]
+    for at, link in enumerate(links):
+        given = dict(pair.split("=") for pair in link.removeprefix("#").split("&"))
+        state = START | {name: stops[name].index(word) for name, word in given.items()}
+        explorer.evaluate(f"document.querySelectorAll('.explorer-tries a')[{at}].click()")
+        wait_for_settings(explorer, state)
+        current = "[...document.querySelectorAll('.explorer-tries a')].map(link => link.ariaCurrent === 'true')"
+        assert explorer.evaluate(current) == [other == at for other in range(len(links))]
+        press_buttons(explorer, layer=0, head=0)  # the back button does not stop at these
+        explorer.wait_for("location.hash.startsWith('#layer=1&head=1&') && location.hash.endsWith('clip=noisy')")
+        states.append(state | {"layer": 0, "head": 0})
+    for state in reversed(states[:-1]):
+        explorer.evaluate("history.back()")
+        wait_for_settings(explorer, state)
+    assert explorer.evaluate("location.hash") == ""
     assert explorer.problems == []

@@ -24,7 +24,7 @@ from sla_ref.lab.data import MovingDigits
 from sla_ref.lab.model import PATCH, ModelConfig
 
 OUT = Path(__file__).parents[1] / "docs" / "explorer" / "data.js"
-TIMES = (0.9, 0.7, 0.5, 0.3, 0.1)
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CRITICAL_RATIOS = (0.025, 0.05, 0.10, 0.20)
 NEGLIGIBLE_RATIOS = (0.0, 0.10, 0.30, 0.50)
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"  # one character for a number below 64
@@ -37,14 +37,14 @@ def encode(numbers: Tensor) -> str:
 
 @torch.no_grad()
 def attention_inputs() -> tuple[ModelConfig, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """The configuration, the clip at every time (T, F, S, S), and of each layer query, key, value (T, H, N, D)."""
+    """The configuration; the clip, clean and at every time (1 + T, F, S, S); of each layer query, key, value."""
     teacher, _ = weights.load_weights(weights.TEACHER)
     config = teacher.config
     clip, labels = MovingDigits("held_out", evaluate.HELD_OUT_SEED, size=config.size, frames=config.frames).batch(1)
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(evaluate.HELD_OUT_SEED))
     time = torch.tensor(TIMES)
     x = flow.noised(clip, noise, time)
-    return config, x, evaluate.attention_inputs(teacher, x, time, labels.expand(len(time)))
+    return config, torch.cat([clip, x]), evaluate.attention_inputs(teacher, x, time, labels.expand(len(time)))
 
 
 def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def describe_layer(query: Tensor, key: Tensor, value: Tensor, block: int) -> dic
 
 def collect() -> dict[str, Any]:
     """Everything, as JSON can hold it."""
-    config, x, layers = attention_inputs()
+    config, clips, layers = attention_inputs()
     blocks = config.tokens // config.block
     if blocks * config.block != config.tokens or blocks > len(DIGITS):
         raise ValueError(f"the page takes whole blocks, {len(DIGITS)} at most, got {config.tokens / config.block}")
@@ -110,7 +110,7 @@ def collect() -> dict[str, Any]:
         "full_flops": analysis.attention_flops(*sizes),
         "sla_flops": [analysis.attention_flops(*sizes, critical_share=share, linear=True) for share in shares],
         "digits": DIGITS,
-        "clips": [encode(((clip.clamp(-1, 1) + 1) * 31.5).round().int()) for clip in x],
+        "clips": [encode(((clip.clamp(-1, 1) + 1) * 31.5).round().int()) for clip in clips],
         "layers": [describe_layer(*layer, config.block) for layer in layers],
     }
 

@@ -137,6 +137,14 @@ def _check(
     for field, tensor, wanted in zip(kind._fields, result, expected, strict=True):
         got = _like(tensor) if isinstance(tensor, Tensor) else tensor
         if got != wanted:
-            raise TypeError(f"{where} {field} as {wanted}, got {got}")
+            raise TypeError(f"{where} {field} as {_words(wanted)}, got {_words(got)}")
         if isinstance(tensor, Tensor) and not (tensor.is_contiguous() and tensor.device == device):
-            raise TypeError(f"{where} {field} contiguous on {device}, got strides {tensor.stride()} on {tensor.device}")
+            strides = f"strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+            raise TypeError(f"{where} {field} contiguous on {device}, got {strides} on {tensor.device}")
+
+
+def _words(form: object) -> str:
+    match form:
+        case (tuple(shape), torch.dtype() as dtype):
+            return f"{str(dtype).removeprefix('torch.')} of shape {shape}"
+    return "None" if form is None else type(form).__name__

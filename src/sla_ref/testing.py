@@ -11,8 +11,10 @@ of its result.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -29,9 +31,10 @@ from .protocol import Backend, Gradients, Inputs, Saved
 
 OUTPUTS = ("sparse", "linear", "lse")
 GRADIENTS = tuple(f"grad_{name}" for name in Gradients._fields)
+CLASSES = {"critical": CRITICAL, "marginal": MARGINAL, "negligible": NEGLIGIBLE}
 
 Results = dict[str, Tensor]
-"""Tensors by the names in OUTPUTS and GRADIENTS."""
+"""Tensors by their names, such as those in OUTPUTS and GRADIENTS."""
 
 
 # --- problems --------------------------------------------------------------------------------------------------------
@@ -57,9 +60,15 @@ class Problem(NamedTuple):
         return self._replace(inputs=self.inputs._replace(phi_query=None, phi_key=None), grad_lse=None)
 
     @property
+    def named(self) -> Results:
+        """All tensors but the block map's by their names: inputs, then gradients of the outputs."""
+        named = zip((*Inputs._fields[:5], *self._fields[1:]), (*self.inputs[:5], *self[1:]), strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    @property
     def tensors(self) -> list[Tensor]:
-        """All tensors but the block map's: inputs, then gradients of the outputs."""
-        return [tensor for tensor in (*self.inputs[:5], *self[1:]) if tensor is not None]
+        """The values of `named`."""
+        return list(self.named.values())
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Problem:
         def changed(tensors: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
@@ -126,9 +135,8 @@ def make_problem(
 
 
 def _labels(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    single = {"critical": CRITICAL, "marginal": MARGINAL, "negligible": NEGLIGIBLE}
-    if kind in single:
-        return torch.full_like(like, single[kind])
+    if kind in CLASSES:
+        return torch.full_like(like, CLASSES[kind])
     if kind != "random":
         raise ValueError(f"labels must be 'classified', 'random', 'critical', 'marginal' or 'negligible', got {kind!r}")
     share = torch.linspace(0, 1, like.shape[2])[:, None]  # of critical blocks: none in the first row, all in the last
@@ -267,7 +275,7 @@ def assert_within(results: Results, exact: Results, budget: dict[str, Bound]) ->
     """Raise AssertionError naming every result that is over its budget."""
     over = [check for check in _compare(results, exact, budget) if not check.passed]
     if over:
-        raise AssertionError("over the error budget: " + "; ".join(map(str, over)))
+        raise AssertionError("over the error budget: " + "\n".join(map(str, over)))
 
 
 def _difference(values: Tensor, exact: Tensor) -> Tensor:
@@ -302,13 +310,47 @@ class Check:
     case: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.case}: " if self.case else ""
-        return f"{'ok  ' if self.passed else 'FAIL'} {where}{self.name} {self.seen}".rstrip()
+        what = ": ".join(part for part in (self.case, self.name) if part)
+        lines = self.seen.splitlines()
+        text = ("\n     " if len(lines) > 1 else " ").join([f"{what}:", *lines])
+        return f"{'ok  ' if self.passed else 'FAIL'} {text}"
+
+    @property
+    def topic(self) -> str:
+        """What was looked at, such as a tensor, whatever the run it comes from."""
+        return self.name.split(",")[0]
+
+
+BACKWARD_ONLY = "forward by torch, backward here"
+DEFAULT_PHI = "phi = softmax"
+
+# Where a fault is, by what is wrong: outputs, or the gradients of a backward that is given the torch backend's forward.
+_LOOK_AT = {
+    "sparse": "the sum of O^s, since lse and so the scores are right: rescaled when the maximum grows, divided by l in "
+    "the end, 0 in rows without a critical block [Alg. 1 L11, L16]",
+    "linear": "the linear branch: which blocks are marginal, the sums H and Z, the division by phi(Q) Z, 0 in rows "
+    "without a marginal block [Alg. 1 L12, L13, L16]",
+    "lse": "L = m + log l: a natural logarithm, in float32 or better [Alg. 1 L16]",
+    "sparse lse": "what O^s and L share: which blocks are critical, the scores and their scale, the end of the last "
+    "key block [Alg. 1 L9, L10]",
+    "sparse linear": "what both outputs share and lse does not: value, and the order of out_sparse and out_linear",
+    "sparse linear lse": "what all outputs share: how block_q and block_k cut the tokens into blocks, the last block",
+    "grad_query": "the sum dQ and its scale [Alg. 2 L12]",
+    "grad_key": "the sum dK and its scale [Alg. 2 L12]",
+    "grad_value": "the sum dV, to which both branches add [Alg. 2 L10, L17]",
+    "grad_query grad_key": "dS: the product of dO^s and V, D^s, the gradient of lse [Alg. 2 L2, L11]",
+    "grad_query grad_key grad_value": "what they share: which blocks are critical, P = exp(S - L), dO^s [Alg. 2 L9]",
+    "grad_phi_query": "dphi(Q), and the sums H and Z in it [Alg. 2 L5]",
+    "grad_phi_key": "dZ and dphi(K) [Alg. 2 L4, L14, L16]",
+    "grad_phi_query grad_phi_key": "D^l [Alg. 2 L2]",
+    "grad_value grad_phi_key": "dH, and the sum of dH and dZ over query blocks [Alg. 2 L3, L14]",
+    "grad_value grad_phi_query grad_phi_key": "what they share: which blocks are marginal, the division by phi(Q) Z",
+}
 
 
 @dataclass
 class Report:
-    """All checks of a backend or function; its text lists the failures, or says how many passed."""
+    """All checks of a backend or function. Its text sums them up, and shows of each tensor the first failure."""
 
     subject: str
     checks: list[Check] = field(default_factory=list)
@@ -326,9 +368,57 @@ class Report:
         return bool(self.checks) and not self.failures
 
     def __str__(self) -> str:
-        lines = [f"{self.subject}: {len(self.checks) - len(self.failures)} of {len(self.checks)} checks passed"]
+        passed = f"{len(self.checks) - len(self.failures)} of {len(self.checks)} checks passed"
+        lines = [
+            f"{self.subject}: {passed if self.checks else 'nothing was checked, since it takes none of the cases'}"
+        ]
         lines += [f"not taken: {refusal}" for refusal in self.refused]
-        return "\n".join(lines + [str(check) for check in self.failures])
+        if self.failures:
+            summary = (*self._summary(), *self._suspects())
+            lines += [textwrap.fill(line, 100, subsequent_indent="     ") for line in summary]
+        first: dict[str, Check] = {}
+        for check in self.failures:
+            first.setdefault(check.seen if check.topic == "runs" else check.topic, check)
+        return "\n".join([*lines, *map(str, first.values())])
+
+    def _summary(self) -> Iterator[str]:
+        """What failed in how many cases, what never did, and which cases they are."""
+        tried, failing = (_by_dtype(check.case for check in checks) for checks in (self.checks, self.failures))
+        cases_of: dict[str, set[str]] = {check.topic: set() for check in self.failures}
+        for check in self.failures:
+            cases_of[check.topic].add(check.case)
+        counts = ", ".join(f"{topic} in {len(cases)}" for topic, cases in cases_of.items())
+        yield f"failed, of {sum(map(len, tried.values()))} cases: {counts}"
+        tensors = dict.fromkeys(check.topic for check in self.checks if check.topic in (*OUTPUTS, *GRADIENTS))
+        if right := [name for name in tensors if name not in cases_of]:
+            yield f"right everywhere: {', '.join(right)}"
+        for dtype, names in failing.items():
+            yield f"failing in {dtype}: {'all' if names == tried[dtype] else '; '.join(names)}"
+
+    def _suspects(self) -> Iterator[str]:
+        """Where to look, by the first case that fails."""
+        failures = [check for check in self.failures if check.case == self.failures[0].case]
+        tried, wrong = {check.name for check in self.checks}, {check.name for check in failures}
+        outputs = [name for name in OUTPUTS if name in wrong and "lse" in tried]  # a function may leave out lse
+        gradients = [name for name in GRADIENTS if f"{name}, {BACKWARD_ONLY}" in wrong]
+        for names in (outputs, gradients):
+            if (place := _LOOK_AT.get(" ".join(names))) is not None:
+                yield f"look at {place}"
+        if not gradients and not wrong.isdisjoint(GRADIENTS) and f"lse, {BACKWARD_ONLY}" in tried:
+            yield "the backward is right where it is given the forward of torch"
+        if all(name.endswith(DEFAULT_PHI) for name in wrong):
+            yield "look at the features of phi = softmax and the gradient through them: all is right where phi is given"
+        if any("NaN" in check.seen for check in failures):
+            yield "NaN is 0 / 0 or inf - inf, or was read from memory that nobody wrote or that lies between the tokens"
+
+
+def _by_dtype(cases: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the cases that were tried in each dtype; `Case.at` joins the two."""
+    named: dict[str, list[str]] = {}
+    for case in dict.fromkeys(cases):
+        name, _, dtype = case.rpartition(", ")
+        named.setdefault(dtype, []).append(name)
+    return named
 
 
 @dataclass(frozen=True)
@@ -398,38 +488,38 @@ def check_case(
     checks = _check_problem(backend, problem, thorough)
     if "feature_map" not in case.arguments and (thorough or case.quick):  # the default is softmax
         found = _check_problem(backend, problem.default_phi(), thorough)
-        checks += [replace(check, name=f"{check.name}, phi = softmax") for check in found]
+        checks += [replace(check, name=f"{check.name}, {DEFAULT_PHI}") for check in found]
     return [replace(check, case=case.at(dtype)) for check in checks]
 
 
 def _check_problem(backend: Backend, problem: Problem, thorough: bool) -> list[Check]:
     exact = oracle(problem)
-    budget = error_budget(problem, exact)
-    framed = _framed(problem)
+    compare = functools.partial(_compare, exact=exact, budget=error_budget(problem, exact), problem=problem)
+    checks: list[Check] = []
     try:
+        framed = _framed(problem)
         with _PoisonedMemory():
             results = run_backend(backend, framed)
+        checks += compare(results)
+        if thorough:
+            checks.append(_same_bits("inputs are left as they were", problem.named, framed.named))
+            again = run_backend(backend, problem._map_tensors(torch.clone))
+            checks.append(_same_bits("repeats bit for bit, contiguous", results, again))
+            other = backends.load("torch")
+            ours, theirs = Saved(*(again[name] for name in OUTPUTS)), Saved(*run_forward(other, problem.inputs))
+            mixed = {
+                "forward here, backward by torch": run_backend(other, problem, ours),
+                BACKWARD_ONLY: run_backend(backend, problem, theirs),
+            }
+            for run, found in mixed.items():
+                checks += [replace(check, name=f"{check.name}, {run}") for check in compare(found)]
     except Exception as error:  # a backend may fail in any way, and the other problems are tried all the same
-        return [Check("runs", False, f"{type(error).__name__}: {error}")]
-    checks = [Check("runs", True), *_compare(results, exact, budget)]
-    if not thorough:
-        return checks
-    checks.append(Check("inputs are left as they were", _same_bits(framed.tensors, problem.tensors)))
-    again = run_backend(backend, problem)
-    checks.append(Check("repeats bit for bit, contiguous", _same_bits(results.values(), again.values())))
-    other = backends.load("torch")
-    ours = Saved(*(again[name] for name in OUTPUTS))
-    mixed = {
-        "forward here, backward by torch": run_backend(other, problem, ours),
-        "forward by torch, backward here": run_backend(backend, problem, Saved(*run_forward(other, problem.inputs))),
-    }
-    for name, run in mixed.items():
-        checks += [replace(check, name=f"{check.name}, {name}") for check in _compare(run, exact, budget)]
-    return checks
+        return [*checks, Check("runs", False, f"{type(error).__name__}: {error}")]
+    return [Check("runs", True), *checks]
 
 
 def check_backend(
-    name: str,
+    backend: str | Backend,
     *,
     device: str | torch.device | None = None,
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
@@ -438,7 +528,7 @@ def check_backend(
     """Try a backend on all cases: values, gradients, form, repeatability, and that padding is never read into a result.
 
     Args:
-        name: a name that `sla_ref.list_backends` knows.
+        backend: a name that `sla_ref.list_backends` knows, or the backend itself, which need not be registered.
         device: where the tensors live; "cuda" where there is a GPU, else "cpu", if None.
         dtypes: of the inputs.
         quick: only three cases.
@@ -447,10 +537,19 @@ def check_backend(
         A report; `report.ok` says whether all is well, `str(report)` what is not.
 
     Raises:
-        ValueError, RuntimeError: the backend is unknown, or cannot be used on this machine.
+        ValueError, TypeError: the name is unknown, or the backend lacks a part of the protocol.
+        RuntimeError: the backend cannot be used on this machine.
     """
-    backends.require_usable(name)
-    backend = backends.load(name)
+    name = backend if isinstance(backend, str) else getattr(backend, "name", backend)
+    if isinstance(backend, str):
+        if backend == backends.AUTO:
+            raise ValueError(f"backend must name one backend to check, got {backend!r}, which chooses among them")
+        backends.require_usable(backend)
+        backend = backends.load(backend)
+    else:
+        backends.require_parts(backend)
+        if (reason := backend.unavailable()) is not None:
+            raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(f"backend {name!r} on {device}")
     for case, dtype in _tries(dtypes, quick):
@@ -479,7 +578,7 @@ def check_function(
     for case, dtype in _tries(dtypes, quick):
         problem = make_problem(**case.arguments, dtype=dtype, device=device)._replace(grad_lse=None)
         exact = oracle(problem)
-        checks = _compare(run_function(function, problem), exact, error_budget(problem, exact))
+        checks = _compare(run_function(function, problem), exact, error_budget(problem, exact), problem)
         report.checks += [replace(check, case=case.at(dtype)) for check in checks]
     return report
 
@@ -488,20 +587,53 @@ def _tries(dtypes: Iterable[torch.dtype], quick: bool) -> Iterable[tuple[Case, t
     return itertools.product((case for case in CASES if case.quick or not quick), dtypes)
 
 
-def _compare(results: Results, exact: Results, budget: dict[str, Bound]) -> list[Check]:
+def _compare(results: Results, exact: Results, budget: dict[str, Bound], problem: Problem | None = None) -> list[Check]:
+    """A check of each result; where it fails, `problem` serves to say more about the place."""
     checks = []
     for name, values in results.items():
         bound, error = budget[name], _difference(values, exact[name])
         largest, rms = _largest(error), _rms(error)
         same_infinities = torch.equal(values.isinf(), exact[name].to(values.dtype).isinf())
         passed = largest <= bound.largest and rms <= bound.rms and same_infinities
-        seen = f"error {largest:.2e} (at most {bound.largest:.2e}), rms {rms:.2e} (at most {bound.rms:.2e})"
-        checks.append(Check(name, passed, seen if same_infinities else seen + ", other infinities"))
+        seen = f"error {_against(largest, bound.largest)}\nroot mean square {_against(rms, bound.rms)}"
+        if values.isnan().any():
+            seen = f"NaN in {values.isnan().sum()} of {values.numel()} elements"
+        elif not same_infinities:
+            seen = "infinite in other places than the equations are"
+        if not passed:
+            seen += _place(name, values, exact[name], bound, problem)
+        checks.append(Check(name, passed, seen))
     return checks
 
 
-def _same_bits(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True))
+def _against(error: float, bound: float) -> str:
+    return f"{error:.2e}" + (f", {error / bound:.2g} times" if bound else ",") + f" the bound of {bound:.2e}"
+
+
+def _place(name: str, values: Tensor, exact: Tensor, bound: Bound, problem: Problem | None) -> str:
+    """Lines that say where a result (B, H, N, D), or lse (B, H, N), is wrong, and what is at its worst element."""
+    size = _difference(values, exact).abs().nan_to_num(nan=math.inf)
+    worst = torch.unravel_index(size.argmax(), size.shape)
+    b, h, row = map(int, worst[:3])
+    seen = f"\nworst at b {b}, h {h}, row {row}: {values[worst]:.4g}, expected {exact[worst]:.4g}"
+    if problem is not None:
+        block_map, of_keys = problem.inputs.block_map, name.endswith(("key", "value"))
+        labels = block_map.labels[b, h].T if of_keys else block_map.labels[b, h]
+        side, other = ("key", "query") if of_keys else ("query", "key")
+        block = row // (block_map.block_k if of_keys else block_map.block_q)
+        counts = ", ".join(f"{(labels[block] == label).sum()} {kind}" for kind, label in CLASSES.items())
+        seen += f"\nin {side} block {block}, with {counts} {other} blocks"
+    over = size.flatten(3).amax(-1) if size.dim() == 4 else size
+    places = (over > bound.largest).nonzero().T  # of rows: b, h, row
+    if places.numel():
+        spans = [f"{at.min()} to {at.max()}" if at.min() < at.max() else f"{at[0]}" for at in places]
+        seen += f"\nover the bound: b {spans[0]}, h {spans[1]}, row {spans[2]}; {places.shape[1]} rows in all"
+    return seen
+
+
+def _same_bits(name: str, expected: Results, found: Results) -> Check:
+    other = [each for each in expected if not torch.equal(expected[each].nan_to_num(), found[each].nan_to_num())]
+    return Check(name, not other, f"other bits in {', '.join(other)}" if other else "")
 
 
 def _framed(problem: Problem) -> Problem:

@@ -214,17 +214,18 @@ def register_backend(name: str, module: Backend, *, replace: bool = False) -> No
     if not name or name == AUTO or name in _BUILT_IN:
         reserved = ", ".join(repr(taken) for taken in (AUTO, *_BUILT_IN))
         raise ValueError(f"name must not be empty and none of {reserved}, got {name!r}")
-    _check_parts(module)
+    require_parts(module)
     if not replace and (name in _plug_ins() or _registered.get(name, module) is not module):
         taken_by = _registered.get(name, "an installed package")
         raise ValueError(f"name {name!r} is taken by {taken_by}; replace=True takes it over")
     _registered[name] = module
 
 
-def _check_parts(module: object) -> None:
+def require_parts(module: object) -> None:
+    """Raise TypeError unless `module` has the functions of a backend."""
     for part in ("unavailable", "unsupported", "forward", "backward"):
         if not callable(getattr(module, part, None)):
-            raise TypeError(f"module must have a function {part!r} (see sla_ref.protocol.Backend), got {module!r}")
+            raise TypeError(f"a backend must have a function {part!r} (see sla_ref.protocol.Backend), got {module!r}")
 
 
 def list_backends() -> dict[str, str | None]:
@@ -269,7 +270,7 @@ def load(name: str) -> Backend:
     if name in _BUILT_IN:
         return importlib.import_module(_BUILT_IN[name])
     backend = _plug_ins()[name].load()
-    _check_parts(backend)
+    require_parts(backend)
     _registered[name] = backend
     return backend
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_map import MARGINAL, BlockMap, trusted_map
@@ -74,33 +75,28 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _cut(tokens: Tensor, block: int) -> Tensor:
-    """(B, H, N, D) -> (B * H * T + 1, block, D): the blocks of all heads in a row.
+    """(B, H, N, D) -> (B * H * T, block, D): the blocks of all heads in a row, the last of each head padded with zeros.
 
-    The last block of each head is padded with zeros. One block of zeros more stands at the end, for index slots that
-    stand for no block.
+    A view of the tokens where there is nothing to pad and nothing to convert.
     """
-    B, H, N, D = tokens.shape
-    T = -(-N // block)
-    blocks = tokens.new_empty(B * H * T + 1, block, D, dtype=_compute_dtype(tokens))
-    body = blocks[:-1].view(B, H, T * block, D)
-    body[:, :, :N] = tokens
-    body[:, :, N:] = 0
-    blocks[-1] = 0
-    return blocks
+    tokens = tokens.to(_compute_dtype(tokens))
+    if padding := -tokens.shape[2] % block:
+        tokens = F.pad(tokens, (0, 0, 0, padding))
+    return tokens.reshape(-1, block, tokens.shape[3])
 
 
 def _join(blocks: Tensor, like: Tensor) -> Tensor:
-    """The reverse of `_cut`: blocks of all heads in a row, with or without the zero block, -> the shape of `like`."""
+    """The reverse of `_cut`: the blocks of all heads in a row, and whatever follows them, -> the shape of `like`."""
     B, H, N, D = like.shape
     T = -(-N // blocks.shape[1])
-    return blocks[: B * H * T].view(B, H, T * blocks.shape[1], D)[:, :, :N].contiguous()
+    return blocks[: B * H * T].reshape(B, H, T * blocks.shape[1], D)[:, :, :N].contiguous()
 
 
 # --- sparse branch ---------------------------------------------------------------------------------------------------
 
 
 class _Critical(NamedTuple):
-    """The critical key blocks of all query blocks, as rows into what `_cut` makes of the keys."""
+    """The critical key blocks of all query blocks, as rows into what `_cut_inputs` makes of the keys."""
 
     blocks: Tensor
     """(B * H * Tq, C) int64; slots that a query block does not use point to the block of zeros."""
@@ -128,9 +124,10 @@ def _critical(block_map: BlockMap, dtype: torch.dtype) -> _Critical:
 
 
 def _steps(index: Tensor, Q: Tensor, K: Tensor) -> list[slice]:
-    """Cut the query blocks into steps: on a CPU so that tiles stay in the cache, elsewhere for few launches."""
+    """Cut the query blocks into steps: on a CPU so that each thread's tiles fit its cache, else for few launches."""
     scores_per_block = Q.shape[1] * index.shape[1] * K.shape[1]
-    step = max(1, (2**21 if Q.device.type == "cpu" else 2**26) // scores_per_block)
+    scores_per_step = 2**18 * torch.get_num_threads() if Q.device.type == "cpu" else 2**26
+    step = max(1, scores_per_step // scores_per_block)
     return [slice(start, min(start + step, len(index))) for start in range(0, len(index), step)]
 
 
@@ -163,9 +160,16 @@ def _scores(Q: Tensor, K: Tensor, bias: Tensor | None, index: Tensor, scratch: _
 
 
 def _cut_inputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K and V in blocks; Q has the scale already."""
-    block_q, block_k = inputs.block_map.block_q, inputs.block_map.block_k
-    return _cut(inputs.query, block_q).mul_(inputs.scale), _cut(inputs.key, block_k), _cut(inputs.value, block_k)
+    """Q, K and V in blocks; Q has the scale already.
+
+    Where query blocks may differ in their number of critical blocks, K and V end with one block of zeros more, for the
+    index slots that a query block does not use.
+    """
+    of = inputs.block_map
+    Q, K, V = _cut(inputs.query, of.block_q), _cut(inputs.key, of.block_k), _cut(inputs.value, of.block_k)
+    if not of.is_uniform:
+        K, V = F.pad(K, (0, 0, 0, 0, 0, 1)), F.pad(V, (0, 0, 0, 0, 0, 1))
+    return Q * inputs.scale, K, V
 
 
 def _sparse_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -173,18 +177,18 @@ def _sparse_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     Q, K, V = _cut_inputs(inputs)
     index, bias = _critical(block_map, Q.dtype)
     out, lse = torch.empty_like(Q), Q.new_empty(*Q.shape[:2], 1)
+    lowest = torch.finfo(Q.dtype).min
     scratch = _Scratch(Q.dtype, Q.device)
     for rows in _steps(index, Q, K):
         K_crit = scratch.gather("K", K, index[rows])  # (n, C * block_k, D)
         V_crit = scratch.gather("V", V, index[rows])
         S = _scores(Q[rows], K_crit, bias, index[rows], scratch)  # (n, block_q, C * block_k)
-        m = S.amax(-1, keepdim=True)
-        m.masked_fill_(m == -torch.inf, 0.0)  # no critical key at all: keep exp(-inf - m) = 0 from being NaN
+        m = S.amax(-1, keepdim=True).clamp_(min=lowest)  # no critical key at all: -inf - (-inf) would be NaN
         P = S.sub_(m).exp_()  # [Alg. 1 L9]
         l = P.sum(-1, keepdim=True)  # [Alg. 1 L10]
         torch.bmm(P, V_crit, out=out[rows])  # [Alg. 1 L11]
-        out[rows] /= l.masked_fill(l == 0, 1.0)  # [Alg. 1 L16]
-        lse[rows] = m + l.log()
+        out[rows] /= l.clamp(min=1.0)  # l is at least exp(m - m) = 1, or 0 without critical key [Alg. 1 L16]
+        torch.add(m, l.log(), out=lse[rows])
     return _join(out, query).to(query.dtype), _join(lse, query[..., :1]).squeeze(-1)
 
 
@@ -194,8 +198,7 @@ def _sparse_backward(
     block_map = inputs.block_map
     Q, K, V = _cut_inputs(inputs)
     dO = _cut(grad_sparse, block_map.block_q)
-    lse = _cut(saved.lse[..., None], block_map.block_q)
-    lse.masked_fill_(lse == -torch.inf, 0.0)
+    lse = _cut(saved.lse[..., None], block_map.block_q).clamp(min=torch.finfo(Q.dtype).min)  # as m in the forward
     Ds = (dO * _cut(saved.out_sparse, block_map.block_q)).sum(-1, keepdim=True)  # [Alg. 2 L2]
     if grad_lse is not None:
         Ds -= _cut(grad_lse[..., None], block_map.block_q)  # dS = P (dP - Ds) + P dL
@@ -231,7 +234,11 @@ def _add_blocks(total: Tensor, index: Tensor, tiles: Tensor) -> None:
 
 
 class _Linear(NamedTuple):
-    """What both passes of the linear branch need, for the query and key blocks of a few heads (G of them)."""
+    """What both passes of the linear branch need, for the query and key blocks of a few heads (G of them).
+
+    V_1 is V with a column of ones behind it. It makes each state [h_j z_j] = phi(K_j)^T [V_j 1], and one product with
+    phi(Q_i) gives both numerator and denominator. Whatever is done to h and z is done to both at once.
+    """
 
     marginal: Tensor
     """(G, Tq, Tk): 1 where the label is 0, else 0."""
@@ -239,36 +246,33 @@ class _Linear(NamedTuple):
     """(G, Tq, block_q, D)"""
     phi_K: Tensor
     """(G, Tk, block_k, D)"""
-    V: Tensor
-    """(G, Tk, block_k, D)"""
-    H: Tensor
-    """(G, Tq, D, D) [Alg. 1 L13]"""
-    Z: Tensor
-    """(G, Tq, D, 1) [Alg. 1 L13]"""
-    inverse: Tensor
-    """1 / (phi(Q_i) Z_i), and 0 where there is nothing to divide: (G, Tq, block_q, 1)"""
+    V_1: Tensor
+    """(G, Tk, block_k, D + 1)"""
+    HZ: Tensor
+    """[H_i Z_i], (G, Tq, D, D + 1) [Alg. 1 L13]"""
 
 
 def _linear_states(inputs: Inputs) -> Iterator[tuple[slice, _Linear]]:
-    """A few heads at a time, so that their states h never hold more numbers than the tokens of all heads do."""
+    """A few heads at a time, so that their states never hold many more numbers than the tokens of all heads do.
+
+    Heads without a marginal block are left out: their outputs and gradients are zero.
+    """
     block_map = inputs.block_map
     B, H, Tq, Tk = block_map.labels.shape
     D = inputs.value.shape[-1]
     assert inputs.phi_query is not None and inputs.phi_key is not None  # softmax_inside is False
-    phi_Q = _cut(inputs.phi_query, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
-    phi_K = _cut(inputs.phi_key, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
-    V = _cut(inputs.value, block_map.block_k)[:-1].unflatten(0, (B * H, Tk))
+    phi_Q = _cut(inputs.phi_query, block_map.block_q).unflatten(0, (B * H, Tq))
+    phi_K = _cut(inputs.phi_key, block_map.block_k).unflatten(0, (B * H, Tk))
+    V = _cut(inputs.value, block_map.block_k).unflatten(0, (B * H, Tk))
     marginal = (block_map.labels == MARGINAL).to(V.dtype).flatten(0, 1)  # [Alg. 1 L12]
     group = max(1, B * H * block_map.block_k // D)
     for start in range(0, B * H, group):
         heads = slice(start, start + group)
-        h = phi_K[heads].mT @ V[heads]  # (G, Tk, D, D) [Alg. 1 L4]
-        z = phi_K[heads].sum(2)[..., None]  # (G, Tk, D, 1) [Alg. 1 L4]
-        H_i, Z_i = _sum_over(marginal[heads], h), _sum_over(marginal[heads], z)  # [Alg. 1 L13]
-        denominator = phi_Q[heads] @ Z_i
-        zero = denominator.abs() < torch.finfo(denominator.dtype).tiny * 2.0**30  # as in the specification
-        inverse = torch.where(zero, 0.0, 1 / denominator)
-        yield heads, _Linear(marginal[heads], phi_Q[heads], phi_K[heads], V[heads], H_i, Z_i, inverse)
+        if marginal[heads].any():
+            V_1 = F.pad(V[heads], (0, 1), value=1.0)
+            hz = phi_K[heads].mT @ V_1  # (G, Tk, D, D + 1) [Alg. 1 L4]
+            HZ = _sum_over(marginal[heads], hz)  # [Alg. 1 L13]
+            yield heads, _Linear(marginal[heads], phi_Q[heads], phi_K[heads], V_1, HZ)
 
 
 def _sum_over(member: Tensor, states: Tensor) -> Tensor:
@@ -281,34 +285,42 @@ def _sum_over(member: Tensor, states: Tensor) -> Tensor:
     return total
 
 
+def _inverse(denominator: Tensor) -> Tensor:
+    """1 / (phi(Q_i) Z_i), and 0 where there is nothing to divide."""
+    zero = denominator.abs() < torch.finfo(denominator.dtype).tiny * 2.0**30  # as in the specification
+    return (1 / denominator).masked_fill_(zero, 0.0)
+
+
 def _linear_forward(inputs: Inputs) -> Tensor:
     query, block_map = inputs.query, inputs.block_map
     B, H, Tq, _ = block_map.labels.shape
-    out = query.new_empty(B * H, Tq, block_map.block_q, query.shape[-1], dtype=_compute_dtype(query))
+    D = query.shape[-1]
+    out = query.new_zeros(B * H, Tq, block_map.block_q, D, dtype=_compute_dtype(query))
     for heads, at in _linear_states(inputs):
-        torch.mul(at.phi_Q @ at.H, at.inverse, out=out[heads])  # [Alg. 1 L16]
+        fraction = at.phi_Q @ at.HZ  # numerator and denominator, (G, Tq, block_q, D + 1)
+        torch.mul(fraction[..., :D], _inverse(fraction[..., D:]), out=out[heads])  # [Alg. 1 L16]
     return _join(out.flatten(0, 1), query).to(query.dtype)
 
 
 def _linear_backward(grad_linear: Tensor, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     block_map = inputs.block_map
     B, H, Tq, Tk = block_map.labels.shape
-    all_dO = _cut(grad_linear, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
-    all_O = _cut(saved.out_linear, block_map.block_q)[:-1].unflatten(0, (B * H, Tq))
-    dphi_Q = torch.empty_like(all_dO)
-    dphi_K = all_dO.new_empty(B * H, Tk, block_map.block_k, all_dO.shape[-1])
-    dV = torch.empty_like(dphi_K)
+    D = inputs.query.shape[-1]
+    all_dO = _cut(grad_linear, block_map.block_q).unflatten(0, (B * H, Tq))
+    all_O = _cut(saved.out_linear, block_map.block_q).unflatten(0, (B * H, Tq))
+    dphi_Q = torch.zeros_like(all_dO)
+    dphi_K = all_dO.new_zeros(B * H, Tk, block_map.block_k, D)
+    dV = torch.zeros_like(dphi_K)
     for heads, at in _linear_states(inputs):
         dO = all_dO[heads]  # (G, Tq, block_q, D)
         Dl = (dO * all_O[heads]).sum(-1, keepdim=True)  # (G, Tq, block_q, 1) [Alg. 2 L2]
-        A = at.phi_Q * at.inverse  # (G, Tq, block_q, D)
-        dH_i = A.mT @ dO  # (G, Tq, D, D) [Alg. 2 L3]
-        dZ_i = -(A.mT @ Dl)  # (G, Tq, D, 1) [Alg. 2 L4]
-        dphi_Q[heads] = (dO @ at.H.mT - Dl @ at.Z.mT) * at.inverse  # [Alg. 2 L5]
-        dH = _sum_over(at.marginal.mT, dH_i)  # (G, Tk, D, D) [Alg. 2 L14]
-        dZ = _sum_over(at.marginal.mT, dZ_i)  # (G, Tk, D, 1) [Alg. 2 L14]
-        dphi_K[heads] = at.V @ dH.mT + dZ.mT  # [Alg. 2 L16]
-        dV[heads] = at.phi_K @ dH  # [Alg. 2 L17]
+        dO_Dl = torch.cat((dO, -Dl), -1)  # belongs to [H Z] as dO to H: (G, Tq, block_q, D + 1)
+        inverse = _inverse(at.phi_Q @ at.HZ[..., D:])
+        dHZ_i = (at.phi_Q * inverse).mT @ dO_Dl  # [dH_i dZ_i], (G, Tq, D, D + 1) [Alg. 2 L3] [Alg. 2 L4]
+        torch.mul(dO_Dl @ at.HZ.mT, inverse, out=dphi_Q[heads])  # [Alg. 2 L5]
+        dHZ = _sum_over(at.marginal.mT, dHZ_i)  # [dH dZ], (G, Tk, D, D + 1) [Alg. 2 L14]
+        torch.matmul(at.V_1, dHZ.mT, out=dphi_K[heads])  # [Alg. 2 L16]
+        torch.matmul(at.phi_K, dHZ[..., :D], out=dV[heads])  # [Alg. 2 L17]
     likes = (inputs.query, inputs.key, inputs.value)
     dphi_Q, dphi_K, dV = (_join(d.flatten(0, 1), like) for d, like in zip((dphi_Q, dphi_K, dV), likes, strict=True))
     return dphi_Q, dphi_K, dV

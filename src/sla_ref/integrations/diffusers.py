@@ -294,7 +294,8 @@ class _WanSelfAttention(nn.Module):
         if self.group is None:
             out = super().forward(query, key, value)
         else:
-            out = ulysses_attention(super().forward, query, key, value, self.group)
+            classify = self.classify if isinstance(self, SparseLinearAttention) else None
+            out = ulysses_attention(super().forward, query, key, value, self.group, classify=classify)
         out = out.transpose(1, 2).flatten(-2)
         for step in attn.to_out:  # projection, dropout
             out = step(out)

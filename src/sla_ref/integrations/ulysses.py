@@ -25,18 +25,31 @@ same data, noise and times.
 **No ring.** A ring hands the keys around, so that a rank sees a part of them at a time. SLA ranks all key blocks of a
 query block before it knows the classes [Eq. 3], and normalises over all critical and over all marginal keys [Eq. 4]
 [Eq. 5]. None of this can be said of a part of the keys, so there is no ring here.
+
+**Who compares what.** A collective of unequal sizes never ends, so the ranks have to agree on shapes and dtypes first.
+That takes a small all-gather, for which the host waits. `split_tokens` makes one whenever it is called: it sees what
+enters the model. The other two functions make one for each new shape, and remember the answer until `split_tokens` is
+given another number of tokens N. A rank cannot tell by its own shape that N is another: of 45 tokens and of 46, rank 0
+of 2 has 23. Without `split_tokens` nothing is remembered.
+
+One mistake is therefore not caught: tokens that come from `split_tokens` and then change their shape or dtype on some
+ranks only. These ranks compare while the others exchange, and all of them wait until the timeout of the group ends it.
+If every rank has a new shape, all compare, and all raise the same error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import SLAOutput
+from ..block_map import BlockMap
 from ..checks import FLOATS, check_tensors
 
 _MAX_DIMS = 8
@@ -44,11 +57,13 @@ _MAX_DIMS = 8
 
 @torch.compiler.disable  # what the ranks tell each other is not known to a compiler
 def ulysses_attention(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attention: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     group: dist.ProcessGroup | None = None,
+    *,
+    classify: Callable[[Tensor, Tensor], BlockMap] | None = None,
 ) -> Tensor:
     """Self-attention over the tokens of all ranks: `attention` runs on this rank's heads and everybody's tokens.
 
@@ -57,6 +72,8 @@ def ulysses_attention(
             `SparseLinearAttention`, for example. With `sparse_linear_attention`, take one of its branches.
         query, key, value: (B, H, n, D), this rank's n of N tokens as `split_tokens` gives them.
         group: the P ranks that the tokens are split between; all ranks if None.
+        classify: takes query and key (B, H / P, N, D) while value still travels; what it returns, attention gets as
+            `block_map`. `layer.classify` for a `SparseLinearAttention`, which then computes the same in less time.
 
     Returns:
         (B, H, n, D), for the same tokens.
@@ -64,8 +81,8 @@ def ulysses_attention(
     Raises:
         TypeError, ValueError: a tensor has the wrong type, shape, dtype or device, attention returns another one or
             none, group is no group of this process, or H is not divisible by P; the ranks disagree on shape or dtype,
-            or their tokens are not split as `split_tokens` does. In the last case all ranks raise the same error:
-            shapes are exchanged first, in a small all-gather that waits for the device.
+            or their tokens are not split as `split_tokens` does. In the last case all ranks raise the same error.
+            The ranks compare each shape once; the text at the top of this module says what that cannot find.
     """
     check_tensors(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
@@ -75,19 +92,26 @@ def ulysses_attention(
     lengths = _lengths("query", query, 2, group)
     mine = [query.shape[2]] * ranks
 
-    rows = torch.stack((query, key, value)).unflatten(2, (ranks, -1))  # (3, B, P, H / P, n, D)
-    rows = rows.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # (P n, 3, B, H / P, D): what rank 0 gets comes first
-    rows = _AllToAll.apply(rows, mine, lengths, group)  # (N, 3, B, H / P, D)
-    query, key, value = rows.permute(1, 2, 3, 0, 4)  # (B, H / P, N, D) each
+    def start(tensor: Tensor) -> tuple[Tensor, dist.Work]:
+        """(B, H, n, D) -> (B, H / P, N, D), there when the work is done. One copy puts what rank 0 gets first."""
+        rows = tensor.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # (P n, B, H / P, D)
+        arriving, work = _AllToAll.apply(rows, mine, lengths, group)  # (N, B, H / P, D)
+        return arriving.permute(1, 2, 0, 3), work
 
-    out = attention(query, key, value)
+    (query, query_work), (key, key_work), (value, value_work) = map(start, (query, key, value))
+    query_work.wait()
+    key_work.wait()
+    options = {} if classify is None else {"block_map": classify(query, key)}
+    value_work.wait()
+    out = attention(query, key, value, **options)
     if not isinstance(out, Tensor):
         hint = "; take one of its branches" if isinstance(out, SLAOutput) else ""
         raise TypeError(f"attention must return a tensor, got {type(out).__name__}{hint}")
     if out.shape != query.shape:
         raise ValueError(f"attention must return a tensor of shape {tuple(query.shape)}, got {tuple(out.shape)}")
-    rows = _AllToAll.apply(out.permute(2, 0, 1, 3), lengths, mine, group)  # (P n, B, H / P, D)
-    return rows.unflatten(0, (ranks, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+    rows = _exchange(out.permute(2, 0, 1, 3), lengths, mine, group)  # (P n, B, H / P, D)
+    # The heads of all ranks side by side: (B, n, P, H / P, D), in this order in memory, as most models go on with it.
+    return rows.unflatten(0, (ranks, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
 
 @torch.compiler.disable
@@ -97,10 +121,13 @@ def split_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = Non
     Raises:
         ValueError: there are fewer tokens than ranks, or the ranks disagree on shape or dtype; all raise it then.
     """
-    lengths = _lengths("tokens", tokens, dim, group, split=False)
+    number, *_ = lengths = _compare("tokens", tokens, dim, group, split=False)
     ranks, rank = len(lengths), dist.get_rank(group)
-    if lengths[0] < ranks:
-        raise ValueError(f"tokens must be at least one for each of the {ranks} ranks, got {lengths[0]} in all")
+    if number < ranks:
+        raise ValueError(f"tokens must be at least one for each of the {ranks} ranks, got {number} in all")
+    whose = group or dist.group.WORLD
+    if whose not in _agreed or _agreed[whose].tokens != number:
+        _agreed[whose] = _Agreed(number)
     return tokens.tensor_split(ranks, dim)[rank]
 
 
@@ -115,7 +142,7 @@ def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = No
     rows = tokens.movedim(dim, 0)
     # Everybody gets what everybody has. The sum over ranks in the backward is that of the copies.
     copies = rows.expand(len(lengths), *rows.shape).flatten(0, 1)
-    return _AllToAll.apply(copies, [len(rows)] * len(lengths), lengths, group).movedim(0, dim).contiguous()
+    return _exchange(copies, [len(rows)] * len(lengths), lengths, group).movedim(0, dim).contiguous()
 
 
 def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
@@ -131,21 +158,27 @@ def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
 class _AllToAll(torch.autograd.Function):
     """Rows (R, ...) -> (R', ...): the first sent[0] rows go to rank 0, the first received[0] come from it, and so on.
 
-    Its gradient goes the same ways back.
+    Also returns the work to wait for before the rows are read. The gradient goes the same ways back.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, dist.Work]:
         ctx.back = (received, sent, group)
-        arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
-        return arrived
+        arriving = rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(arriving, rows.contiguous(), received, sent, group=group, async_op=True)
+        return arriving, work
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return _AllToAll.apply(gradient, *ctx.back), None, None, None
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Any, ...]:
+        return _exchange(gradient, *ctx.back), None, None, None
+
+
+def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    arrived, work = _AllToAll.apply(rows, sent, received, group)
+    work.wait()
+    return arrived
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
@@ -157,11 +190,34 @@ def _ranks(group: dist.ProcessGroup | None) -> int:
     return ranks
 
 
-def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None, *, split: bool = True) -> list[int]:
-    """The size of `dim` on each rank. Whatever else would not fit is an error that all ranks raise.
+@dataclass
+class _Agreed:
+    """What the ranks of a group have found out about each other while the number of tokens is the same."""
 
-    A collective of unequal sizes never ends, so that the ranks compare dtypes and shapes beforehand.
-    """
+    tokens: int
+    """N, as `split_tokens` was given it last."""
+    lengths: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
+    """The size of a dimension on each rank, by this rank's dtype and shape and the place of the dimension."""
+
+
+_agreed: WeakKeyDictionary[dist.ProcessGroup | None, _Agreed] = WeakKeyDictionary()
+
+
+def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None) -> list[int]:
+    """The size of `dim` on each rank; the ranks compare if this shape is new."""
+    _ranks(group)
+    agreed = _agreed.get(group or dist.group.WORLD)
+    shape = (tensor.dtype, tensor.shape, dim) if isinstance(tensor, Tensor) else ()
+    if agreed is not None and shape in agreed.lengths:
+        return agreed.lengths[shape]
+    lengths = _compare(name, tensor, dim, group)
+    if agreed is not None and sum(lengths) == agreed.tokens:
+        agreed.lengths[shape] = lengths
+    return lengths
+
+
+def _compare(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None, *, split: bool = True) -> list[int]:
+    """The size of `dim` on each rank. Whatever else would not fit is an error that all ranks raise."""
     ranks = _ranks(group)
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.dim() > _MAX_DIMS:
         got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
