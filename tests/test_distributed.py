@@ -201,7 +201,7 @@ def test_all_ranks_raise_the_same_error(split, name, message):
     [
         ("heads", "heads must be divisible by the ranks of the group, which share them out, got 3 on 2 ranks"),
         ("replaced", "RuntimeError: blocks.1.attn1 must keep SLA, since install_sla has split the tokens: WanAttnPro"),
-        ("layers", "layers must be None with a group: a dense layer would attend to its rank's tokens alone; got 1 of"),
+        ("layers", "layers must be None with a group: a dense layer would attend only to its rank's tokens; got 1 of"),
         ("size", "tokens must have one shape and dtype on all ranks; got (1, 45, 1, 16)"),
     ],
 )

@@ -332,8 +332,8 @@ assert (ours[0][:8] == 0).all() and (ours[1][8:16] == 0).all()
 # of the 0/1 matrix "is marginal" with the states $h_j$.
 #
 # Each step carries the tag of its line. `_cut` and `_join` cut tokens into blocks and back; `_steps` decides how many
-# query blocks make a batch; `_inverse` is the guarded $1 / (\phi(Q_i) Z_i)$ from above. A column of ones beside $V$
-# makes $z_j$ the last column of $h_j$: $\phi(K_j)^\top [V_j\ 1] = [h_j\ z_j]$. What is done to one is done to both.
+# query blocks make a batch; `_inverse` is the guarded $1 / (\phi(Q_i) Z_i)$ from above. A column of ones appended to
+# $V$ makes $z_j$ the last column of $h_j$: $\phi(K_j)^\top [V_j\ 1] = [h_j\ z_j]$. What is done to one is done to both.
 
 # %%
 show_source(pytorch._sparse_forward, pytorch._scores)
