@@ -113,7 +113,7 @@ _EXACT = Tiles(rows=32, keys=32, features=16, stages=1)  # float32: no matrix in
 _TILES = {
     # matrix instructions that read their operands from shared memory: sm_90, sm_100
     "grad_sums 64 x 128": Tiles(warps=8),
-    # the same, D over 64: whole rows at a time, for softmax to compute its exponentials once
+    # the same, D over 64: whole rows at a time, so that softmax computes its exponentials once
     "states 128": Tiles(registers=128),
     "forward 128": Tiles(features=128),
     "grad_sums 128": Tiles(features=128, warps=8),
