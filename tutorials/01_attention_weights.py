@@ -254,7 +254,7 @@ for number, curve in enumerate(curves):
     )
 panel.plot(SHARES, curves.mean(dim=0), "o-", color="#0072B2", linewidth=2, label="their mean")
 panel.plot(
-    [0.081, 0.55], [0.33, 0.03], "D", color="#D55E00", markersize=8, label="the paper's figures"
+    [0.081, 0.55], [0.33, 0.03], "D", color="#D55E00", markersize=8, label="the paper's numbers"
 )
 panel.set(
     xscale="log",
