@@ -113,7 +113,7 @@ FAULTS = {
     "V W^T is not kept": in_linear("states_kernel", "first, column, V)", "first, column, 0 * V)", "grad_phi_key"),
     "D^l is forgotten": in_sparse("dq_kernel", "Ds -= tl.load(row_Dl", "_ = tl.load(row_Dl", "grad_query"),
     "D^s has the bias in it": in_sparse("dq_kernel", "O -= tl.load(bias", "_ = tl.load(bias", "grad_query"),
-    "dV misses W": in_sparse("dkdv_kernel", "0, plan.FEATURES, COLUMNS, plan), dV)", "0, plan.FEATURES, COLUMNS, plan) * 0, dV)", "grad_value"),
+    "dV misses W": in_sparse("dkdv_kernel", "dV = dot(share, ", "dV = dot(0 * share, ", "grad_value"),
     "each part of dW has the same keys": in_linear("grad_weight_kernel", "% PARTS * plan.KEYS", "* 0", "grad_weight"),
     "the bias is forgotten": in_forward("forward_kernel", "O += tl.load(bias", "_ = tl.load(bias", "out"),
     "O^s is overwritten": in_forward("forward_kernel", "O + load_slab(", "O + 0 * load_slab(", "out"),
@@ -180,7 +180,10 @@ def test_a_plain_linear_is_taken() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weight, _ = _weight_and_bias(layer.proj_l, x[0].bfloat16())
         assert weight.dtype == torch.bfloat16
-        out, composed = layer(*x), sla_ref.sparse_linear_attention(*x, critical_ratio=0.3, negligible_ratio=0.3, **BLOCKS)
+        out, composed = (
+            layer(*x),
+            sla_ref.sparse_linear_attention(*x, critical_ratio=0.3, negligible_ratio=0.3, **BLOCKS),
+        )
         torch.testing.assert_close(out, composed.sparse + layer.proj_l(composed.linear), atol=2e-2, rtol=2e-2)
 
 

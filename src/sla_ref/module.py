@@ -153,6 +153,10 @@ def _weight_and_bias(proj_l: nn.Module, query: Tensor) -> Proj | None:
     if any(type(part) not in (nn.Parameter, Tensor) or part.shape[-1] != query.shape[-1] for part in parts):
         return None
     kind = query.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and query.dtype == torch.get_autocast_dtype(kind):
+    if (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and query.dtype == torch.get_autocast_dtype(kind)
+    ):
         return Proj(*(part.to(query.dtype) for part in parts))
     return Proj(*parts) if all(part.dtype == query.dtype for part in parts) else None

@@ -134,9 +134,7 @@ class Backend(Protocol):
         """`forward`, Proj and the sum. [Eq. 6]"""
         ...
 
-    def backward_layer(
-        self, grad_out: Tensor, inputs: Inputs, proj: Proj, saved: SavedLayer
-    ) -> tuple[Gradients, Proj]:
+    def backward_layer(self, grad_out: Tensor, inputs: Inputs, proj: Proj, saved: SavedLayer) -> tuple[Gradients, Proj]:
         """Algorithm 2 and the gradients of Proj, from the gradient of the layer's output, with any strides."""
         ...
 
@@ -168,7 +166,12 @@ def _sum_dtype(inputs: Inputs) -> torch.dtype:
 
 
 def _check(
-    function: str, kind: type[Saved | SavedLayer | Gradients], result: object, expected: list, inputs: Inputs, backend: Backend
+    function: str,
+    kind: type[Saved | SavedLayer | Gradients],
+    result: object,
+    expected: list,
+    inputs: Inputs,
+    backend: Backend,
 ) -> None:
     where = f"backend {getattr(backend, 'name', backend)!r}: {function} must return"
     if not isinstance(result, kind):

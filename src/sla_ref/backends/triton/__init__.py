@@ -208,4 +208,6 @@ def _backward(
             dQ, dK = grad(inputs.query, dtype), grad(inputs.key, dtype)  # the states of the linear branch are gone now
         grad_bias = sparse.backward(call, out, lse, grad_out, grad_lse, dQ, dK, dV, proj, row_Dl)
     gradients = Gradients(dQ, dK, dV, *(None, None) if call.softmax else (dphi_Q, dphi_K))
-    return gradients, None if proj is None else Proj(grad_weight, grad_bias)
+    if grad_weight is None or grad_bias is None:
+        return gradients, None
+    return gradients, Proj(grad_weight, grad_bias)
