@@ -18,7 +18,7 @@ from sla_ref.module import _weight_and_bias
 from sla_ref.protocol import Proj
 
 BLOCKS = {"block_q": 16, "block_k": 16}
-SMALL = {"query_length": 20, "key_length": 37, "head_dim": 24, **BLOCKS}
+SMALL = {"heads": 1, "query_length": 20, "key_length": 37, "head_dim": 24, **BLOCKS}
 NAMES = ("out", "grad_query", "grad_key", "grad_value", "grad_phi_query", "grad_phi_key", "grad_weight", "grad_bias")
 
 
@@ -75,14 +75,14 @@ CASES = [  # phi is given where a feature map is named
     {"dtype": torch.float16},
     {"dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "feature_map": "elu"},
-    {"query_length": 20, "key_length": 70, "block_k": 64, "head_dim": 64, "heads": 1},
-    {"block_q": 32, "query_length": 33, "head_dim": 40, "heads": 1},
-    {"labels": "random", "batch": 2, "head_dim": 16},
-    {"critical_ratio": 1.0, "heads": 1},
-    {"negligible_ratio": 1.0, "heads": 1},
-    {"labels": "marginal", "heads": 1},
-    {"labels": "negligible", "heads": 1, "feature_map": "softmax"},
-    {"feature_map": "relu", "head_dim": 16, "heads": 1},
+    {"query_length": 20, "key_length": 70, "block_k": 64, "head_dim": 64},
+    {"block_q": 32, "query_length": 33, "head_dim": 40},
+    {"labels": "random", "batch": 2, "heads": 2, "head_dim": 16},
+    {"critical_ratio": 1.0},
+    {"negligible_ratio": 1.0},
+    {"labels": "marginal"},
+    {"labels": "negligible", "feature_map": "softmax"},
+    {"feature_map": "relu", "head_dim": 16},
 ]
 
 
@@ -107,13 +107,20 @@ def test_same_bits_again_and_for_any_strides(triton: ModuleType, device: str) ->
         assert torch.equal(values, again[name]), name
 
 
+@pytest.fixture(scope="module")
+def sound() -> dict[str, torch.Tensor]:
+    """The layer without a fault, by the torch backend."""
+    problem = testing.make_problem(**SMALL)
+    return run(backends.load("torch"), problem, proj_for(problem))
+
+
 in_linear, in_sparse, in_forward = (partial(Fault, f"{name}.py") for name in ("linear", "sparse", "__init__"))
 FAULTS = {
     "W is not transposed": in_linear("projected", "tl.trans(W)", "W", "out"),
     "V W^T is not kept": in_linear("states_kernel", "first, column, V)", "first, column, 0 * V)", "grad_phi_key"),
     "D^l is forgotten": in_sparse("dq_kernel", "Ds -= tl.load(row_Dl", "_ = tl.load(row_Dl", "grad_query"),
     "D^s has the bias in it": in_sparse("dq_kernel", "O -= tl.load(bias", "_ = tl.load(bias", "grad_query"),
-    "dV misses W": in_sparse("dkdv_kernel", "0, plan.FEATURES, COLUMNS, plan), dV)", "0, plan.FEATURES, COLUMNS, plan) * 0, dV)", "grad_value"),
+    "dV misses W": in_sparse("dkdv_kernel", "dV = dot(share, ", "dV = dot(0 * share, ", "grad_value"),
     "each part of dW has the same keys": in_linear("grad_weight_kernel", "% PARTS * plan.KEYS", "* 0", "grad_weight"),
     "the bias is forgotten": in_forward("forward_kernel", "O += tl.load(bias", "_ = tl.load(bias", "out"),
     "O^s is overwritten": in_forward("forward_kernel", "O + load_slab(", "O + 0 * load_slab(", "out"),
@@ -123,17 +130,14 @@ FAULTS = {
 @pytest.mark.backend("triton")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_caught(name: str, triton: ModuleType, tmp_path, device: str) -> None:
+def test_planted_fault_shows(name: str, triton: ModuleType, sound: dict, tmp_path, device: str) -> None:
+    """By far more than the error that the first test allows."""
     fault = FAULTS[name]
     faulty = with_fault(triton, tmp_path, fault)
-    with pytest.raises(AssertionError, match=fault.where):
-        assert_as_good_as_plain_in(faulty, triton, testing.make_problem(**SMALL, device=device), fault.where)
-
-
-def assert_as_good_as_plain_in(faulty: ModuleType, sound: ModuleType, problem: testing.Problem, name: str) -> None:
+    problem = testing.make_problem(**SMALL, device=device)
     proj = proj_for(problem)
-    error = rms(run(faulty, problem, proj)[name] - run(sound, problem, proj)[name])
-    assert error < 1e-5, name
+    error, size = rms(run(faulty, problem, proj)[fault.where].cpu() - sound[fault.where]), rms(sound[fault.where])
+    assert error > 0.01 * size
 
 
 @pytest.mark.backend("triton")
@@ -180,7 +184,10 @@ def test_a_plain_linear_is_taken() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weight, _ = _weight_and_bias(layer.proj_l, x[0].bfloat16())
         assert weight.dtype == torch.bfloat16
-        out, composed = layer(*x), sla_ref.sparse_linear_attention(*x, critical_ratio=0.3, negligible_ratio=0.3, **BLOCKS)
+        out, composed = (
+            layer(*x),
+            sla_ref.sparse_linear_attention(*x, critical_ratio=0.3, negligible_ratio=0.3, **BLOCKS),
+        )
         torch.testing.assert_close(out, composed.sparse + layer.proj_l(composed.linear), atol=2e-2, rtol=2e-2)
 
 

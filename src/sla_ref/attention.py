@@ -556,18 +556,25 @@ class _Layer(torch.autograd.Function):
         return *of_tokens, *[None] * (5 - len(of_tokens)), grad_weight, grad_bias, None, None
 
 
-class _LayerGradient(torch.autograd.Function):
+class _LayerGradient(_Gradient):
     """The gradients of query, key and value, of phi_query and phi_key if given, and of Proj's weight and bias."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(grad_out: Tensor, *saved: Any) -> tuple[Tensor, ...]:
-        *tensors, options = saved
-        return tuple(_layer_backward(grad_out, *tensors, *options))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept: there is no second derivative."""
-
-    backward = _Gradient.backward
+    def forward(  # type: ignore[override]
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_query: Tensor | None,
+        phi_key: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        out_sparse: Tensor | None,
+        out_linear: Tensor | None,
+        labels: Tensor,
+        options: tuple[int, bool, bool, int, int, float, str],
+    ) -> tuple[Tensor, ...]:
+        inputs, saved = (query, key, value, phi_query, phi_key, weight, bias), (out, lse, out_sparse, out_linear)
+        return tuple(_layer_backward(grad_out, *inputs, *saved, labels, *options))

@@ -16,6 +16,8 @@ What one query block i needs, picture of one head (Tq x Tk blocks; `#` critical,
     Its linear branch is the mirror image:      dH_i, dZ_i, dQ^phi per query block             `linear.grad_sums_kernel`
     weights^T @ (dH_i, dZ_i) gives the dh_j.    dK^phi, dV per key block                     `linear.grad_keys_kernel`
 
+With Proj inside, the linear branch runs on V W^T, and O is the sum of both branches and the bias. [Eq. 6]
+
 No kernel reads a pair of blocks that is not critical. Every output element is written by one program, sums have a fixed
 order and there are no atomics, so results repeat bit for bit. One-letter names are those of the glossary in
 `sla_ref.reference`.
@@ -210,4 +212,6 @@ def _backward(
             dQ, dK = grad(inputs.query, dtype), grad(inputs.key, dtype)  # the states of the linear branch are gone now
         grad_bias = sparse.backward(call, out, lse, grad_out, grad_lse, dQ, dK, dV, proj, row_Dl)
     gradients = Gradients(dQ, dK, dV, *(None, None) if call.softmax else (dphi_Q, dphi_K))
-    return gradients, None if proj is None else Proj(grad_weight, grad_bias)
+    if grad_weight is None or grad_bias is None:
+        return gradients, None
+    return gradients, Proj(grad_weight, grad_bias)

@@ -224,7 +224,8 @@ def part(of_heads: Tensor, first: int, heads: int) -> Tensor:
 class MarginalSums:
     """H_i and Z_i of all query blocks, made again for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
 
-    Arguments as for `chunks_of_heads`. With Proj's weight they are those of V W^T, which is left in `projected`, if given.
+    Arguments as for `chunks_of_heads`. With Proj's weight they are those of V W^T, which is left in `projected`, if
+    given.
     """
 
     def __init__(

@@ -114,8 +114,8 @@ def dq_step(dQ, rows, key, value, first_key, scale, PARTIAL: tl.constexpr, plan:
 
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    query, key, value, grad_sparse, grad_lse, out_sparse, lse, bias, grad_bias, row_Dl, lists, scratch, grad_query, scale,
-    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+    query, key, value, grad_sparse, grad_lse, out_sparse, lse, bias, grad_bias, row_Dl, lists, scratch, grad_query,
+    scale, first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dQ for ROWS rows of query block i, along its list of critical key blocks. [Alg. 2 L12]
 
