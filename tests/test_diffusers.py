@@ -202,6 +202,106 @@ def test_remove_restores_the_original():
     assert set(vars(model)) == attributes
 
 
+# --- where it stays dense --------------------------------------------------------------------------------------------
+
+
+def kinds(model, *args, **more) -> str:
+    """Runs the model; for each block, "s" where SLA ran in its self-attention and "d" where it did not."""
+    calls, marks = [], []
+    for block in model.blocks:
+        processor = block.attn1.processor
+        marks.append(processor.proj_l.register_forward_hook(lambda module, *_: calls.append(module)))
+    with torch.no_grad():
+        run(model, *args, **more)
+    for mark in marks:
+        mark.remove()
+    return "".join("s" if block.attn1.processor.proj_l in calls else "d" for block in model.blocks)
+
+
+def test_a_schedule_on_an_installed_model(installed):
+    """The input has 60 tokens and the times 900 and 300."""
+    dense, sparse = run(transformer()), run(installed)
+    assert kinds(installed) == "ss"
+    for schedule, expected in (
+        ({"min_tokens": 60}, "ss"),
+        ({"min_tokens": 61}, "dd"),
+        ({"dense_layers": [1]}, "sd"),
+        ({"dense_above": 300.0}, "ss"),
+        ({"dense_above": 299}, "dd"),
+        ({"dense_above": 299, "dense_layers": [0]}, "dd"),
+        ({"dense_layers": range(2)}, "dd"),
+    ):
+        wan.set_schedule(installed, **schedule)
+        assert kinds(installed) == expected, schedule
+        with torch.no_grad():
+            assert torch.equal(run(installed), dense) == (expected == "dd"), schedule
+    wan.set_schedule(installed, dense_above=299)
+    assert torch.equal(run(installed), sparse), "gradients are recorded"
+    times = torch.tensor([[0, 900], [300, 0]])[:, [0] * 59 + [1]]  # one for each token, as Wan 2.2 may have it
+    assert kinds(installed, timestep=times) == "dd"
+    times[1] = 299
+    assert kinds(installed, timestep=times) == "ss", "only the first sample has a time above 299"
+    file = io.BytesIO()
+    torch.save(installed, file)
+    file.seek(0)
+    for clone in (copy.deepcopy(installed), torch.load(file, weights_only=False)):
+        assert kinds(clone) == "dd"
+        wan.set_schedule(clone)
+        assert kinds(clone) == "ss"
+    assert kinds(installed) == "dd", "a copy has its own"
+    wan.remove_sla(installed)
+    assert not installed._forward_pre_hooks
+
+
+def test_dense_first_steps_of_a_scheduler(installed):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    wan.set_schedule(installed, dense_above=scheduler.timesteps[2].item())
+    steps = [kinds(installed, timestep=time.expand(2)) for time in scheduler.timesteps]
+    assert steps == ["dd", "dd", "ss", "ss"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_schedule_with_compiled_blocks(installed):
+    torch._dynamo.reset()
+    expected = {
+        time: run(model, timestep=torch.tensor([time] * 2)) for time, model in ((900, transformer()), (300, installed))
+    }
+    installed.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    wan.set_schedule(installed, dense_above=500)
+    with torch.no_grad():
+        for time, out in expected.items():
+            torch.testing.assert_close(run(installed, timestep=torch.tensor([time] * 2)), out)
+
+
+def test_the_backend_of_full_attention_reaches_scheduled_layers():
+    model = transformer()
+    wan.install_sla(model, **SPARSE)
+    model.set_attention_backend("_native_math")
+    assert model.blocks[0].attn1.processor.replaced._attention_backend == "_native_math"
+    wan.remove_sla(model)
+    assert {each._attention_backend for each in model.attn_processors.values()} == {"_native_math"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        ({"min_tokens": 0}, ValueError, "min_tokens must be an int >= 1, got 0"),
+        ({"dense_layers": [2]}, ValueError, r"dense_layers must hold different numbers from 0 to 1, got \[2\]"),
+        ({"dense_layers": 1}, TypeError, "dense_layers must be block numbers, got 1"),
+        ({"dense_above": 0}, ValueError, "dense_above must be a finite number > 0, got 0"),
+        ({"dense_above": torch.tensor(1.0)}, TypeError, "dense_above must be a finite number > 0, got tensor"),
+    ],
+)
+def test_bad_schedules_change_nothing(installed, schedule, error, message):
+    wan.set_schedule(installed, dense_layers=[1])
+    with pytest.raises(error, match=message):
+        wan.set_schedule(installed, **{"min_tokens": 61} | schedule)
+    assert kinds(installed) == "sd"
+    with pytest.raises(ValueError, match="transformer must have SLA installed, got one without"):
+        wan.set_schedule(transformer())
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -472,11 +572,11 @@ class Pipeline:
         ({"proj_init": "eye"}, ValueError, "proj_init must be one of 'zero', 'identity', got 'eye'"),
         ({"backend": "nope"}, ValueError, "backend must be one of"),
         ({"variant": "SLA-2"}, ValueError, "variant must be one of 'main', 'SLA-1', 'paper', got 'SLA-2'"),
-        ({"layers": [0, 2]}, ValueError, r"layers must hold different numbers from 0 to 1, at least one, got \[0, 2\]"),
+        ({"layers": [0, 2]}, ValueError, r"layers must hold different numbers from 0 to 1, got \[0, 2\]"),
         ({"layers": [0, 0]}, ValueError, "layers must hold different numbers"),
-        ({"layers": []}, ValueError, "layers must hold different numbers"),
+        ({"layers": []}, ValueError, "layers must hold at least one number, got none"),
         ({"layers": [-1]}, ValueError, "layers must hold different numbers"),
-        ({"layers": 1}, TypeError, "layers must be block numbers or None, got 1"),
+        ({"layers": 1}, TypeError, "layers must be block numbers, got 1"),
         ({"layers": ["1"]}, TypeError, "layers must hold ints, got '1' of type str"),
     ],
 )

@@ -13,6 +13,7 @@ that is an `nn.Module` has one: its weights are part of the model, as `blocks.{i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ except ImportError as missing:
     ) from missing
 
 from ..block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO
-from ..checks import check_block_size, check_ratio
+from ..checks import check_block_size, check_ratio, check_scale
 from ..feature_maps import FeatureMap
 from ..module import SparseLinearAttention
 from . import thu_ml
@@ -52,6 +53,7 @@ __all__ = [
     "read_checkpoint",
     "remove_sla",
     "save_sla",
+    "set_schedule",
     "sla_parameters",
     "split_sla_state_dict",
 ]
@@ -102,7 +104,9 @@ def install_sla(
             heads that the ranks of the group cannot share out evenly. The transformer is then as it was.
     """
     attentions = _self_attentions(transformer)
-    chosen = _chosen(layers, len(attentions))
+    chosen = range(len(attentions)) if layers is None else _block_numbers("layers", layers, len(attentions))
+    if not chosen:
+        raise ValueError("layers must hold at least one number, got none")
     # The layers check the rest, but the authors' one has other names for these.
     check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
     check_block_size("block_q", block_q)
@@ -177,12 +181,57 @@ def remove_sla(transformer: WanTransformer3DModel) -> None:
     for hook in vars(transformer).pop(_HOOKS):
         hook.remove()
     del transformer.parameters, transformer._skip_layerwise_casting_patterns  # those of the class show again
-    for attention in attentions:
-        if isinstance(attention.processor, _WanSelfAttention):
-            attention.set_processor(attention.processor.replaced)
+    for number, processor in _processors(transformer).items():
+        attentions[number].set_processor(processor.replaced)
 
 
-_HOOKS = "_sla_hooks"  # on the transformer: where to find what splits its tokens, and the sign that it has SLA
+def set_schedule(
+    transformer: WanTransformer3DModel,
+    *,
+    min_tokens: int = 1,
+    dense_layers: Iterable[int] = (),
+    dense_above: float | None = None,
+) -> None:
+    """Sets where a transformer with SLA computes full attention after all; without arguments, nowhere.
+
+    A dense layer calls the processor that SLA replaced. Each call sets the whole schedule, in place of the one before.
+
+    Args:
+        transformer: with SLA, which `install_sla` put there without a group.
+        min_tokens: sequences of fewer tokens stay dense.
+        dense_layers: numbers of the blocks that stay dense, with their SLA weights at rest.
+        dense_above: a time in the scheduler's unit. Steps of sampling at later times than this are dense, and with them
+            the first and noisiest ones: `scheduler.timesteps[2].item()` makes the first two steps dense. A batch is
+            dense if all its samples are; the time of a sample with several is the latest. Forwards that record
+            gradients ignore it, because a training step without SLA would leave Proj without gradients.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value, transformer has no SLA, or its tokens are split
+            between the ranks of a group. The schedule is then as it was.
+    """
+    attentions = _self_attentions(transformer)
+    check_block_size("min_tokens", min_tokens)
+    dense = _block_numbers("dense_layers", dense_layers, len(attentions))
+    if dense_above is not None:
+        check_scale(dense_above, "dense_above")
+    if _HOOKS not in vars(transformer):
+        raise ValueError("transformer must have SLA installed, got one without")
+    processors = _processors(transformer)
+    if any(processor.group is not None for processor in processors.values()):
+        raise ValueError("transformer must have SLA without a group: dense attention would see its rank's tokens alone")
+    for number, processor in processors.items():
+        processor.min_tokens = sys.maxsize if number in dense else min_tokens
+        processor.dense_step = False
+    for hook in vars(transformer)[_HOOKS]:
+        hook.remove()
+    vars(transformer)[_HOOKS] = (
+        []
+        if dense_above is None
+        else [transformer.register_forward_pre_hook(partial(_find_dense_step, dense_above), with_kwargs=True)]
+    )
+
+
+_HOOKS = "_sla_hooks"  # on the transformer: what splits its tokens or watches its times, and the sign that it has SLA
 _SKIP = "_skip_layerwise_casting_patterns"  # diffusers'
 
 
@@ -196,24 +245,38 @@ def _self_attentions(transformer: WanTransformer3DModel) -> list[WanAttention]:
     return [block.attn1 for block in transformer.blocks]
 
 
+def _processors(transformer: WanTransformer3DModel) -> dict[int, _WanSelfAttention]:
+    """Those of SLA by their block's number."""
+    processors = (attention.processor for attention in _self_attentions(transformer))
+    return {number: each for number, each in enumerate(processors) if isinstance(each, _WanSelfAttention)}
+
+
+@torch.compiler.disable  # it reads a time, which may be on a GPU
+def _find_dense_step(
+    dense_above: float, transformer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """Before a forward: compares its timestep (B,), or (B, n) with several for each sample."""
+    timestep = inputs[1] if len(inputs) > 1 else named["timestep"]
+    late = timestep.reshape(len(timestep), -1).amax(1) > dense_above
+    for processor in _processors(transformer).values():
+        processor.dense_step = not torch.is_grad_enabled() and bool(late.all())
+
+
 def _backbone_first(transformer: WanTransformer3DModel, recurse: bool = True) -> Iterator[nn.Parameter]:
     """`transformer.parameters()` with those of SLA behind all others."""
-    processors = (attention.processor for attention in _self_attentions(transformer))
-    added = {id(own) for each in processors if isinstance(each, nn.Module) for own in each.parameters()}
+    added = {id(own) for each in _processors(transformer).values() for own in each.parameters()}
     return iter(sorted(type(transformer).parameters(transformer, recurse), key=lambda own: id(own) in added))
 
 
-def _chosen(layers: Iterable[int] | None, depth: int) -> list[int]:
-    if layers is None:
-        return list(range(depth))
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be block numbers or None, got {layers!r}")
-    chosen = list(layers)
+def _block_numbers(name: str, numbers: Iterable[int], depth: int) -> list[int]:
+    if isinstance(numbers, (str, bytes)) or not isinstance(numbers, Iterable):
+        raise TypeError(f"{name} must be block numbers, got {numbers!r}")
+    chosen = list(numbers)
     for number in chosen:
         if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"layers must hold ints, got {number!r} of type {type(number).__name__}")
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= number < depth for number in chosen):
-        raise ValueError(f"layers must hold different numbers from 0 to {depth - 1}, at least one, got {chosen}")
+            raise TypeError(f"{name} must hold ints, got {number!r} of type {type(number).__name__}")
+    if len(set(chosen)) < len(chosen) or not all(0 <= number < depth for number in chosen):
+        raise ValueError(f"{name} must hold different numbers from 0 to {depth - 1}, got {chosen}")
     return chosen
 
 
@@ -264,8 +327,19 @@ class _WanSelfAttention(nn.Module):
     replaced: WanAttnProcessor
     group: dist.ProcessGroup | None
     role: str | None
+    min_tokens = 1
+    dense_step = False
     # diffusers sets this on processors that have it, where tokens are split over devices.
     _parallel_config: Any = None
+
+    @property
+    def _attention_backend(self) -> Any:
+        """What diffusers' set_attention_backend sets on processors that have it: it is for full attention."""
+        return self.replaced._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.replaced._attention_backend = backend
 
     def forward(
         self,
@@ -280,6 +354,8 @@ class _WanSelfAttention(nn.Module):
             raise ValueError("SLA takes self-attention without a mask, got encoder_hidden_states or attention_mask")
         if self._parallel_config is not None:
             raise RuntimeError(f"enable_parallelism has split the tokens over devices. {_NO_RING}")
+        if self.dense_step or hidden_states.shape[1] < self.min_tokens:
+            return self.replaced(attn, hidden_states, rotary_emb=rotary_emb)
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
