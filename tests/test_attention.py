@@ -148,6 +148,21 @@ def test_opcheck(inside):
         torch.library.opcheck(backward, (*grads[:2], grad_lse, *detached[:5], *saved, detached[5], *options))
 
 
+@pytest.mark.parametrize("result", ["an argument", "one tensor twice"])
+def test_results_that_share_memory_are_refused(result, monkeypatch):
+    """Compilers take the results of an operator for tensors of their own."""
+    backend = backends.load("torch")
+    original = backend.forward
+
+    def forward(inputs):
+        saved = original(inputs)
+        return saved._replace(out_linear=inputs.query if result == "an argument" else saved.out_sparse)
+
+    monkeypatch.setattr(backend, "forward", forward)
+    with pytest.raises(RuntimeError, match="sla_ref::forward must return new tensors"):
+        sla_ref.sparse_linear_attention(Q, Q, Q, backend="torch")
+
+
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 def test_gradcheck_through_all_three_outputs(feature_map):
     def function(*inputs):

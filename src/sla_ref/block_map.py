@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import backends
-from .batching import fold_into_batch
 from .checks import check_block_size, check_layout, check_ratio, check_tensors
+from .operators import fold_into_batch, operator
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -106,30 +106,44 @@ def classify_blocks(
     check_tensors(query=query, key=key)
     check_block_size("block_q", block_q)
     check_block_size("block_k", block_k)
-    key_blocks = num_blocks(key.shape[2], block_k)
-    num_critical = torch.sym_max(1, torch.sym_int(critical_ratio * key_blocks))
-    num_negligible = torch.sym_min(torch.sym_int(negligible_ratio * key_blocks), key_blocks - num_critical)
-    labels = _normal(_labels(query.detach(), key.detach(), num_critical, num_negligible, block_q, block_k))
+    num_critical, num_negligible = class_sizes(critical_ratio, negligible_ratio, num_blocks(key.shape[2], block_k))
+    labels = normal(_labels(query.detach(), key.detach(), num_critical, num_negligible, block_q, block_k))
     return trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical, is_uniform=True)
 
 
+def class_sizes(critical_ratio: float, negligible_ratio: float, key_blocks: int) -> tuple[int, int]:
+    """How many of a row's key blocks are critical, and how many are negligible."""
+    num_critical = torch.sym_max(1, torch.sym_int(critical_ratio * key_blocks))
+    num_negligible = torch.sym_min(torch.sym_int(negligible_ratio * key_blocks), key_blocks - num_critical)
+    return num_critical, num_negligible
+
+
+def labels_by_rank(scores: Tensor, num_critical: int | Tensor, num_negligible: int) -> Tensor:
+    """Cut each row's ranking in three: `scores` (B, H, Tq, Tk) -> labels of the same shape, int8. [Eq. 3]
+
+    The order is stable and descending. `num_critical` may differ from row to row, (B, H, Tq, 1). Where the two numbers
+    overlap, a block is critical.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    # [Eq. 3] [Alg. 1 L6] The class of each rank, and then each block gets that of its own.
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    last = torch.where(rank >= scores.shape[-1] - num_negligible, NEGLIGIBLE, MARGINAL)
+    by_rank = torch.where(rank < num_critical, CRITICAL, last).to(torch.int8)
+    return torch.empty_like(order, dtype=torch.int8).scatter_(-1, order, by_rank.expand_as(order))
+
+
 # One operator to compilers: whether N is a multiple of the block size is then no question to an exported graph.
-@torch.library.custom_op("sla_ref::labels", mutates_args=())
+@operator("labels")
 def _labels(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
     if query.is_cuda and backends.is_usable("triton"):  # in float64, faster than the torch code below
         from .backends.triton.classify import classify
 
         return classify(query, key, num_critical, num_negligible, block_q, block_k)
     scores = block_scores(query, key, block_q=block_q, block_k=block_k)  # (B, H, Tq, Tk) [Alg. 1 L5]
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    # [Eq. 3] [Alg. 1 L6] The class of each rank, and then each block gets that of its own.
-    by_rank = torch.full(scores.shape[-1:], MARGINAL, dtype=torch.int8, device=scores.device)
-    by_rank[:num_critical] = CRITICAL
-    by_rank[len(by_rank) - num_negligible :] = NEGLIGIBLE
-    return torch.empty_like(order, dtype=torch.int8).scatter_(-1, order, by_rank.expand_as(order))
+    return labels_by_rank(scores, num_critical, num_negligible)
 
 
-@_labels.register_fake
+@torch.library.register_fake(_labels)
 def _(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
     blocks = num_blocks(query.shape[2], block_q), num_blocks(key.shape[2], block_k)
     return query.new_empty(*query.shape[:2], *blocks, dtype=torch.int8)
@@ -201,7 +215,7 @@ class BlockMap:
             )
         if 0 in self.labels.shape:
             raise ValueError(f"labels must have no empty dimension, got shape {tuple(self.labels.shape)}")
-        object.__setattr__(self, "labels", _normal(self.labels))
+        object.__setattr__(self, "labels", normal(self.labels))
         least, most = self._count()
         object.__setattr__(self, "max_critical", torch.sym_max(1, most))
         object.__setattr__(self, "is_uniform", least == self.max_critical)
@@ -216,7 +230,7 @@ class BlockMap:
                 raise TypeError(f"num_critical must be an int or None, got {given!r} of type {type(given).__name__}")
             if not 0 <= given <= num_key_blocks:
                 raise ValueError(f"num_critical must be between 0 and the {num_key_blocks} key blocks, got {given}")
-        if not _readable(self.labels):
+        if not readable(self.labels):
             return (0, num_key_blocks) if given is None else (given, given)
         counts = (self.labels == CRITICAL).sum(-1)
         bounds = [*self.labels.aminmax(), *counts.aminmax()]
@@ -324,14 +338,14 @@ def _parts(block_map: BlockMap) -> tuple[Any, ...]:
     return block_map.labels, *sizes, block_map.max_critical, block_map.is_uniform
 
 
-def _readable(labels: Tensor) -> bool:
+def readable(labels: Tensor) -> bool:
     """Whether values can be read here and now."""
     if torch.compiler.is_compiling() or labels.is_meta:
         return False
     return not (labels.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _normal(labels: Tensor) -> Tensor:
+def normal(labels: Tensor) -> Tensor:
     """A copy if labels was made in inference mode: autograd keeps no such tensor, and nobody counts its changes."""
     if torch.compiler.is_compiling() or not labels.is_inference():
         return labels

@@ -187,7 +187,7 @@ def _check_target(target: str) -> int:
 
 
 def compile_kernels(
-    target: str, *, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, length: int = 2048
+    target: str, *, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, length: int = 2**16
 ) -> list[tuple[str, Any]]:
     """(name, what triton compiled) for every kernel that a forward and a backward start, in that order, each once.
 
@@ -206,7 +206,7 @@ def compile_kernels(
     compiled = {}
 
     class CompileOnly(backend.launch.Launcher):
-        def start(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        def start(self, kernel: Any, programs: int, *args: Any, case: Any = None, **options: Any) -> None:
             binary = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
             name = kernel.__name__.removesuffix("_kernel")
             softmax = isinstance(args[-1], backend.launch.Plan) and args[-1].SOFTMAX
@@ -224,7 +224,7 @@ def compile_kernels(
 
 
 def compile_numba_kernels(
-    target: str, *, head_dim: int, block_q: int, block_k: int, length: int = 2048
+    target: str, *, head_dim: int, block_q: int, block_k: int, length: int = 2**16
 ) -> list[tuple[str, int, str]]:
     """(name, threads of a thread block, PTX) for every kernel of the Numba backend, in the order of their first start.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,25 @@ from torch import Tensor, nn
 
 from . import backends
 from .attention import attend, prepare
-from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap, classify_blocks
+from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap
 from .checks import FLOATS, check_block_size, check_ratio
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
+from .router import resolve_router
 
 PROJ_INITS = {"zero": nn.init.zeros_, "identity": nn.init.eye_}
+
+
+def project(proj_l: nn.Module, linear: Tensor) -> Tensor:
+    """Proj(O^l), in the dtype that Proj gives.
+
+    proj_l may be float32 with bfloat16 tokens. A quantised one is given the tokens as they are. Calling it, rather than
+    taking its weight, keeps hooks and adapters.
+    """
+    weight = getattr(proj_l, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in FLOATS:
+        linear = linear.to(weight.dtype)
+    projected: Tensor = proj_l(linear)
+    return projected
 
 
 class SparseLinearAttention(nn.Module):
@@ -31,6 +46,8 @@ class SparseLinearAttention(nn.Module):
         feature_map: phi: "softmax", "elu" (elu + 1), "relu", "hedgehog" (learnable, the layer owns it), or a callable,
             such as `sla_ref.feature_maps.Softmax(4.0)`.
         proj_init: where the weight of Proj starts, "zero" or "identity"; its bias starts at zero.
+        router: what chooses the classes: "pooled" (SLA's own, by block means), "learned" (SLA2's), or a callable such
+            as a `sla_ref.Router`, called as `sla_ref.classify_blocks`.
         backend: name of a backend, or None for what `sla_ref.set_backend` explains.
 
     Raises:
@@ -47,6 +64,7 @@ class SparseLinearAttention(nn.Module):
         block_k: int = DEFAULT_BLOCK,
         feature_map: str | FeatureMap = "softmax",
         proj_init: str = "zero",
+        router: str | Callable[..., BlockMap] = "pooled",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +91,7 @@ class SparseLinearAttention(nn.Module):
             self.phi_query, self.phi_key = Hedgehog(head_dim), Hedgehog(head_dim)
         else:
             self.phi_query = self.phi_key = resolve_feature_map(feature_map)
+        self.router: Callable[..., BlockMap] = resolve_router(router, head_dim)
         self.proj_l = nn.Linear(head_dim, head_dim, dtype=torch.float32)
         self.reset_parameters()
 
@@ -112,12 +131,7 @@ class SparseLinearAttention(nn.Module):
         if block_map is None:
             block_map = self._classify(prepared.query, prepared.key)
         sparse, linear, _ = attend(prepared, self.phi_query, self.phi_key, block_map)
-        # proj_l may be float32 with bfloat16 tokens. A quantised one is given the tokens as they are. Calling
-        # it, rather than taking its weight, keeps hooks and adapters.
-        weight = getattr(self.proj_l, "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype in FLOATS:
-            linear = linear.to(weight.dtype)
-        return sparse + self.proj_l(linear).to(sparse.dtype)  # [Eq. 6]
+        return sparse + project(self.proj_l, linear).to(sparse.dtype)  # [Eq. 6]
 
     def classify(self, query: Tensor, key: Tensor) -> BlockMap:
         """The block map that `forward` makes of query and key if it is given none.
@@ -130,7 +144,7 @@ class SparseLinearAttention(nn.Module):
 
     def _classify(self, query: Tensor, key: Tensor) -> BlockMap:
         ratios = self.critical_ratio, self.negligible_ratio
-        return classify_blocks(query, key, *ratios, block_q=self.block_q, block_k=self.block_k)
+        return self.router(query, key, *ratios, block_q=self.block_q, block_k=self.block_k)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a new feature_map, which would only be printed: phi is made of it once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...protocol import Saved
-from .labels import key_lists, query_lists
-from .launch import SIZES, Call, Tiles
+from .launch import SIZES, Call
 from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled
 
 LN_2 = tl.constexpr(math.log(2))
@@ -221,17 +221,18 @@ def backward(
     query, key, value, *_, block_map, scale = call.inputs
     *_, num_query_blocks, num_key_blocks = block_map.labels.shape
 
-    def inputs(tiles: Tiles) -> list[Any]:
-        return tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys), (grad_sparse, tiles.rows))
+    @functools.cache  # the two kernels may be cut alike
+    def inputs(rows: int, keys: int) -> list[Any]:
+        return tiled((query, rows), (key, keys), (value, keys), (grad_sparse, rows))
 
     shape = (call.heads, num_query_blocks * block_map.block_q)
     scratch = RowScratch(*torch.empty(2, *shape, dtype=torch.float32, device=query.device))
     tiles = call.tiles("dq")
     programs = call.heads * num_query_blocks * (block_map.block_q // tiles.rows)
     of_rows = (None if grad_lse is None else grad_lse.contiguous(), strided(saved.out_sparse), saved.lse.contiguous())
-    args = (*inputs(tiles), *of_rows, key_lists(block_map), scratch, strided(dQ), scale)
+    args = (*inputs(tiles.rows, tiles.keys), *of_rows, call.lists.keys, scratch, strided(dQ), scale)
     call.start(dq_kernel, tiles, programs, *args)
     tiles = call.tiles("dkdv")
     programs = call.heads * num_key_blocks * (block_map.block_k // tiles.keys)
-    args = (*inputs(tiles), query_lists(block_map), scratch, strided(dK), strided(dV), scale)
+    args = (*inputs(tiles.rows, tiles.keys), call.lists.queries, scratch, strided(dK), strided(dV), scale)
     call.start(dkdv_kernel, tiles, programs, *args)
