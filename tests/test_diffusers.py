@@ -16,6 +16,7 @@ import torch
 import sla_ref
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
+import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
@@ -26,7 +27,7 @@ DENSE = {"critical_ratio": 1.0, "block_q": 8, "block_k": 8}  # every block exact
 SPARSE = {"critical_ratio": 0.2, "negligible_ratio": 0.2, "block_q": 8, "block_k": 8}
 
 
-def transformer(**config) -> WanTransformer3DModel:
+def transformer(kind: str = "WanTransformer3DModel", **config) -> torch.nn.Module:
     """Two layers, two heads of 16, random weights; norms too, which start as ones."""
     small = {
         "num_attention_heads": 2,
@@ -40,9 +41,9 @@ def transformer(**config) -> WanTransformer3DModel:
         "rope_max_seq_len": 32,
     }
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**small | config)
+    model = getattr(diffusers, kind)(**small | config)
     with torch.no_grad():
-        for block in model.blocks:
+        for block in (*model.blocks, *getattr(model, "vace_blocks", ())):
             for norm in (block.attn1.norm_q, block.attn1.norm_k):
                 norm.weight.normal_(1, 0.5)
     return model.eval()
@@ -149,6 +150,70 @@ def test_variants_of_the_released_code(variant):
         wan.install_sla(transformer(), 0.1, 0.1, variant="main")
     with pytest.raises(ValueError, match=r"proj_init must be 'zero' for variant 'main', got 'identity'"):
         wan.install_sla(transformer(), 0.1, proj_init="identity", variant="main")
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(6))
+
+
+ANIMATE = {
+    "in_channels": 12,
+    "latent_channels": 4,
+    "image_dim": 16,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
+ANIMATED = {
+    "hidden_states": noise(2, 12, 3, 8, 10),
+    "pose_hidden_states": noise(2, 4, 2, 8, 10),
+    "face_pixel_values": noise(2, 3, 5, 16, 16),
+    "encoder_hidden_states_image": noise(2, 4, 16),
+}
+BY_TOKEN = {"timestep": torch.tensor([[900] * 40 + [0] * 20, [300] * 60])}
+BY_FRAME = {"timestep": torch.tensor([[900, 300, 200], [900, 300, 0]]), "enable_diffusion_forcing": True}
+FAMILY = [  # name, configuration, what its forward gets beside Wan's, how many self-attentions
+    ("WanTransformer3DModel", {}, {}, 2),
+    ("WanTransformer3DModel", {}, BY_TOKEN, 2),
+    (
+        "WanVACETransformer3DModel",
+        {"vace_layers": [0], "vace_in_channels": 6},
+        {"control_hidden_states": noise(2, 6, 3, 8, 10)},
+        3,
+    ),
+    ("WanAnimateTransformer3DModel", ANIMATE, ANIMATED, 2),
+    ("ChronoEditTransformer3DModel", {}, {}, 2),
+    ("SkyReelsV2Transformer3DModel", {}, {}, 2),
+    ("SkyReelsV2Transformer3DModel", {}, BY_FRAME, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "more", "count"), FAMILY)
+def test_models_with_wans_self_attention(name, config, more, count):
+    model = transformer(name, **config)
+    expected, reached, names = run(model, **more), gradients(model, **more), list(model.state_dict())
+    wan.install_sla(model, **DENSE)
+    assert len(wan.sla_parameters(model)) == 2 * count
+    torch.testing.assert_close(run(model, **more), expected)
+    wan.remove_sla(model)
+    assert list(model.state_dict()) == names and torch.equal(run(model, **more), expected)
+    wan.install_sla(model, **SPARSE)
+    wan.set_schedule(model, dense_above=1000, dense_layers=range(1, count))
+    wan.set_schedule(model)
+    assert not torch.equal(run(trained(model), **more), expected)
+    added = set(model.state_dict()) - set(names)
+    for parameter, gradient in gradients(model, **more).items():
+        if parameter in added or reached[parameter] is not None:  # some belong to inputs that are not given
+            assert gradient is not None and gradient.isfinite().all() and gradient.any(), parameter
+
+
+def test_every_model_that_is_named_is_tested():
+    assert {name for name, *_ in FAMILY} == set(wan.MODELS)
 
 
 # --- where it is put -------------------------------------------------------------------------------------------------
@@ -305,9 +370,9 @@ def test_bad_schedules_change_nothing(installed, schedule, error, message):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def gradients(model: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module, **more) -> dict[str, torch.Tensor | None]:
     model.zero_grad()
-    run(model).square().sum().backward()
+    run(model, **more).square().sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -557,7 +622,16 @@ class Pipeline:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"transformer": torch.nn.Linear(1, 1)}, TypeError, "must be diffusers' WanTransformer3DModel, got Linear$"),
+        (
+            {"transformer": torch.nn.Linear(1, 1)},
+            TypeError,
+            "must be one of diffusers' WanTransformer3DModel, .*, got L",
+        ),
+        (
+            {"transformer": torch.nn.Linear(1, 1)},
+            TypeError,
+            "got Linear; sla_ref.integrations.sdpa puts SLA into other",
+        ),
         ({"transformer": Pipeline()}, TypeError, "got Pipeline; take its .transformer, before anything wraps it"),
         ({"transformer": torch.nn.DataParallel(torch.nn.Linear(1, 1))}, TypeError, "DataParallel; take its .module,"),
         ({"transformer": torch.compile(torch.nn.Linear(1, 1))}, TypeError, "got OptimizedModule; take its ._orig_mod,"),
@@ -595,6 +669,28 @@ def test_a_head_dim_that_the_feature_map_cannot_take():
     with pytest.raises(ValueError, match="head_dim must be an even int >= 2 for the hedgehog feature map, got 15"):
         wan.install_sla(model, feature_map="hedgehog")
     assert model.attn_processors == before
+
+
+def test_attention_that_looks_like_wans_and_computes_something_else():
+    """Helios has the same names in its blocks.*.attn1, and rotates its features in another way."""
+    model = diffusers.HeliosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_dim=(4, 6, 6),
+    )
+    with pytest.raises(TypeError, match=r"WanVACETransformer3DModel, .*, got HeliosTransformer3DModel; sla_ref"):
+        wan.install_sla(model)
+
+
+def test_tokens_of_other_models_are_not_split():
+    with pytest.raises(ValueError, match="group must be None unless the model is a WanTransformer3DModel, got a Chro"):
+        wan.install_sla(transformer("ChronoEditTransformer3DModel"), group="ranks")
 
 
 def test_twice_and_without(installed):

@@ -1,4 +1,4 @@
-"""SLA in the self-attention of a Wan transformer of diffusers. Needs the extra `diffusers`.
+"""SLA in the self-attention of Wan's transformer, and of its relatives, in diffusers. Needs the extra `diffusers`.
 
     transformer = WanTransformer3DModel.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", subfolder="transformer")
     install_sla(transformer, critical_ratio=0.05)
@@ -23,8 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 try:
-    from diffusers import WanTransformer3DModel
-    from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+    from diffusers import ModelMixin, WanTransformer3DModel
 except ImportError as missing:
     raise ImportError(
         "sla_ref.integrations.diffusers needs diffusers 0.36 or newer: pip install 'sla-ref[diffusers]'"
@@ -59,8 +58,18 @@ __all__ = [
 ]
 
 
+MODELS = (
+    "WanTransformer3DModel",
+    "WanVACETransformer3DModel",
+    "WanAnimateTransformer3DModel",
+    "ChronoEditTransformer3DModel",
+    "SkyReelsV2Transformer3DModel",
+)
+"""The models of diffusers that have Wan's self-attention."""
+
+
 def install_sla(
-    transformer: WanTransformer3DModel,
+    transformer: ModelMixin,
     critical_ratio: float = DEFAULT_CRITICAL_RATIO,
     negligible_ratio: float | None = None,
     *,
@@ -85,15 +94,17 @@ def install_sla(
     whole and are the same on all ranks.
 
     Args:
-        transformer: a `WanTransformer3DModel`, as `pipeline.transformer`; Wan 2.2 has a second, `transformer_2`.
+        transformer: one of `MODELS`, as `pipeline.transformer`; Wan 2.2 has a second, `transformer_2`.
         critical_ratio: as in `sla_ref.SparseLinearAttention`.
         negligible_ratio: likewise; 0.10 if None. Only variant "paper" takes one.
-        layers: numbers of the blocks that get SLA, the others stay dense; all if None.
+        layers: numbers of the blocks that get SLA, the others stay dense; all if None. The control blocks of WanVACE
+            are numbered after the others.
         block_q, block_k, feature_map, backend: as in `sla_ref.SparseLinearAttention`.
         proj_init: likewise. The other variants start Proj at zero.
         variant: "paper", or "main" or "SLA-1" for weights trained with the authors' code, TurboDiffusion's for example:
             see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
-        group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split.
+        group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split. For a
+            `WanTransformer3DModel` only.
         role: the transformer's name in its pipeline, "transformer" or "transformer_2". The files of `save_sla` carry
             it, and `load_sla` wants the same. None means "transformer", except that a file with the name transformer_2,
             or in a folder of that name, is saved as that one's.
@@ -120,19 +131,22 @@ def install_sla(
             f"transformer must be whole, got one that enable_parallelism has split over devices. {_NO_RING}"
         )
     if group is not None:
-        check_heads(attentions[0].heads, group)
+        if not isinstance(transformer, WanTransformer3DModel):
+            raise ValueError(
+                f"group must be None unless the model is a WanTransformer3DModel, got a {type(transformer).__name__}"
+            )
+        check_heads(attentions["blocks.0.attn1"].heads, group)
         if len(chosen) < len(attentions):
             raise ValueError(
                 "layers must be None with a group: a dense layer would attend to its rank's tokens alone; "
                 f"got {len(chosen)} of {len(attentions)} layers"
             )
-    new = []
-    for number in chosen:
-        attention = attentions[number]
-        place, device = f"blocks.{number}.attn1", next(attention.parameters()).device
-        if type(attention.processor) is not WanAttnProcessor:
+    new, numbered = [], list(attentions.items())
+    for place, attention in (numbered[number] for number in chosen):
+        device = next(attention.parameters()).device
+        if type(attention.processor) is not (original := attention._default_processor_cls):
             kind = type(attention.processor).__name__
-            raise ValueError(f"transformer must have diffusers' WanAttnProcessor in {place}, got {kind}")
+            raise ValueError(f"transformer must have diffusers' {original.__name__} in {place}, got {kind}")
         if device.type == "meta":
             raise ValueError(f"transformer must hold its weights, got {place} on the meta device; load them first")
         head_dim = attention.inner_dim // attention.heads
@@ -168,11 +182,11 @@ def install_sla(
     vars(transformer)[_SKIP] = [*(getattr(transformer, _SKIP, None) or ()), r"attn1\.processor"]
 
 
-def remove_sla(transformer: WanTransformer3DModel) -> None:
+def remove_sla(transformer: ModelMixin) -> None:
     """Puts back the processors that `install_sla` replaced, and with that the original model; drops SLA's weights.
 
     Raises:
-        TypeError: transformer is no `WanTransformer3DModel`.
+        TypeError: transformer is none of `MODELS`.
         ValueError: it has no SLA.
     """
     attentions = _self_attentions(transformer)
@@ -181,12 +195,13 @@ def remove_sla(transformer: WanTransformer3DModel) -> None:
     for hook in vars(transformer).pop(_HOOKS):
         hook.remove()
     del transformer.parameters, transformer._skip_layerwise_casting_patterns  # those of the class show again
-    for number, processor in _processors(transformer).items():
-        attentions[number].set_processor(processor.replaced)
+    for attention in attentions.values():
+        if isinstance(attention.processor, _WanSelfAttention):
+            attention.set_processor(attention.processor.replaced)
 
 
 def set_schedule(
-    transformer: WanTransformer3DModel,
+    transformer: ModelMixin,
     *,
     min_tokens: int = 1,
     dense_layers: Iterable[int] = (),
@@ -235,19 +250,34 @@ _HOOKS = "_sla_hooks"  # on the transformer: what splits its tokens or watches i
 _SKIP = "_skip_layerwise_casting_patterns"  # diffusers'
 
 
-def _self_attentions(transformer: WanTransformer3DModel) -> list[WanAttention]:
-    if not isinstance(transformer, WanTransformer3DModel):
+# diffusers copies the computation for each model. The name of the copy tells it apart from others, which may rotate or
+# normalise in another way around modules of the same names.
+_WANS_COMPUTATION = ("WanAttnProcessor", "SkyReelsV2AttnProcessor")
+
+
+def _self_attentions(transformer: ModelMixin) -> dict[str, Any]:
+    """Those of Wan's kind by their places, in the order of their numbers."""
+    attentions = {
+        f"{stack}.{number}.attn1": getattr(block, "attn1", None)
+        for stack in ("blocks", "vace_blocks")
+        for number, block in enumerate(getattr(transformer, stack, ()))
+    }
+    computed = {getattr(each, "_default_processor_cls", type(None)).__name__ for each in attentions.values()}
+    if not isinstance(transformer, ModelMixin) or not computed or not computed.issubset(_WANS_COMPUTATION):
         places = ("transformer", "module", "_orig_mod", "get_base_model")  # of pipelines and wrappers
         hint = next(
-            (f"; take its .{each}, before anything wraps it" for each in places if hasattr(transformer, each)), ""
+            (f"take its .{each}, before anything wraps it" for each in places if hasattr(transformer, each)),
+            "sla_ref.integrations.sdpa puts SLA into other models",
         )
-        raise TypeError(f"transformer must be diffusers' WanTransformer3DModel, got {type(transformer).__name__}{hint}")
-    return [block.attn1 for block in transformer.blocks]
+        raise TypeError(
+            f"transformer must be one of diffusers' {', '.join(MODELS)}, got {type(transformer).__name__}; {hint}"
+        )
+    return attentions
 
 
-def _processors(transformer: WanTransformer3DModel) -> dict[int, _WanSelfAttention]:
+def _processors(transformer: ModelMixin) -> dict[int, _WanSelfAttention]:
     """Those of SLA by their block's number."""
-    processors = (attention.processor for attention in _self_attentions(transformer))
+    processors = (attention.processor for attention in _self_attentions(transformer).values())
     return {number: each for number, each in enumerate(processors) if isinstance(each, _WanSelfAttention)}
 
 
@@ -262,7 +292,7 @@ def _find_dense_step(
         processor.dense_step = not torch.is_grad_enabled() and bool(late.all())
 
 
-def _backbone_first(transformer: WanTransformer3DModel, recurse: bool = True) -> Iterator[nn.Parameter]:
+def _backbone_first(transformer: ModelMixin, recurse: bool = True) -> Iterator[nn.Parameter]:
     """`transformer.parameters()` with those of SLA behind all others."""
     added = {id(own) for each in _processors(transformer).values() for own in each.parameters()}
     return iter(sorted(type(transformer).parameters(transformer, recurse), key=lambda own: id(own) in added))
@@ -293,10 +323,10 @@ def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list
         return time, projected, *texts
 
     def tokens(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        for number, attention in enumerate(_self_attentions(transformer)):
+        for place, attention in _self_attentions(transformer).items():
             if not isinstance(attention.processor, _WanSelfAttention):
                 raise RuntimeError(
-                    f"blocks.{number}.attn1 must keep SLA, since install_sla has split the tokens: "
+                    f"{place} must keep SLA, since install_sla has split the tokens: "
                     f"{type(attention.processor).__name__} would attend to this rank's alone; remove_sla ends the split"
                 )
         return split_tokens(inputs[0], 1, group), *inputs[1:]  # (B, N, C)
@@ -324,7 +354,7 @@ _NO_RING = (
 class _WanSelfAttention(nn.Module):
     """What Wan does around its self-attention; the attention itself is that of the class beside this one."""
 
-    replaced: WanAttnProcessor
+    replaced: Any  # diffusers' own
     group: dist.ProcessGroup | None
     role: str | None
     min_tokens = 1
@@ -343,7 +373,7 @@ class _WanSelfAttention(nn.Module):
 
     def forward(
         self,
-        attn: WanAttention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -388,6 +418,6 @@ class WanReleasedSLAProcessor(_WanSelfAttention, thu_ml.SparseLinearAttention): 
 
 def _rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of features of `tokens` (B, N, H, D) by its angle, which cos and sin (1, N, 1, D) hold twice."""
-    cos, sin = cos[..., 0::2], sin[..., 0::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]  # as diffusers takes them
     even, odd = tokens[..., 0::2], tokens[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(tokens.dtype)
