@@ -194,7 +194,7 @@ FAMILY = [  # name, configuration, what its forward gets beside Wan's, how many 
 
 
 @pytest.mark.parametrize(("name", "config", "more", "count"), FAMILY)
-def test_models_with_wans_self_attention(name, config, more, count):
+def test_models_with_wans_self_attention(name, config, more, count, tmp_path):
     model = transformer(name, **config)
     expected, reached, names = run(model, **more), gradients(model, **more), list(model.state_dict())
     wan.install_sla(model, **DENSE)
@@ -203,9 +203,15 @@ def test_models_with_wans_self_attention(name, config, more, count):
     wan.remove_sla(model)
     assert list(model.state_dict()) == names and torch.equal(run(model, **more), expected)
     wan.install_sla(model, **SPARSE)
-    wan.set_schedule(model, dense_above=1000, dense_layers=range(1, count))
-    wan.set_schedule(model)
-    assert not torch.equal(run(trained(model), **more), expected)
+    sparse = run(trained(model), **more)
+    assert not torch.equal(sparse, expected)
+    wan.save_sla(model, tmp_path / "sla.safetensors")
+    wan.set_schedule(model, dense_layers=range(count))
+    assert torch.equal(run(model, **more), expected)
+    wan.remove_sla(model)
+    wan.install_sla(model, **SPARSE)
+    wan.load_sla(model, tmp_path / "sla.safetensors")
+    assert torch.equal(run(model, **more), sparse)
     added = set(model.state_dict()) - set(names)
     for parameter, gradient in gradients(model, **more).items():
         if parameter in added or reached[parameter] is not None:  # some belong to inputs that are not given

@@ -66,6 +66,13 @@ def test_the_layer_runs_and_goes_again():
     )
 
 
+def test_the_layer_of_sla2():
+    module = attention()
+    dense = module(TOKENS)
+    replace_sdpa(module, sla_ref.SLA2Attention(16, 2, critical_ratio=1.0, alpha="ideal", block_q=8, block_k=8))
+    torch.testing.assert_close(module(TOKENS), dense)
+
+
 def test_weights_are_the_models_own(tmp_path):
     model = nn.Sequential(attention(), attention()).double()
     for module in model:
@@ -137,6 +144,48 @@ def test_self_attention_of_another_model_of_diffusers():
     assert not torch.allclose(model(**inputs)[0], dense, atol=1e-4)
 
 
+def test_text_and_video_in_one_sequence_of_diffusers():
+    """CogVideoX: 12 tokens of text, then 60 of video, whose features its own code rotates."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    torch.manual_seed(0)
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=1,
+        sample_width=10,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=12,
+        use_rotary_positional_embeddings=True,
+    ).eval()
+    angles = torch.randn(60, 8).repeat_interleave(2, 1)
+    inputs = {
+        "hidden_states": torch.randn(1, 3, 4, 8, 10),
+        "encoder_hidden_states": torch.randn(1, 12, 16),
+        "timestep": torch.tensor([500]),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+        "return_dict": False,
+    }
+    attention, caught = model.transformer_blocks[0].attn1, []
+    attention.register_forward_hook(lambda module, args, out: caught.append(out))
+    dense = model(**inputs)[0]
+    replace_sdpa(attention, layer(critical_ratio=1.0))
+    torch.testing.assert_close(model(**inputs)[0], dense)
+    restore_sdpa(attention)
+    text = slice(0, 12)
+    router = sla_ref.Router(protected_queries=text, protected_keys=text)
+    replace_sdpa(attention, layer(router=router))
+    model(**inputs)[0].square().sum().backward()
+    (video, words), _, (other_video, other_words) = caught
+    torch.testing.assert_close(other_words, words)  # the text attends to everything
+    assert not torch.allclose(other_video, video, atol=1e-2)
+    assert all(parameter.grad.any() for parameter in attention.sla.parameters())
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +226,7 @@ def test_bad_arguments():
     module = attention()
     for arguments, error, message in (
         ((len, layer()), TypeError, "module must be a torch.nn.Module, got builtin"),
-        ((module, nn.Linear(1, 1)), TypeError, "layer must be a sla_ref.SparseLinearAttention, got Linear"),
+        ((module, nn.Linear(1, 1)), TypeError, "layer must be a SparseLinearAttention or an SLA2Attention, got L"),
     ):
         with pytest.raises(error, match=message):
             replace_sdpa(*arguments)

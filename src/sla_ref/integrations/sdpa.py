@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..module import SparseLinearAttention
+from ..sla2 import SLA2Attention
 
 
-def replace_sdpa(module: nn.Module, layer: SparseLinearAttention) -> None:
+def replace_sdpa(module: nn.Module, layer: SparseLinearAttention | SLA2Attention) -> None:
     """Lets `layer` compute what `module` asks of `F.scaled_dot_product_attention`.
 
     `layer` becomes `module.sla`, on the device of the module's parameters; `module.to()` applies to it afterwards. Call
@@ -30,11 +31,11 @@ def replace_sdpa(module: nn.Module, layer: SparseLinearAttention) -> None:
 
     Args:
         module: calls the function once in each forward: an attention module, not a block that holds two of them.
-        layer: its own one, with the head dimension of the module.
+        layer: its own one, with the head dimension of the module; `SLA2Attention` works too.
 
     Raises:
         TypeError, ValueError: module is no `torch.nn.Module`, has an attribute `sla` already, or has a forward that
-            something else has replaced; layer is no `SparseLinearAttention`.
+            something else has replaced; layer is neither `SparseLinearAttention` nor `SLA2Attention`.
 
     The module's forward then raises:
         ValueError: a mask, causality, dropout or grouped heads are asked for, none of which SLA has.
@@ -43,8 +44,8 @@ def replace_sdpa(module: nn.Module, layer: SparseLinearAttention) -> None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if not isinstance(layer, SparseLinearAttention):
-        raise TypeError(f"layer must be a sla_ref.SparseLinearAttention, got {type(layer).__name__}")
+    if not isinstance(layer, (SparseLinearAttention, SLA2Attention)):
+        raise TypeError(f"layer must be a SparseLinearAttention or an SLA2Attention, got {type(layer).__name__}")
     if hasattr(module, "sla"):
         raise ValueError(f"module must have no attribute 'sla', which the layer becomes, got a {type(module).__name__}")
     if "forward" in vars(module):
@@ -96,7 +97,7 @@ class _Replacement(TorchFunctionMode):
 
 
 def _attend(
-    layer: SparseLinearAttention,
+    layer: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
