@@ -371,6 +371,9 @@ def test_bad_schedules_change_nothing(installed, schedule, error, message):
     assert kinds(installed) == "sd"
     with pytest.raises(ValueError, match="transformer must have SLA installed, got one without"):
         wan.set_schedule(transformer())
+    installed.blocks[0].attn1.processor.group = object()
+    with pytest.raises(ValueError, match="transformer must have SLA without a group"):
+        wan.set_schedule(installed)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

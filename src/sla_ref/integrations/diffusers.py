@@ -237,13 +237,12 @@ def set_schedule(
     for number, processor in processors.items():
         processor.min_tokens = sys.maxsize if number in dense else min_tokens
         processor.dense_step = False
-    for hook in vars(transformer)[_HOOKS]:
-        hook.remove()
-    vars(transformer)[_HOOKS] = (
-        []
-        if dense_above is None
-        else [transformer.register_forward_pre_hook(partial(_find_dense_step, dense_above), with_kwargs=True)]
-    )
+    for handle in vars(transformer)[_HOOKS]:
+        handle.remove()
+    vars(transformer)[_HOOKS] = hooks = []
+    if dense_above is not None:
+        hook = partial(_find_dense_step, dense_above)
+        hooks.append(transformer.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 _HOOKS = "_sla_hooks"  # on the transformer: what splits its tokens or watches its times, and the sign that it has SLA
@@ -288,8 +287,9 @@ def _find_dense_step(
     """Before a forward: compares its timestep (B,), or (B, n) with several for each sample."""
     timestep = inputs[1] if len(inputs) > 1 else named["timestep"]
     late = timestep.reshape(len(timestep), -1).amax(1) > dense_above
+    dense_step = not torch.is_grad_enabled() and bool(late.all())
     for processor in _processors(transformer).values():
-        processor.dense_step = not torch.is_grad_enabled() and bool(late.all())
+        processor.dense_step = dense_step
 
 
 def _backbone_first(transformer: ModelMixin, recurse: bool = True) -> Iterator[nn.Parameter]:
