@@ -180,7 +180,7 @@ print(json.dumps(hashes))
 
 @of_triton
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path) -> None:
-    """As where the home folder belongs to somebody else."""
+    """This happens where the home folder belongs to somebody else."""
     code = """
 sizes = dict(head_dim=16, block_q=16, block_k=16)
 print(json.dumps([name for name, binary in compiled.compile_kernels("sm_80", dtype=torch.float16, **sizes)]))

@@ -60,7 +60,7 @@ FAULTS = {
     "phi(Q) H is not divided": in_linear("linear_rows", "O / denominator[:, None]", "O", "linear"),
     "the tail is not masked": in_sparse("scores", "    if PARTIAL:", "    if False:", "sparse"),
     "O is not rescaled": in_sparse("softmax_step", "run.O * shrink[:, None]", "run.O", "sparse"),
-    "the largest score is not taken off": in_sparse(
+    "the largest score is not subtracted": in_sparse(
         "softmax_step", "tl.maximum(run.m, tl.max(S, 1))", "tl.zeros_like(run.m)", "sparse", spread=100.0
     ),
     "lse in base 2": in_sparse("sparse_rows", "tl.log2(l)) * LN_2", "tl.log2(l))", "lse"),
@@ -122,9 +122,9 @@ def assert_classes_are_right(
     size: float = 1.0,
     bad: float | None = None,
 ) -> None:
-    """They are the specification's; in rows that `bad` reaches, as many of each class.
+    """They are the specification's; rows that `bad` reaches have as many labels of each class.
 
-    The tokens have few digits, so that sums in float64 are exact and ties are ties.
+    The tokens have few digits to make sums in float64 exact, and ties real ties.
     """
     query, key = (torch.randn(2, length, 2, head_dim).mul(2).round().mul(size).transpose(1, 2) for length in lengths)
     query, key = query.to(device, dtype), key.to(device, dtype)
@@ -185,7 +185,7 @@ def test_planted_fault_in_the_classification_is_caught(name: str, tmp_path, devi
 
 
 def test_minus_zero_and_zero_are_a_tie(tmp_path, device: str) -> None:
-    """A product may leave either; without the sum that makes them one, the order is another."""
+    """A product may give either; without the sum that makes them equal, the order would differ."""
     fault = in_classify("labels_kernel", " + 0.0  #", "  #")
     faulty = importlib.import_module(f"{with_fault(triton, tmp_path, fault).__name__}.classify")
     scores = torch.tensor([-0.0, 0.0, -1.0], dtype=torch.float64, device=device)
@@ -200,7 +200,7 @@ def test_minus_zero_and_zero_are_a_tie(tmp_path, device: str) -> None:
 
 @pytest.fixture(params=[(2, 3, 5, 7), (1, 2, 9, 300), (1, 2, 300, 9)], ids=str)
 def block_map(request: pytest.FixtureRequest, device: str) -> BlockMap:
-    """Labels that are not contiguous; first and last rows without a critical or a marginal block."""
+    """Labels that are not contiguous; the first and last rows lack critical or marginal blocks."""
     batch, heads, rows, columns = request.param
     labels = torch.randint(-1, 2, (batch, heads, columns, rows), dtype=torch.int8, device=device).mT
     labels[:, :, 0] = NEGLIGIBLE
@@ -292,7 +292,7 @@ def test_huge_strides_between_tokens() -> None:
 @needs_gpu  # with 10 GB
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)], ids=["samples far apart", "heads far apart"])
 def test_strides_whose_multiples_pass_two_to_the_31(shape: tuple[int, int]) -> None:
-    """Each stride fits int32, and twice that does not."""
+    """Each stride fits int32, but twice a stride does not."""
     near = make("cuda", batch=shape[0], heads=shape[1], head_dim=16)._replace(grad_lse=None)
     stride, buffer = 2**30 + 16, torch.empty(2**31 + 2**16, device="cuda")
     starts = iter(range(0, 2**16, 2**12))

@@ -220,7 +220,7 @@ def _add_through_softmax(grad: Tensor, grad_phi: Tensor | None, phi: Tensor | No
 # --- the operator ----------------------------------------------------------------------------------------------------
 # Compilers take the two operators as they are. The two autograd functions around them hold the gradient, since
 # torch.func cannot transform one that is registered with an operator. Of a BlockMap only the labels and what was read
-# of them travel; its index lists are made inside. The backend travels as a string, so that the backward runs on the
+# of them travel; its index lists are made inside. The backend travels as a string, so the backward runs on the
 # backend of its forward, whatever is set by then.
 # Without phi_query and phi_key, phi is softmax, nothing is kept of it for the backward, and the gradient through it is
 # part of query's and key's.

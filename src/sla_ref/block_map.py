@@ -181,7 +181,7 @@ class BlockMap:
         num_critical: number of critical blocks in every row, where it is known; None: it is counted, rows may differ.
 
     Raises:
-        TypeError: labels is no dense int8 tensor, or a size is no int.
+        TypeError: labels is not a dense int8 tensor, or a size is not an int.
         ValueError: a size is below 1, labels does not fit the lengths, holds another value, or has rows with another
             number of critical blocks than num_critical. Or, when the map is used: labels was changed in place.
     """
@@ -245,7 +245,7 @@ class BlockMap:
         return least, most
 
     def require_unchanged(self) -> None:
-        """Raise ValueError if labels was changed in place since: what was read then is no longer true."""
+        """Raise ValueError if labels was changed in place since: what was read then does not hold any more."""
         if None not in (seen := (self._version, version(self.labels))) and seen[0] != seen[1]:
             raise ValueError("labels must not be changed in place after a BlockMap was made of it: make a new BlockMap")
 

@@ -8,7 +8,7 @@
 
 diffusers chooses its attention backends by names from a closed list, with no place for weights. An attention processor
 that is an `nn.Module` has one: its weights are part of the model, as `blocks.{i}.attn1.processor.proj_l.weight`.
-`from_pretrained` drops names it does not know, so that the added weights travel in a file of their own.
+`from_pretrained` drops names it does not know, so the added weights travel in a file of their own.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from .checkpoints import (
 from .ulysses import check_heads, gather_tokens, split_tokens, ulysses_attention
 
 __all__ = [
+    "MODELS",
     "install_sla",
     "load_sla",
     "load_sla_state_dict",
@@ -138,7 +139,7 @@ def install_sla(
         check_heads(attentions["blocks.0.attn1"].heads, group)
         if len(chosen) < len(attentions):
             raise ValueError(
-                "layers must be None with a group: a dense layer would attend to its rank's tokens alone; "
+                "layers must be None with a group: a dense layer would attend only to its rank's tokens; "
                 f"got {len(chosen)} of {len(attentions)} layers"
             )
     new, numbered = [], list(attentions.items())
@@ -186,7 +187,7 @@ def remove_sla(transformer: ModelMixin) -> None:
     """Puts back the processors that `install_sla` replaced, and with that the original model; drops SLA's weights.
 
     Raises:
-        TypeError: transformer is none of `MODELS`.
+        TypeError: transformer is not one of `MODELS`.
         ValueError: it has no SLA.
     """
     attentions = _self_attentions(transformer)
@@ -207,18 +208,19 @@ def set_schedule(
     dense_layers: Iterable[int] = (),
     dense_above: float | None = None,
 ) -> None:
-    """Sets where a transformer with SLA computes full attention after all; without arguments, nowhere.
+    """Sets where a transformer with SLA still computes full attention; without arguments, nowhere.
 
-    A dense layer calls the processor that SLA replaced. Each call sets the whole schedule, in place of the one before.
+    A dense layer calls the processor that SLA replaced. Each call sets the whole schedule and drops the previous one.
 
     Args:
         transformer: with SLA, which `install_sla` put there without a group.
-        min_tokens: sequences of fewer tokens stay dense.
-        dense_layers: numbers of the blocks that stay dense, with their SLA weights at rest.
-        dense_above: a time in the scheduler's unit. Steps of sampling at later times than this are dense, and with them
-            the first and noisiest ones: `scheduler.timesteps[2].item()` makes the first two steps dense. A batch is
-            dense if all its samples are; the time of a sample with several is the latest. Forwards that record
-            gradients ignore it, because a training step without SLA would leave Proj without gradients.
+        min_tokens: shorter sequences stay dense.
+        dense_layers: numbers of the blocks that stay dense. They keep their SLA weights, unused.
+        dense_above: a time in the scheduler's unit, which falls during sampling. Steps at a greater time than this are
+            dense: `scheduler.timesteps[2].item()` makes the first two steps dense, and None makes none of them dense. A
+            batch is dense if the times of all its samples are greater; of several times of a sample, the greatest
+            counts. Forwards that record gradients ignore it: a training step without SLA would leave Proj without
+            gradients.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value, transformer has no SLA, or its tokens are split
@@ -233,7 +235,7 @@ def set_schedule(
         raise ValueError("transformer must have SLA installed, got one without")
     processors = _processors(transformer)
     if any(processor.group is not None for processor in processors.values()):
-        raise ValueError("transformer must have SLA without a group: dense attention would see its rank's tokens alone")
+        raise ValueError("transformer must have SLA without a group: dense attention would see only its rank's tokens")
     for number, processor in processors.items():
         processor.min_tokens = sys.maxsize if number in dense else min_tokens
         processor.dense_step = False
@@ -249,8 +251,8 @@ _HOOKS = "_sla_hooks"  # on the transformer: what splits its tokens or watches i
 _SKIP = "_skip_layerwise_casting_patterns"  # diffusers'
 
 
-# diffusers copies the computation for each model. The name of the copy tells it apart from others, which may rotate or
-# normalise in another way around modules of the same names.
+# diffusers has a copy of the computation for each model. Its name tells it from other computations, which may rotate or
+# normalise in another way although their modules have the same names.
 _WANS_COMPUTATION = ("WanAttnProcessor", "SkyReelsV2AttnProcessor")
 
 
@@ -284,10 +286,10 @@ def _processors(transformer: ModelMixin) -> dict[int, _WanSelfAttention]:
 def _find_dense_step(
     dense_above: float, transformer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
-    """Before a forward: compares its timestep (B,), or (B, n) with several for each sample."""
+    """Before a forward: compares its timestep, (B,) or (B, n) with several for each sample."""
     timestep = inputs[1] if len(inputs) > 1 else named["timestep"]
-    late = timestep.reshape(len(timestep), -1).amax(1) > dense_above
-    dense_step = not torch.is_grad_enabled() and bool(late.all())
+    early = timestep.reshape(len(timestep), -1).amax(1) > dense_above
+    dense_step = not torch.is_grad_enabled() and bool(early.all())
     for processor in _processors(transformer).values():
         processor.dense_step = dense_step
 
@@ -327,7 +329,7 @@ def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list
             if not isinstance(attention.processor, _WanSelfAttention):
                 raise RuntimeError(
                     f"{place} must keep SLA, since install_sla has split the tokens: "
-                    f"{type(attention.processor).__name__} would attend to this rank's alone; remove_sla ends the split"
+                    f"{type(attention.processor).__name__} would attend only to this rank's; remove_sla ends the split"
                 )
         return split_tokens(inputs[0], 1, group), *inputs[1:]  # (B, N, C)
 
@@ -352,9 +354,9 @@ _NO_RING = (
 
 
 class _WanSelfAttention(nn.Module):
-    """What Wan does around its self-attention; the attention itself is that of the class beside this one."""
+    """What Wan does around its self-attention; the attention itself is that of the other base class."""
 
-    replaced: Any  # diffusers' own
+    replaced: Any  # diffusers' own processor
     group: dist.ProcessGroup | None
     role: str | None
     min_tokens = 1
@@ -418,6 +420,6 @@ class WanReleasedSLAProcessor(_WanSelfAttention, thu_ml.SparseLinearAttention): 
 
 def _rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of features of `tokens` (B, N, H, D) by its angle, which cos and sin (1, N, 1, D) hold twice."""
-    cos, sin = cos[..., 0::2], sin[..., 1::2]  # as diffusers takes them
+    cos, sin = cos[..., 0::2], sin[..., 1::2]  # the same elements as diffusers
     even, odd = tokens[..., 0::2], tokens[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(tokens.dtype)

@@ -5,8 +5,8 @@
     ...
     restore_sdpa(model.blocks[0].attention)
 
-While such a module runs its forward, a `TorchFunctionMode` of torch hands the one call to the layer, however the code
-got hold of the function. The layer is a submodule, `sla`, so that its weights are the model's own.
+While such a module runs its forward, a `TorchFunctionMode` of torch passes the one call on to the layer, under whatever
+name the code calls the function. The layer is a submodule, `sla`, and its weights are part of the model.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def replace_sdpa(module: nn.Module, layer: SparseLinearAttention | SLA2Attention
 
     Args:
         module: calls the function once in each forward: an attention module, not a block that holds two of them.
-        layer: its own one, with the head dimension of the module; `SLA2Attention` works too.
+        layer: for this module only, with its head dimension; `SLA2Attention` works too.
 
     Raises:
-        TypeError, ValueError: module is no `torch.nn.Module`, has an attribute `sla` already, or has a forward that
+        TypeError, ValueError: module is not a `torch.nn.Module`, has an attribute `sla` already, or has a forward that
             something else has replaced; layer is neither `SparseLinearAttention` nor `SLA2Attention`.
 
     The module's forward then raises:
-        ValueError: a mask, causality, dropout or grouped heads are asked for, none of which SLA has.
-        RuntimeError: the function was not called once. `nn.MultiheadAttention` and kernels of other packages do not
-            call it where this can see it.
+        ValueError: the call asks for a mask, causality, dropout or grouped heads, none of which SLA has.
+        RuntimeError: the function was not called exactly once. `nn.MultiheadAttention` calls it where this cannot see
+            it, and kernels of other packages do not call it.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

@@ -177,7 +177,7 @@ def add_up(call: Call, weights: Tensor, states: Tensor, sums: Tensor) -> None:
 
 
 def chunks_of_heads(call: Call, per_query_block: int, tensors: int) -> list[tuple[int, int]]:
-    """Cut the B * H heads, as (first, number), so that a chunk's states take the memory of `tensors` queries at most.
+    """Cut the B * H heads, as (first, number): a chunk's states take the memory of `tensors` queries at most.
 
     A chunk has one state for each key block, and `per_query_block` for each query block. What `UNCUT` holds is not cut.
     """
@@ -195,7 +195,7 @@ def part(of_heads: Tensor, first: int, heads: int) -> Tensor:
 
 
 class MarginalSums:
-    """H_i and Z_i of all query blocks, made anew for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
+    """H_i and Z_i of all query blocks, made again for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
 
     Arguments as for `chunks_of_heads`.
     """

@@ -136,7 +136,7 @@ def dq_kernel(
     of_head = head.to(tl.int64) * query_length
     if grad_lse is not None:  # dS = P (dP - Ds) + P dL
         Ds -= tl.load(grad_lse + of_head + row, mask=row < query_length, other=0.0)
-    # Past the end lse reads as inf: exp2(S - inf) is no weight.
+    # Past the end lse reads as inf: exp2(S - inf) is 0.
     L = tl.load(lse + of_head + row, mask=row < query_length, other=float("inf")) * LOG2_E  # [ROWS]
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(scratch.L + place, L)
@@ -165,7 +165,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
-    Scores are held transposed, [KEYS, ROWS], so that each product reads its operands as they lie in memory.
+    Scores are held transposed, [KEYS, ROWS], since each product then reads its operands as they lie in memory.
     `grad_value` holds the linear branch's share already, where phi is softmax `grad_key` too; this adds to them.
     """
     ROWS: tl.constexpr = plan.ROWS
