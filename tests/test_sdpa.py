@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sla_ref
 from sla_ref.integrations.checkpoints import load_sla, save_sla, sla_parameters
@@ -95,6 +96,17 @@ def test_weights_are_the_models_own(tmp_path):
         assert not torch.equal(clone(TOKENS), model(TOKENS)), "a copy runs its own layer"
         load_sla(clone, tmp_path / "sla.safetensors")
         assert torch.equal(clone(TOKENS), model(TOKENS))
+
+
+def test_gradient_checkpointing():
+    module = attention()
+    replace_sdpa(module, layer())
+    gradients = []
+    for forward in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
+        module.zero_grad()
+        forward(TOKENS).square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_compiled_forward_and_backward():
