@@ -17,9 +17,9 @@ class Centroids(nn.Module):
 
         O_i = (sum_critical e^s_ij v_j + sum_J n e^s_iJ mean(V_J)) / (sum_critical e^s_ij + sum_J n e^s_iJ)
 
-    with s_ij = q_i . k_j / sqrt(D), s_iJ = q_i . mean(K_J) / sqrt(D), and n the tokens of a block, which must divide the
-    length. The operator gives the critical part and the logarithm of its sum, and so this is SLA2's mixture, with
-    alpha from block means and their own average in place of the linear branch.
+    with s_ij = q_i . k_j / sqrt(D), s_iJ = q_i . mean(K_J) / sqrt(D), and n the tokens of a block, which must divide
+    the length. The operator gives the critical part and the logarithm of its sum. So this is SLA2's mixture with alpha
+    from block means, and with their own average in place of the linear branch.
     """
 
     def __init__(self, config: ModelConfig) -> None:

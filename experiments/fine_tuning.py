@@ -61,7 +61,9 @@ def fine_tune(
     train(student, config, objective=objectives[recipe.objective], rates=rates, tick=lambda step, loss: watch(step))
 
 
-def trained(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int, context: Context) -> VideoTransformer:
+def trained(
+    recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int, context: Context
+) -> VideoTransformer:
     """A fine-tuned student. A learned router comes from stage 1, which does not depend on length and rate."""
     if recipe.router == "learned":
         student = copy.deepcopy(_after_stage_1(replace(recipe, length=1.0, rate=1.0), setting, seed, context))

@@ -1,8 +1,8 @@
 """How much each branch weighs: SLA's sum of its branches against SLA2's mixture, with alpha known more or less well.
 
-Is it the weight of the linear branch that plain SLA lacks, or is it a better linear branch? In the arms, alpha goes from
-a parameter to the softmax's own share, which only full attention knows. "Centroids" take the same weight as alpha from
-block means, and replace the linear branch instead.
+Is it the weight of the linear branch that plain SLA lacks, or is it a better linear branch? In the arms, alpha goes
+from a parameter to the softmax's own share, which only full attention knows. "Centroids" take the same weight as alpha
+from block means, and replace the linear branch instead.
 
 Each arm is trained at three learning rates. The report shows the rate that has the lowest loss on clips made for this
 choice, of digits that were trained on. The held-out clips have no part in it.
@@ -47,6 +47,7 @@ ARMS = {
     "centroids": Recipe("centroids"),
     **{f"{arm}, Proj, temperature 4": replace(_SLA2[arm], **_PROJ) for arm in _WITH_PROJ},
 }
+IN_QUICK = ("full attention", "SLA (paper)", "alpha per block, learned router", "ideal alpha", "centroids")
 RATES = (1 / 3, 1.0, 3.0)  # in units of the setting's
 LENGTHS = (1, 4)  # in units of the setting's steps
 
@@ -55,15 +56,18 @@ BINS = ((0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1))  # of the mass that is not criti
 
 
 def recipes(setting: Setting) -> dict[str, Recipe]:
-    """Each arm at each length and rate. The report and the figures read the names, see `values.at_best_rate`."""
-    small = setting.name == "quick"
+    """Each arm at each length and rate. `values.at_best_rate` reads their names."""
+    if setting.name == "quick":
+        names, lengths, rates = IN_QUICK, LENGTHS[:1], (1.0,)
+    else:
+        names, lengths, rates = tuple(ARMS), LENGTHS[: 1 if setting.name == "wide" else None], RATES
     return {
-        f"{length * setting.steps} steps, rate {rate * setting.learning_rate:.2g}: {arm}": replace(
-            recipe, length=length, rate=rate
+        f"{length * setting.steps} steps: {arm}, rate {rate * setting.learning_rate:.2g}": replace(
+            ARMS[arm], length=length, rate=rate
         )
-        for length in (LENGTHS[:1] if small or setting.name == "wide" else LENGTHS)
-        for arm, recipe in ARMS.items()
-        for rate in ((1.0,) if small else RATES)
+        for length in lengths
+        for arm in names
+        for rate in rates
     }
 
 

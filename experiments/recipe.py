@@ -170,5 +170,7 @@ def cost(recipe: Recipe, config: ModelConfig) -> tuple[float, float]:
     """FLOPs and sparsity of the student's attention, as `lab.evaluate.attention_cost` counts them."""
     flops, sparsity = attention_cost(config)
     if recipe.attention == "centroids":  # one more key for each block
-        flops += config.depth * config.heads * attention_flops(config.tokens, config.tokens // config.block, config.head_dim)
+        flops += (
+            config.depth * config.heads * attention_flops(config.tokens, config.tokens // config.block, config.head_dim)
+        )
     return flops, sparsity

@@ -51,7 +51,9 @@ class ModelConfig:
         for name, default in SLA2_DEFAULTS.items():
             value = getattr(self, name)
             if self.attention != "sla2" and value is not None:
-                raise ValueError(f"{name} must be left out unless attention is sla2, got {value!r} with {self.attention}")
+                raise ValueError(
+                    f"{name} must be left out unless attention is sla2, got {value!r} with {self.attention}"
+                )
             if self.attention == "sla2" and value is None:
                 object.__setattr__(self, name, default)  # the dataclass is frozen
 

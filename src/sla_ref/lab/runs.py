@@ -98,7 +98,9 @@ def _check_stage_2(source: ModelConfig, student: ModelConfig, objective: str) ->
         if there != here:
             raise ValueError(f"{name} must be that of stage 1, {there!r}, got {here!r}")
     if objective == "teacher":
-        raise ValueError("objective must be flow from the weights of stage 1, which are no teacher to match, got 'teacher'")
+        raise ValueError(
+            "objective must be flow from the weights of stage 1, which are no teacher to match, got 'teacher'"
+        )
 
 
 def _run(
