@@ -201,7 +201,7 @@ def error_by_mass(lines: Lines, marks: Marks) -> Figure:
     """Error of rows against the mass outside their critical blocks, for four arms after the fewest steps."""
     cases = next(iter(_by_steps(lines).values()))
     centres = {number: (low + high) / 2 for number, (low, high) in enumerate(BINS, start=1)}
-    series = {
+    series: Series = {
         arm: {x: spread_of(lines, cases[arm], f"row_error_{number}") for number, x in centres.items()}
         for arm in ("SLA (paper)", "alpha per head", "alpha from block means", "ideal alpha")
         if arm in cases

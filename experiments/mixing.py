@@ -10,7 +10,9 @@ choice, of digits that were trained on. The held-out clips have no part in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from .fine_tuning import of_recipes
 from .recipe import Recipe
 from .setting import Setting
 
-_PROJ = {"proj": "identity", "temperature": 4.0}
+_PROJ: dict[str, Any] = {"proj": "identity", "temperature": 4.0}
 _SLA2 = {
     "alpha per head": Recipe("sla2", alpha="head"),
     "alpha per block": Recipe("sla2", alpha="block"),
@@ -57,16 +59,16 @@ BINS = ((0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1))  # of the mass that is not criti
 
 def recipes(setting: Setting) -> dict[str, Recipe]:
     """Each arm at each length and rate. `values.at_best_rate` reads their names."""
-    if setting.name == "quick":
-        names, lengths, rates = IN_QUICK, LENGTHS[:1], (1.0,)
-    else:
-        names, lengths, rates = tuple(ARMS), LENGTHS[: 1 if setting.name == "wide" else None], RATES
+    quick = setting.name == "quick"
+    arms: Sequence[str] = IN_QUICK if quick else list(ARMS)
+    rates: Sequence[float] = RATES[1:2] if quick else RATES
+    lengths: Sequence[int] = LENGTHS[:1] if quick or setting.name == "wide" else LENGTHS
     return {
         f"{length * setting.steps} steps: {arm}, rate {rate * setting.learning_rate:.2g}": replace(
             ARMS[arm], length=length, rate=rate
         )
         for length in lengths
-        for arm in names
+        for arm in arms
         for rate in rates
     }
 

@@ -67,11 +67,11 @@ def _ways(core: nn.Module) -> list[Callable[..., Tensor]]:
     router = [weight for name, weight in core.named_parameters() if name.startswith("router.")]
     if not isinstance(core, SLA2Attention) or not any(weight.requires_grad for weight in router):
         return [core]
-    ways = []
+    ways: list[Callable[..., Tensor]] = []
     for ratio in RATIOS:
         layer = copy.copy(core)  # it shares all parameters
         layer.critical_ratio = ratio * core.critical_ratio
         # A soft choice keeps several N x N maps for the backward; they are made again there, one layer at a time.
-        options = {"use_reentrant": False, "preserve_rng_state": False, "tau": TAU * math.sqrt(core.head_dim)}
-        ways.append(partial(checkpoint, layer, **options))
+        soft = partial(layer, tau=TAU * math.sqrt(core.head_dim))
+        ways.append(partial(checkpoint, soft, use_reentrant=False, preserve_rng_state=False))
     return ways
