@@ -18,9 +18,11 @@ Each file has one job:
 - `attention_maps`  whether few weights are large and the others have a low rank
 - `flatness`        whether the features are nearly flat
 - `block_choice`    whether the classification chooses well
+- `mixing`          how much each branch weighs
+- `centroids`       the layer without a linear branch that it compares
 """
 
-from . import attention_maps, block_choice, comparisons, curves, flatness
+from . import attention_maps, block_choice, comparisons, curves, flatness, mixing
 from .setting import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -29,4 +31,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     **comparisons.EXPERIMENTS,
     "recipes": curves.EXPERIMENT,
     "features": flatness.EXPERIMENT,
+    "mixing": mixing.EXPERIMENT,
 }

@@ -31,9 +31,9 @@ ITERATIONS = 30  # give stable ranks to about 1e-5; all eigenvalues of a map wit
 Quantities = dict[str, Tensor]
 
 
-def noisy_clips(model: VideoTransformer, seed: int, times: Tensor) -> Batch:
-    """One held-out clip with noise for each entry of `times` (n,). The seed chooses clips and noise."""
-    data = model.config.clips("held_out", evaluate.HELD_OUT_SEED + 1 + seed)
+def noisy_clips(model: VideoTransformer, seed: int, times: Tensor, split: str = "held_out") -> Batch:
+    """One clip of the split with noise for each entry of `times` (n,). The seed chooses clips and noise."""
+    data = model.config.clips(split, evaluate.HELD_OUT_SEED + 1 + seed)
     clip, labels = data.batch(len(times))
     noise = torch.randn(clip.shape, generator=data.generator)
     return Batch(flow.noised(clip, noise, times), times, labels, flow.velocity(clip, noise))

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .comparisons import ARMS, AS_IN_MAIN, IMPROVED, SLA
-from .values import Lines, Spread, cases_of, conditions_of, pairs, spread_of, typeset
+from .mixing import BINS
+from .values import Lines, Spread, at_best_rate, cases_of, conditions_of, pairs, spread_of, typeset
 
 INK = "#7d8590"  # readable on light and dark pages; the site replaces it by the colour of its text
 COLOURS, MARKERS = ("#2a86c8", "#d55e00", "#009e73", "#cc79a7"), "osD^"  # also told apart without colour
@@ -78,7 +79,9 @@ def rows(series: Series, label: str, marks: Marks, *, log: bool = False) -> Figu
     return figure
 
 
-def curves(series: Series, label: str, marks: Marks, ticks: Collection[float] = ()) -> Figure:
+def curves(
+    series: Series, label: str, marks: Marks, ticks: Collection[float] = (), *, height: str = "held-out loss"
+) -> Figure:
     """The mean of every series over x, in a band from lowest to highest. With `ticks` x is logarithmic, otherwise y."""
     figure, axes = plt.subplots(figsize=(7.2, 3.9))
     for number, (name, each) in enumerate(series.items()):
@@ -86,7 +89,7 @@ def curves(series: Series, label: str, marks: Marks, ticks: Collection[float] = 
         mean, low, high, _ = zip(*found.values(), strict=True)
         axes.plot(list(found), mean, color=COLOURS[number], marker=MARKERS[number], label=typeset(name))
         axes.fill_between(list(found), low, high, color=COLOURS[number], alpha=0.2)
-    axes.set(xlabel=label, ylabel="held-out loss")
+    axes.set(xlabel=label, ylabel=height)
     _logarithmic(axes, "x" if ticks else "y")
     if ticks:
         axes.set_xticks(list(ticks))
@@ -174,6 +177,38 @@ def when(lines: Lines, marks: Marks) -> Figure:
     return rows(series, "difference in held-out loss", {"level": 0.0})
 
 
+def _by_steps(lines: Lines) -> dict[str, dict[str, str]]:
+    """The cases of "mixing" at their best rates: by "400 steps", and then by arm."""
+    found: dict[str, dict[str, str]] = {}
+    for case in cases_of(at_best_rate(lines)):
+        steps, _, arm = case.rpartition(", rate ")[0].partition(": ")
+        found.setdefault(steps, {})[arm] = case
+    return found
+
+
+def mixing(lines: Lines, marks: Marks) -> Figure:
+    """Loss of each arm, each at the best of its rates, and of its numbers of steps a series."""
+    by_steps = _by_steps(lines)
+    arms = dict.fromkeys(arm for cases in by_steps.values() for arm in cases)
+    series = {
+        steps: {arm: spread_of(lines, cases[arm]) if arm in cases else None for arm in arms}
+        for steps, cases in by_steps.items()
+    }
+    return rows(series, "held-out loss", {})
+
+
+def error_by_mass(lines: Lines, marks: Marks) -> Figure:
+    """Error of rows against the mass outside their critical blocks, for four arms after the fewest steps."""
+    cases = next(iter(_by_steps(lines).values()))
+    centres = {number: (low + high) / 2 for number, (low, high) in enumerate(BINS, start=1)}
+    series: Series = {
+        arm: {x: spread_of(lines, cases[arm], f"row_error_{number}") for number, x in centres.items()}
+        for arm in ("SLA (paper)", "alpha per head", "alpha from block means", "ideal alpha")
+        if arm in cases
+    }
+    return curves(series, "share of a row's softmax outside its critical blocks", {}, height="error of the row")
+
+
 RANKS = {"whole map": "stable_rank", "largest 8 %": "stable_rank_top_8", "the rest": "stable_rank_rest"}
 FLATNESS = {"features in use, of all": "features_in_use", "distance from the average of V": "from_average"}
 CHOICES = {name: f"held_out_loss_{name}" for name in ("random", "pooled", "oracle", "teacher")}
@@ -194,4 +229,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {  # by name of the file: the experiment 
         "features n1024",
         by_case(FLATNESS, "share of all features; distance as a share of the branch's size"),
     ),
+    "mixing": ("mixing n1024", mixing),
+    "mixing-4096": ("mixing n4096", mixing),
+    "error-by-mass": ("mixing n1024", error_by_mass),
 }

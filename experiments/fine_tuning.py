@@ -5,46 +5,27 @@ All students of one seed see the same clips, noise and times, and so comparisons
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from sla_ref.lab import evaluate
 from sla_ref.lab.config import TrainConfig
-from sla_ref.lab.flow import Batch
+from sla_ref.lab.layers import each_layer, for_stage_1
 from sla_ref.lab.model import VideoTransformer
 from sla_ref.lab.train import Objective as TrainObjective
 from sla_ref.lab.train import distance_to, flow_loss, train
 from sla_ref.lab.weights import TEACHER, load_weights, round_to_half, save_weights
 
 from .classifier import quality, quality_of_real
-from .recipe import Objective, Recipe, build
+from .recipe import Objective, Recipe, build, cost
 from .setting import Context, Experiment, Setting
 
 REAL = "held-out clips"
-
-
-def _each_layer(student: VideoTransformer, teacher: VideoTransformer) -> TrainObjective:
-    """The error of each layer's output against full attention, on the query, key and value of the teacher's layer.
-
-    It is the mean over layers of the squared error, in units of the mean square of full attention.
-    """
-
-    def loss(model: Callable[..., Any], batch: Batch) -> Tensor:
-        caught = evaluate.attention_inputs(teacher, batch.x, batch.time, batch.labels)  # without gradient
-        losses = []
-        for block, inputs in zip(student.blocks, caught, strict=True):
-            target = F.scaled_dot_product_attention(*inputs).float()
-            output = block.get_submodule("attention.core")(*inputs).float()
-            losses.append(F.mse_loss(output, target) / target.square().mean())
-        return torch.stack(losses).mean()
-
-    return loss
+STAGE_1 = 4  # a quarter of the setting's steps and clips for SLA2's router: its N x N maps are slow and large
 
 
 def fine_tune(
@@ -74,10 +55,36 @@ def fine_tune(
     objectives: dict[Objective, TrainObjective] = {
         "flow": flow_loss,
         "teacher": distance_to(teacher),
-        "layers": _each_layer(student, teacher),
+        "layers": each_layer(student, teacher),
     }
     rates = {"proj_l": recipe.proj_rate}
     train(student, config, objective=objectives[recipe.objective], rates=rates, tick=lambda step, loss: watch(step))
+
+
+def trained(
+    recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int, context: Context
+) -> VideoTransformer:
+    """A fine-tuned student. A learned router comes from stage 1, which does not depend on length and rate."""
+    if recipe.router == "learned":
+        student = copy.deepcopy(_after_stage_1(replace(recipe, length=1.0, rate=1.0), setting, seed, context))
+    else:
+        student = build(recipe, teacher, setting, seed)
+    fine_tune(student, teacher, recipe, setting, seed, context)
+    return student
+
+
+@cache
+def _after_stage_1(recipe: Recipe, setting: Setting, seed: int, context: Context) -> VideoTransformer:
+    """A student whose routers, and alphas, were matched to full attention. Callers must not change it."""
+    teacher = find_teacher(setting, context, recipe.backdrop)
+    student = build(recipe, teacher, setting, seed)
+    wanted = [parameter.requires_grad for parameter in student.parameters()]
+    for_stage_1(student)
+    short = replace(setting, steps=setting.steps // STAGE_1, batch=max(1, setting.batch // STAGE_1))
+    fine_tune(student, teacher, Recipe(objective="layers"), short, seed, context)
+    for parameter, gradient in zip(student.parameters(), wanted, strict=True):
+        parameter.requires_grad_(gradient)
+    return student
 
 
 @cache
@@ -118,10 +125,16 @@ def losses(student: VideoTransformer, teacher: VideoTransformer, setting: Settin
     return {"held_out_loss": loss, "distance": evaluate.distance(prediction, target)}
 
 
-def of_recipes(recipes: Callable[[Setting], dict[str, Recipe]], *, generate: bool = False) -> Experiment:
+def of_recipes(
+    recipes: Callable[[Setting], dict[str, Recipe]],
+    *,
+    generate: bool = False,
+    also: Callable[[VideoTransformer, int, Setting], dict[str, float]] = lambda student, seed, setting: {},
+) -> Experiment:
     """An experiment whose cases are fine-tunes.
 
     With `generate`, the students also generate clips, which are judged. The case `REAL` judges held-out clips.
+    `also(student, seed, setting)` returns more quantities of a student.
     """
 
     def cases(setting: Setting) -> list[str]:
@@ -132,10 +145,10 @@ def of_recipes(recipes: Callable[[Setting], dict[str, Recipe]], *, generate: boo
             return quality_of_real(seed, setting, context)
         recipe = recipes(setting)[case]
         teacher = find_teacher(setting, context, recipe.backdrop)
-        student = build(recipe, teacher, setting, seed)
-        fine_tune(student, teacher, recipe, setting, seed, context)
-        flops, sparsity = evaluate.attention_cost(student.config)
+        student = trained(recipe, teacher, setting, seed, context)
+        flops, sparsity = cost(recipe, student.config)
         values = losses(student, teacher, setting) | {"attention_mflops": flops / 1e6, "sparsity": sparsity}
+        values |= also(student, seed, setting)
         return values | quality(student, setting, context) if generate else values
 
     return Experiment(cases, measure)

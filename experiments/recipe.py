@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import sla_ref
+from sla_ref.analysis import attention_flops
 from sla_ref.feature_maps import Softmax
 from sla_ref.lab.arms import LinearOnly, SparseOnly
+from sla_ref.lab.evaluate import attention_cost
 from sla_ref.lab.model import PATCH, ModelConfig, VideoTransformer, with_attention
 
+from .centroids import Centroids
 from .setting import Setting
 
 Proj = Literal["zero", "identity", "absent"]
@@ -23,13 +27,17 @@ Objective = Literal["flow", "teacher", "layers"]
 class Recipe:
     """A student and its training. The defaults are SLA as in the paper."""
 
-    attention: str = "sla"  # an arm of `lab.arms`, or "released": linear over all keys, as in the authors' branch main
+    # An arm of `lab.arms`, "centroids", or "released": linear over all keys, as in the authors' branch main.
+    attention: str = "sla"
     critical_ratio: float = 0.05
     negligible_ratio: float = 0.10
     block_factor: int = 1  # tokens per block, in units of the setting's
     feature_map: str = "softmax"
     temperature: float = 1.0  # t in softmax(t x), for the feature map softmax
-    proj: Proj = "zero"  # how Proj starts; "absent" is an identity that is not trained
+    # How Proj starts; "absent" is an identity that is not trained. SLA2 has a Proj only with "identity".
+    proj: Proj = "zero"
+    alpha: str | None = None  # SLA2's, and its router
+    router: str | None = None
     tiles: bool = False  # whether blocks are the setting's tiles, instead of tokens in raster order
     backdrop: float = 0.0  # of the clips (`lab.data`); the teacher is trained on such clips too
     length: float = 1.0  # fine-tuning steps, in units of the setting's; 0 means swapped in, not trained
@@ -86,19 +94,49 @@ def tile_order(frames: int, side: int, tile: tuple[int, int, int]) -> Tensor:
 
 
 def _sla(recipe: Recipe, config: ModelConfig) -> nn.Module:
-    if recipe.attention == "released":
-        return ReleasedSLA(config)
     sla = sla_ref.SparseLinearAttention(
         config.head_dim,
         config.critical_ratio,
         config.negligible_ratio,
         block_q=config.block,
         block_k=config.block,
-        feature_map=recipe.feature_map if recipe.temperature == 1 else Softmax(recipe.temperature),
+        feature_map=_feature_map(recipe),
         proj_init="zero" if recipe.proj == "zero" else "identity",
     )
     sla.proj_l.requires_grad_(recipe.proj != "absent")
     return sla
+
+
+def _sla2(recipe: Recipe, config: ModelConfig) -> nn.Module:
+    assert config.alpha is not None and config.router is not None
+    sla2 = sla_ref.SLA2Attention(
+        config.head_dim,
+        config.heads,
+        config.critical_ratio,
+        alpha=config.alpha,
+        router=config.router,
+        query_length=config.tokens if config.alpha == "block" else None,
+        proj=recipe.proj == "identity",
+        block_q=config.block,
+        block_k=config.block,
+        feature_map=_feature_map(recipe),
+    )
+    sla2.get_submodule("router").requires_grad_(False)  # `fine_tuning.trained` has a stage for it
+    return sla2
+
+
+def _feature_map(recipe: Recipe) -> str | Softmax:
+    return recipe.feature_map if recipe.temperature == 1 else Softmax(recipe.temperature)
+
+
+# What is built here, because it has options that the lab's arms lack; and the lab's arm that it takes the place of.
+CORES: dict[str, Callable[[Recipe, ModelConfig], nn.Module]] = {
+    "sla": _sla,
+    "sla2": _sla2,
+    "released": lambda recipe, config: ReleasedSLA(config),
+    "centroids": lambda recipe, config: Centroids(config),
+}
+IN_PLACE_OF = {"released": "sla", "centroids": "sparse"}
 
 
 def build(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int) -> VideoTransformer:
@@ -109,18 +147,30 @@ def build(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int
     torch.manual_seed(seed)
     student = with_attention(
         teacher,
-        "sla" if recipe.attention == "released" else recipe.attention,
+        IN_PLACE_OF.get(recipe.attention, recipe.attention),
         critical_ratio=recipe.critical_ratio,
         negligible_ratio=recipe.negligible_ratio,
         block=recipe.block_factor * setting.block,
+        alpha=recipe.alpha,
+        router=recipe.router,
     ).requires_grad_(True)
     for block in student.blocks:
         attention = block.get_submodule("attention")
-        if student.config.attention == "sla":
-            attention.core = _sla(recipe, student.config)
+        if recipe.attention in CORES:
+            attention.core = CORES[recipe.attention](recipe, student.config)
         if recipe.tiles:
             order = tile_order(setting.frames, setting.size // PATCH, setting.tile)
             attention.core = Reordered(attention.get_submodule("core"), order)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and recipe.trained in name)
     return student.to(next(teacher.parameters()).device)
+
+
+def cost(recipe: Recipe, config: ModelConfig) -> tuple[float, float]:
+    """FLOPs and sparsity of the student's attention, as `lab.evaluate.attention_cost` counts them."""
+    flops, sparsity = attention_cost(config)
+    if recipe.attention == "centroids":  # one more key for each block
+        flops += (
+            config.depth * config.heads * attention_flops(config.tokens, config.tokens // config.block, config.head_dim)
+        )
+    return flops, sparsity

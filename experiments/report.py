@@ -1,21 +1,25 @@
 """Puts tables of measured lines into docs/experiments.md, and the drawings of `figures` into docs/experiments/.
 
 It rewrites what is between `<!-- report: NAME SETTING -->` and `<!-- end of report -->`; the rest of the page is
-written by hand. The table of all machines goes to the place `<!-- report: machines -->`.
+written by hand. Where nothing is measured yet, it writes the command that measures. The table of all machines goes to
+the place `<!-- report: machines -->`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from sla_ref.files import whole
 
+from . import EXPERIMENTS
 from .comparisons import ARMS
 from .figures import FIGURES, draw
 from .run import RESULTS
-from .values import Lines, Spread, cases_of, conditions_of, pairs, read_results, spread_of, typeset
+from .setting import SETTINGS
+from .values import Lines, Spread, at_best_rate, cases_of, conditions_of, pairs, read_results, spread_of, typeset
 
 DOCS = Path(__file__).parents[1] / "docs"
 PLACE = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end of report -->)", re.DOTALL)
@@ -56,6 +60,10 @@ QUANTITIES = {
     "stable_rank_rest": Quantity("stable rank, the rest", 1),
     "features_in_use": _percent("features in use, of all"),
     "from_average": _percent("distance from the average of V"),
+    "row_error_1": Quantity("error of rows with less than 1/3 outside", 3),
+    "row_error_2": Quantity("with 1/3 to 2/3", 3),
+    "row_error_3": Quantity("with more than 2/3", 3),
+    "alpha_off": Quantity("alpha off by", 3),
 }
 
 
@@ -74,16 +82,24 @@ def report(results: Path = RESULTS, docs: Path = DOCS) -> None:
 
 
 def fill(page: str, groups: dict[str, Lines]) -> str:
-    """The page with new tables. Raises ValueError unless it has a place for each measured group, and no other."""
+    """The page with new tables.
+
+    Raises ValueError unless it has a place for each measured group, and no other but for groups to be measured.
+    """
     places = {found[2] for found in PLACE.finditer(page)} - {"machines"}
-    if odd := sorted(places ^ groups.keys()):
+    planned = {f"{name} {setting}" for name in EXPERIMENTS for setting in SETTINGS}
+    if odd := sorted(groups.keys() - places | places - groups.keys() - planned):
         raise ValueError(f"the page must have a place for each measured experiment and no other, which fails for {odd}")
 
     def block(found: re.Match[str]) -> str:
+        name, _, setting = found[2].partition(" ")
         if found[2] == "machines":
             rows = machines(groups)
+        elif found[2] not in groups:
+            how = f"`python -m experiments run {name} --setting {setting}`"
+            return f"{found[1]}\nNot measured yet: {how} does it.\n\n{found[3]}"
         else:
-            rows = (differences if found[2].startswith("when ") else table)(groups[found[2]])
+            rows = TABLES.get(name, table)(groups[found[2]])
         rows.insert(1, ["---"] * len(rows[0]))
         text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
         return f"{found[1]}\n{typeset(text)}\n{found[3]}"
@@ -122,6 +138,12 @@ def differences(lines: Lines) -> list[list[str]]:
     """A row for each condition of the experiment "when"."""
     header = ["held-out loss", *ARMS, *(f"SLA minus {arm}" for arm in list(ARMS)[1:])]
     return [header, *([condition, *map(cell, pairs(lines, condition))] for condition in conditions_of(lines))]
+
+
+TABLES: dict[str, Callable[[Lines], list[list[str]]]] = {  # of an experiment, where it is not `table`
+    "when": differences,
+    "mixing": lambda lines: table(at_best_rate(lines)),
+}
 
 
 def machines(groups: dict[str, Lines]) -> list[list[str]]:

@@ -69,6 +69,17 @@ def pairs(lines: Lines, condition: str) -> list[Spread | None]:
     return [spread(values) for values in (*(list(arm.values()) for arm in (sla, *others)), *above)]
 
 
+def at_best_rate(lines: Lines) -> Lines:
+    """The lines of "mixing" that count: of the rates of each arm, those of the one with the lowest mean tuning loss."""
+    best: dict[str, tuple[float, str]] = {}
+    for case in cases_of(lines):
+        arm, _, _ = case.rpartition(", rate ")
+        tuning = mean(values_of(lines, case, "tuning_loss").values())
+        best[arm] = min(best.get(arm, (tuning, case)), (tuning, case))
+    chosen = {case for _, case in best.values()}
+    return [line for line in lines if line["case"] in chosen]
+
+
 def typeset(text: str) -> str:
     """The text with names of cases in words, and without line breaks before % and around ±."""
     text = text.replace(IMPROVED, "both changes of SLA").replace(AS_IN_MAIN, "400 steps, nothing changed")

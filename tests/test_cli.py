@@ -145,6 +145,49 @@ def test_an_interrupted_finetune_goes_on_with_resume(capsys, monkeypatch, tmp_pa
     assert "the run in this folder is finished" in error(capsys, *command, "--resume")
 
 
+def test_a_learned_router_takes_two_runs_the_first_of_which_can_be_resumed(capsys, monkeypatch, tmp_path, trained):
+    from sla_ref.lab import runs
+    from sla_ref.lab.weights import load_weights
+
+    options = ["--device", "cpu", *TINY, "--attention", "sla2", "--router", "learned", "--alpha", "block"]
+    first = ["finetune", "--teacher", trained[0], "--out", tmp_path / "first", *options, "--objective", "layers"]
+    train = runs.train
+
+    def interrupted(*arguments, tick, **others):
+        train(*arguments, tick=lambda step, loss: signal.raise_signal(signal.SIGINT), **others)
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    error(capsys, *first, code=130)
+    monkeypatch.setattr(runs, "train", train)
+    message = "was made with model.alpha = block, got token"
+    assert message in error(capsys, *first, "--resume", "--alpha", "token")
+    run(*first, "--resume")
+
+    teacher, _ = load_weights(trained[0])
+    stage_1, card = load_weights(tmp_path / "first" / "sla2.safetensors")
+    assert card["objective"] == "layers" and stage_1.config.alpha == "block"
+    for name, weight in teacher.state_dict().items():
+        assert torch.equal(weight, stage_1.state_dict()[name]), name
+    routers = {name: weight for name, weight in stage_1.state_dict().items() if ".router." in name}
+    assert all(not torch.equal(weight, torch.eye(len(weight))) for weight in routers.values())
+
+    source = tmp_path / "first" / "sla2.safetensors"
+    second = ["finetune", "--teacher", source, "--out", tmp_path / "second", *options]
+    for change, message in (
+        (["--alpha", "head"], "alpha must be that of stage 1, 'block', got 'head'"),
+        (["--block", "8"], "block must be that of stage 1, 16, got 8"),
+        (["--objective", "teacher"], "objective must be flow from the weights of stage 1"),
+        (["--objective", "layers"], "objective layers needs a teacher with attention 'full' to match, got 'sla2'"),
+    ):
+        assert message in error(capsys, *second, *change)
+    run(*second)
+    stage_2, card = load_weights(tmp_path / "second" / "sla2.safetensors")
+    assert card["objective"] == "flow" and stage_2.config == stage_1.config
+    for name, weight in routers.items():
+        assert torch.equal(weight, stage_2.state_dict()[name]), name
+    assert not torch.equal(stage_2.out.weight, stage_1.out.weight)
+
+
 def test_ctrl_c_while_torch_is_loading_is_one_line(tmp_path):
     """The real torch takes seconds to import; this one is interrupted at once."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
@@ -219,7 +262,12 @@ def test_demo_writes_its_pictures_and_its_report(capsys, monkeypatch, tmp_path, 
         (["--device", "meta"], "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "cuda:99"], "device is 'cuda:99', but"),
         (["--attention", "dense"], "attention must be one of full, sla"),
-        (["--objective", "beauty"], "objective must be one of flow, teacher, got 'beauty'"),
+        (["--objective", "beauty"], "objective must be one of flow, teacher, layers, got 'beauty'"),
+        (["--alpha", "token"], "alpha must be left out unless attention is sla2, got 'token' with sla"),
+        (["--attention", "sla2", "--alpha", "row"], "alpha must be one of 'head', 'block', 'token'"),
+        (["--attention", "sla2", "--router", "learned"], "router 'learned' needs the weights of stage 1"),
+        (["--attention", "sla2", "--objective", "layers"], "objective layers is stage 1 of sla2's router 'learned'"),
+        (["--objective", "layers"], "got router None and attention 'sla'"),
         (["--backend", "abacus"], "abacus"),
         (["--critical-ratio", "0"], "critical_ratio must be"),
         (["--learning-rate", "0"], "learning_rate must be positive and finite, got 0.0"),

@@ -16,6 +16,7 @@ import torch
 import sla_ref
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
+import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
@@ -26,7 +27,7 @@ DENSE = {"critical_ratio": 1.0, "block_q": 8, "block_k": 8}  # every block exact
 SPARSE = {"critical_ratio": 0.2, "negligible_ratio": 0.2, "block_q": 8, "block_k": 8}
 
 
-def transformer(**config) -> WanTransformer3DModel:
+def transformer(kind: str = "WanTransformer3DModel", **config) -> torch.nn.Module:
     """Two layers, two heads of 16, random weights; norms too, which start as ones."""
     small = {
         "num_attention_heads": 2,
@@ -40,9 +41,9 @@ def transformer(**config) -> WanTransformer3DModel:
         "rope_max_seq_len": 32,
     }
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**small | config)
+    model = getattr(diffusers, kind)(**small | config)
     with torch.no_grad():
-        for block in model.blocks:
+        for block in (*model.blocks, *getattr(model, "vace_blocks", ())):
             for norm in (block.attn1.norm_q, block.attn1.norm_k):
                 norm.weight.normal_(1, 0.5)
     return model.eval()
@@ -151,6 +152,76 @@ def test_variants_of_the_released_code(variant):
         wan.install_sla(transformer(), 0.1, proj_init="identity", variant="main")
 
 
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(6))
+
+
+ANIMATE = {
+    "in_channels": 12,
+    "latent_channels": 4,
+    "image_dim": 16,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
+ANIMATED = {
+    "hidden_states": noise(2, 12, 3, 8, 10),
+    "pose_hidden_states": noise(2, 4, 2, 8, 10),
+    "face_pixel_values": noise(2, 3, 5, 16, 16),
+    "encoder_hidden_states_image": noise(2, 4, 16),
+}
+BY_TOKEN = {"timestep": torch.tensor([[900] * 40 + [0] * 20, [300] * 60])}
+BY_FRAME = {"timestep": torch.tensor([[900, 300, 200], [900, 300, 0]]), "enable_diffusion_forcing": True}
+FAMILY = [  # name, configuration, what its forward gets beside Wan's, how many self-attentions
+    ("WanTransformer3DModel", {}, {}, 2),
+    ("WanTransformer3DModel", {}, BY_TOKEN, 2),
+    (
+        "WanVACETransformer3DModel",
+        {"vace_layers": [0], "vace_in_channels": 6},
+        {"control_hidden_states": noise(2, 6, 3, 8, 10)},
+        3,
+    ),
+    ("WanAnimateTransformer3DModel", ANIMATE, ANIMATED, 2),
+    ("ChronoEditTransformer3DModel", {}, {}, 2),
+    ("SkyReelsV2Transformer3DModel", {}, {}, 2),
+    ("SkyReelsV2Transformer3DModel", {}, BY_FRAME, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "more", "count"), FAMILY)
+def test_models_with_wans_self_attention(name, config, more, count, tmp_path):
+    model = transformer(name, **config)
+    expected, reached, names = run(model, **more), gradients(model, **more), list(model.state_dict())
+    wan.install_sla(model, **DENSE)
+    assert len(wan.sla_parameters(model)) == 2 * count
+    torch.testing.assert_close(run(model, **more), expected)
+    wan.remove_sla(model)
+    assert list(model.state_dict()) == names and torch.equal(run(model, **more), expected)
+    wan.install_sla(model, **SPARSE)
+    sparse = run(trained(model), **more)
+    assert not torch.equal(sparse, expected)
+    wan.save_sla(model, tmp_path / "sla.safetensors")
+    wan.set_schedule(model, dense_layers=range(count))
+    assert torch.equal(run(model, **more), expected)
+    wan.remove_sla(model)
+    wan.install_sla(model, **SPARSE)
+    wan.load_sla(model, tmp_path / "sla.safetensors")
+    assert torch.equal(run(model, **more), sparse)
+    added = set(model.state_dict()) - set(names)
+    for parameter, gradient in gradients(model, **more).items():
+        if parameter in added or reached[parameter] is not None:  # some belong to inputs that are not given
+            assert gradient is not None and gradient.isfinite().all() and gradient.any(), parameter
+
+
+def test_every_model_that_is_named_is_tested():
+    assert {name for name, *_ in FAMILY} == set(wan.MODELS)
+
+
 # --- where it is put -------------------------------------------------------------------------------------------------
 
 
@@ -202,12 +273,115 @@ def test_remove_restores_the_original():
     assert set(vars(model)) == attributes
 
 
+# --- where it stays dense --------------------------------------------------------------------------------------------
+
+
+def kinds(model, *args, **more) -> str:
+    """Runs the model; for each block, "s" where SLA ran in its self-attention and "d" where it did not."""
+    calls, marks = [], []
+    for block in model.blocks:
+        processor = block.attn1.processor
+        marks.append(processor.proj_l.register_forward_hook(lambda module, *_: calls.append(module)))
+    with torch.no_grad():
+        run(model, *args, **more)
+    for mark in marks:
+        mark.remove()
+    return "".join("s" if block.attn1.processor.proj_l in calls else "d" for block in model.blocks)
+
+
+def test_a_schedule_on_an_installed_model(installed):
+    """The input has 60 tokens and the times 900 and 300."""
+    dense, sparse = run(transformer()), run(installed)
+    assert kinds(installed) == "ss"
+    for schedule, expected in (
+        ({"min_tokens": 60}, "ss"),
+        ({"min_tokens": 61}, "dd"),
+        ({"dense_layers": [1]}, "sd"),
+        ({"dense_above": 300.0}, "ss"),
+        ({"dense_above": 299}, "dd"),
+        ({"dense_above": 299, "dense_layers": [0]}, "dd"),
+        ({"dense_layers": range(2)}, "dd"),
+    ):
+        wan.set_schedule(installed, **schedule)
+        assert kinds(installed) == expected, schedule
+        with torch.no_grad():
+            assert torch.equal(run(installed), dense) == (expected == "dd"), schedule
+    wan.set_schedule(installed, dense_above=299)
+    assert torch.equal(run(installed), sparse), "gradients are recorded"
+    times = torch.tensor([[0, 900], [300, 0]])[:, [0] * 59 + [1]]  # one for each token, as Wan 2.2 may have it
+    assert kinds(installed, timestep=times) == "dd"
+    times[1] = 299
+    assert kinds(installed, timestep=times) == "ss", "only the first sample has a time above 299"
+    file = io.BytesIO()
+    torch.save(installed, file)
+    file.seek(0)
+    for clone in (copy.deepcopy(installed), torch.load(file, weights_only=False)):
+        assert kinds(clone) == "dd"
+        wan.set_schedule(clone)
+        assert kinds(clone) == "ss"
+    assert kinds(installed) == "dd", "a copy has its own"
+    wan.remove_sla(installed)
+    assert not installed._forward_pre_hooks
+
+
+def test_dense_first_steps_of_a_scheduler(installed):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    wan.set_schedule(installed, dense_above=scheduler.timesteps[2].item())
+    steps = [kinds(installed, timestep=time.expand(2)) for time in scheduler.timesteps]
+    assert steps == ["dd", "dd", "ss", "ss"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_schedule_with_compiled_blocks(installed):
+    torch._dynamo.reset()
+    expected = {
+        time: run(model, timestep=torch.tensor([time] * 2)) for time, model in ((900, transformer()), (300, installed))
+    }
+    installed.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    wan.set_schedule(installed, dense_above=500)
+    with torch.no_grad():
+        for time, out in expected.items():
+            torch.testing.assert_close(run(installed, timestep=torch.tensor([time] * 2)), out)
+
+
+def test_the_backend_of_full_attention_reaches_scheduled_layers():
+    model = transformer()
+    wan.install_sla(model, **SPARSE)
+    model.set_attention_backend("_native_math")
+    assert model.blocks[0].attn1.processor.replaced._attention_backend == "_native_math"
+    wan.remove_sla(model)
+    assert {each._attention_backend for each in model.attn_processors.values()} == {"_native_math"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        ({"min_tokens": 0}, ValueError, "min_tokens must be an int >= 1, got 0"),
+        ({"dense_layers": [2]}, ValueError, r"dense_layers must hold different numbers from 0 to 1, got \[2\]"),
+        ({"dense_layers": 1}, TypeError, "dense_layers must be block numbers, got 1"),
+        ({"dense_above": 0}, ValueError, "dense_above must be a finite number > 0, got 0"),
+        ({"dense_above": torch.tensor(1.0)}, TypeError, "dense_above must be a finite number > 0, got tensor"),
+    ],
+)
+def test_bad_schedules_change_nothing(installed, schedule, error, message):
+    wan.set_schedule(installed, dense_layers=[1])
+    with pytest.raises(error, match=message):
+        wan.set_schedule(installed, **{"min_tokens": 61} | schedule)
+    assert kinds(installed) == "sd"
+    with pytest.raises(ValueError, match="transformer must have SLA installed, got one without"):
+        wan.set_schedule(transformer())
+    installed.blocks[0].attn1.processor.group = object()
+    with pytest.raises(ValueError, match="transformer must have SLA without a group"):
+        wan.set_schedule(installed)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def gradients(model: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module, **more) -> dict[str, torch.Tensor | None]:
     model.zero_grad()
-    run(model).square().sum().backward()
+    run(model, **more).square().sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -457,7 +631,16 @@ class Pipeline:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"transformer": torch.nn.Linear(1, 1)}, TypeError, "must be diffusers' WanTransformer3DModel, got Linear$"),
+        (
+            {"transformer": torch.nn.Linear(1, 1)},
+            TypeError,
+            "must be one of diffusers' WanTransformer3DModel, .*, got L",
+        ),
+        (
+            {"transformer": torch.nn.Linear(1, 1)},
+            TypeError,
+            "got Linear; sla_ref.integrations.sdpa puts SLA into other",
+        ),
         ({"transformer": Pipeline()}, TypeError, "got Pipeline; take its .transformer, before anything wraps it"),
         ({"transformer": torch.nn.DataParallel(torch.nn.Linear(1, 1))}, TypeError, "DataParallel; take its .module,"),
         ({"transformer": torch.compile(torch.nn.Linear(1, 1))}, TypeError, "got OptimizedModule; take its ._orig_mod,"),
@@ -472,11 +655,11 @@ class Pipeline:
         ({"proj_init": "eye"}, ValueError, "proj_init must be one of 'zero', 'identity', got 'eye'"),
         ({"backend": "nope"}, ValueError, "backend must be one of"),
         ({"variant": "SLA-2"}, ValueError, "variant must be one of 'main', 'SLA-1', 'paper', got 'SLA-2'"),
-        ({"layers": [0, 2]}, ValueError, r"layers must hold different numbers from 0 to 1, at least one, got \[0, 2\]"),
+        ({"layers": [0, 2]}, ValueError, r"layers must hold different numbers from 0 to 1, got \[0, 2\]"),
         ({"layers": [0, 0]}, ValueError, "layers must hold different numbers"),
-        ({"layers": []}, ValueError, "layers must hold different numbers"),
+        ({"layers": []}, ValueError, "layers must hold at least one number, got none"),
         ({"layers": [-1]}, ValueError, "layers must hold different numbers"),
-        ({"layers": 1}, TypeError, "layers must be block numbers or None, got 1"),
+        ({"layers": 1}, TypeError, "layers must be block numbers, got 1"),
         ({"layers": ["1"]}, TypeError, "layers must hold ints, got '1' of type str"),
     ],
 )
@@ -495,6 +678,28 @@ def test_a_head_dim_that_the_feature_map_cannot_take():
     with pytest.raises(ValueError, match="head_dim must be an even int >= 2 for the hedgehog feature map, got 15"):
         wan.install_sla(model, feature_map="hedgehog")
     assert model.attn_processors == before
+
+
+def test_attention_that_looks_like_wans_and_computes_something_else():
+    """Helios has the same names in its blocks.*.attn1, and rotates its features in another way."""
+    model = diffusers.HeliosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_dim=(4, 6, 6),
+    )
+    with pytest.raises(TypeError, match=r"WanVACETransformer3DModel, .*, got HeliosTransformer3DModel; sla_ref"):
+        wan.install_sla(model)
+
+
+def test_tokens_of_other_models_are_not_split():
+    with pytest.raises(ValueError, match="group must be None unless the model is a WanTransformer3DModel, got a Chro"):
+        wan.install_sla(transformer("ChronoEditTransformer3DModel"), group="ranks")
 
 
 def test_twice_and_without(installed):

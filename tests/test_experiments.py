@@ -12,14 +12,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import EXPERIMENTS, comparisons, figures
+import sla_ref
+from experiments import EXPERIMENTS, comparisons, figures, mixing
 from experiments.__main__ import main
-from experiments.fine_tuning import find_teacher, fine_tune, losses
+from experiments.attention_maps import noisy_clips
+from experiments.centroids import Centroids
+from experiments.fine_tuning import find_teacher, fine_tune, losses, trained
+from experiments.mixing import error_of_rows
 from experiments.recipe import Recipe, build, tile_order
 from experiments.report import DOCS, fill, report
 from experiments.run import RESULTS, read_lines, run
 from experiments.setting import QUICK, SETTINGS, Context, Experiment
 from experiments.values import read_results
+from sla_ref.feature_maps import Softmax
+from sla_ref.lab import evaluate
 from sla_ref.lab.weights import TEACHER, load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -253,6 +259,71 @@ def test_a_condition_changes_what_its_name_says(condition, changed):
     assert comparisons.when(SETTINGS["n1024"])[f"{condition}: {comparisons.SLA}"] == Recipe(**changed)
 
 
+def test_centroids_are_one_softmax_over_critical_keys_and_the_means_of_other_blocks():
+    torch.manual_seed(0)
+    config = replace(QUICK.model, critical_ratio=0.2)  # 3 of 16 blocks of 4
+    query, key, value = (torch.randn(2, 2, config.tokens, 16, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    critical = sla_ref.classify_blocks(query, key, 0.2, 0.0, block_q=4, block_k=4).to_dense() == 1
+    means = [each.unflatten(2, (16, 4)).mean(3).repeat_interleave(4, 2) for each in (key, value)]
+    scores = torch.where(critical, query @ key.mT, query @ means[0].mT) / 4
+    weights = scores.softmax(-1)
+    expected = weights.where(critical, 0.0) @ value + weights.where(~critical, 0.0) @ means[1]
+    found = Centroids(config)(query, key, value)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    for gradient, of_dense in zip(
+        torch.autograd.grad(found, (query, key, value), direction),
+        torch.autograd.grad(expected, (query, key, value), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, of_dense)
+
+
+def test_the_arms_of_mixing_differ_in_what_their_names_say(teacher):
+    def core(arm: str):
+        return build(mixing.ARMS[arm], teacher, QUICK, 0).blocks[0].attention.core
+
+    token, proj, block = core("alpha from the token"), core("ideal alpha, Proj, temperature 4"), core("alpha per block")
+    assert (token.alpha, token.proj_l, token.feature_map, token.critical_ratio) == ("token", None, "softmax", 0.05)
+    assert (proj.alpha, proj.feature_map) == ("ideal", Softmax(4.0)) and torch.equal(proj.proj_l.weight, torch.eye(16))
+    assert block.alpha_logit.shape == (2, 16)
+    recipes = mixing.recipes(SETTINGS["n4096"])
+    assert len(recipes) == 2 * 3 * len(mixing.ARMS)
+    assert recipes["1600 steps: centroids, rate 0.003"] == Recipe("centroids", length=4, rate=3.0)
+
+
+def test_a_learned_router_is_trained_once_and_only_in_stage_1(context, teacher):
+    recipe = mixing.ARMS["alpha per head, learned router"]
+    students = [trained(replace(recipe, rate=rate), teacher, QUICK, 0, context) for rate in (1.0, 3.0)]
+    router = [each.blocks[0].attention.core.router.scores.proj_q.weight for each in students]
+    other = [each.out.weight for each in students]
+    assert torch.equal(*router) and not torch.equal(router[0], torch.eye(16))
+    assert not torch.equal(*other) and not torch.equal(other[0], teacher.out.weight)
+    assert students[0].out.weight.requires_grad and not router[0].requires_grad
+
+
+def test_errors_of_rows_by_the_mass_that_is_not_critical(context, teacher):
+    data = noisy_clips(teacher, 0, torch.tensor([0.1, 0.5]))
+    ideal = build(mixing.ARMS["ideal alpha"], teacher, QUICK, 0)
+    exact = error_of_rows(build(replace(mixing.ARMS["ideal alpha"], critical_ratio=1.0), teacher, QUICK, 0), data)
+    assert exact["rows_1"] == 1 and exact["row_error_1"] == pytest.approx(0, abs=1e-9) and "row_error_3" not in exact
+    found, head = error_of_rows(ideal, data), error_of_rows(build(Recipe("sla2"), teacher, QUICK, 0), data)
+    assert sum(found[f"rows_{number}"] for number in (1, 2, 3)) == pytest.approx(1)
+    assert found["alpha_off"] == pytest.approx(0, abs=1e-5) and head["alpha_off"] > 0.01
+    assert found["row_error_3"] != head["row_error_3"]
+    bins = mixing._by_bins(torch.tensor([0.0, 0.3, 0.4, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    assert bins == {"rows_1": 0.5, "row_error_1": 2, "rows_2": 0.25, "row_error_2": 5, "rows_3": 0.25, "row_error_3": 7}
+    assert error_of_rows(build(Recipe("full"), teacher, QUICK, 0), data) == {}
+
+
+def test_rates_are_chosen_on_other_clips_than_those_of_the_loss(teacher):
+    times = torch.tensor([0.5] * 4)
+    tuning, rows = noisy_clips(teacher, 0, times, split="train"), noisy_clips(teacher, 0, times)
+    held_out = evaluate.held_out(teacher, 4)
+    for one, other in ((tuning, rows), (tuning, held_out), (rows, held_out)):
+        assert not torch.equal(one.velocity, other.velocity)
+
+
 def test_a_condition_changes_all_its_arms():
     recipes = comparisons.when(SETTINGS["n1024"])
     assert recipes["3200 steps: sparse only, 15 %"] == Recipe("sparse", critical_ratio=0.15, length=8)
@@ -339,9 +410,44 @@ def test_pairs_are_compared_seed_by_seed_with_the_sparse_arms_of_their_steps():
 
 
 def test_the_page_and_the_lines_must_fit():
-    place = "<!-- report: main quick -->\n<!-- end of report -->\n"
-    with pytest.raises(ValueError, match=r"no other, which fails for \['main quick', 'when quick'\]"):
+    place = "<!-- report: none quick -->\n<!-- end of report -->\n"
+    with pytest.raises(ValueError, match=r"no other, which fails for \['none quick', 'when quick'\]"):
         fill(place, {"when quick": []})
+
+
+def test_a_place_for_what_is_not_measured_yet_says_how_to_measure_it():
+    page = fill("<!-- report: mixing n4096 -->\nold\n<!-- end of report -->\n", {})
+    assert "Not measured yet: `python -m experiments run mixing --setting n4096`" in page and "old" not in page
+    assert fill(page, {}) == page
+
+
+def mixing_lines() -> list[dict]:
+    """Seed 0 alone would take another rate than both seeds together."""
+    case = "400 steps: {}, rate {}".format
+    tuning = {case("SLA (paper)", rate): (loss, 0.5) for rate, loss in (("0.00033", 0.3), ("0.001", 0.2))}
+    tuning[case("SLA (paper)", "0.003")] = (0.25, 0.4)
+    tuning[case("ideal alpha", "0.001")] = (0.1, 0.1)
+    held_out = {name: (0.01 * number,) * 2 for number, name in enumerate(tuning, start=1)}
+    errors = {f"row_error_{number}": dict.fromkeys(tuning, (0.1 * number,) * 2) for number in (1, 3)}
+    made = lines("mixing", held_out_loss=held_out)
+    for each in made:
+        more = {"tuning_loss": tuning} | errors
+        each["values"] |= {name: of_case[each["case"]][each["seed"]] for name, of_case in more.items()}
+        each["setting"] = "n1024"
+    return made
+
+
+def test_each_arm_of_mixing_is_shown_at_its_best_rate():
+    measured = mixing_lines()
+    found = fill("<!-- report: mixing n1024 -->\n<!-- end of report -->\n", {"mixing n1024": measured})
+    shown = [row for row in found.splitlines() if row.startswith("| 400")]
+    assert shown == [
+        "| 400 steps: SLA (paper), rate 0.003 | 0.0300 |",
+        "| 400 steps: ideal alpha, rate 0.001 | 0.0400 |",
+    ]
+    for name in ("mixing", "error-by-mass"):
+        svg = figures.draw(name, {"mixing n1024": measured})
+        assert svg is not None and "ideal alpha" in svg and "rate" not in svg
 
 
 def test_the_committed_page_is_what_the_committed_lines_give():
@@ -349,7 +455,9 @@ def test_the_committed_page_is_what_the_committed_lines_give():
     assert fill(page, read_results(RESULTS)) == page
     shown = re.findall(r"^!\[.+\]\(experiments/(.+)\.svg\)$", page, flags=re.MULTILINE)
     committed = [path.stem for path in (DOCS / "experiments").iterdir()]
-    assert sorted(shown) == sorted(committed) == sorted(figures.FIGURES)
+    measured = read_results(RESULTS).keys()
+    assert sorted(shown) == sorted(committed)
+    assert sorted(shown) == sorted(name for name, (group, _) in figures.FIGURES.items() if group in measured)
 
 
 def test_figures_show_the_lines_in_the_same_bytes_every_time(tmp_path):

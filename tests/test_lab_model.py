@@ -94,8 +94,8 @@ def test_swapping_keeps_every_other_weight_and_leaves_the_original_alone(arm):
     assert swapped.config == replace(TINY, attention=arm, critical_ratio=0.25)
     for name, weight in swapped.state_dict().items():
         if ".core." in name:
-            assert arm == "sla"
-            assert not weight.any()  # a new Proj is zero
+            # A new Proj is zero, and a new alpha 0.9.
+            assert not weight.any() if arm == "sla" else torch.all(weight.sigmoid() - 0.9 < 1e-6), arm
         else:
             assert torch.equal(weight, before[name])
             assert weight.data_ptr() != made.state_dict()[name].data_ptr()
@@ -114,6 +114,34 @@ def test_swapping_sla_for_sla_keeps_its_proj():
     second = with_attention(first, "sla", critical_ratio=0.5)
     for old, new in zip(first.blocks, second.blocks, strict=True):
         assert torch.equal(old.attention.core.proj_l.weight, new.attention.core.proj_l.weight)
+
+
+def test_swapping_keeps_alpha_where_its_form_and_blocks_stay():
+    first = with_attention(model(), "sla2", alpha="token", router="learned")
+    with torch.no_grad():
+        for parameter in first.blocks[0].attention.core.parameters():
+            parameter.normal_()
+    old = first.blocks[0].attention.core.state_dict()
+    for changes, kept in (
+        ({"critical_ratio": 0.5}, ["alpha_logit", "alpha_weight"]),
+        ({"alpha": "head"}, []),
+        ({"alpha": "block"}, []),
+        ({"block": 16}, []),
+    ):
+        second = with_attention(first, "sla2", **changes)
+        assert second.config.router == "learned"
+        new = second.blocks[0].attention.core.state_dict()
+        same = [name for name in new if new[name].shape == old[name].shape and torch.equal(new[name], old[name])]
+        assert same == [*kept, "router.scores.proj_q.weight", "router.scores.proj_k.weight"]
+    back = with_attention(first, "sla")
+    assert (back.config.alpha, back.config.router) == (None, None)
+
+
+def test_a_learned_router_is_frozen_unless_it_is_trained():
+    made = with_attention(model(), "sla2", alpha="block_means", router="learned")
+    frozen = [name for name, parameter in made.named_parameters() if not parameter.requires_grad]
+    assert len(frozen) == 2 * len(made.blocks) and all(".router." in name for name in frozen)
+    made(clip(), TIME, LABELS).sum().backward()  # with a hard choice
 
 
 @pytest.mark.parametrize("arm", ["sla", "sparse"])
@@ -159,6 +187,12 @@ def test_costs_of_the_arms():
     }
     for arm, figures in expected.items():
         assert evaluate.attention_cost(replace(standard, attention=arm)) == pytest.approx(figures)
+    sla2 = 3 / 64 * full + linear
+    products = {"head": 0, "block": 0, "token": 1, "block_means": 64, "ideal": 2 * 61 / 64 * 1024}
+    for alpha, of_a_row in products.items():
+        expected_flops = sla2 + 8 * 2 * 1024 * 64 * of_a_row
+        flops, _ = evaluate.attention_cost(replace(standard, attention="sla2", alpha=alpha))
+        assert flops == pytest.approx(expected_flops), alpha
 
 
 def test_attention_inputs_are_those_of_every_block():
@@ -198,6 +232,13 @@ def test_flow_ends_are_clip_and_noise_and_the_velocity_joins_them():
         ({"size": 30}, "size must be a multiple of 4, got 30"),
         ({"width": 30, "heads": 4}, r"width must be a multiple of twice the heads \(8\), got 30"),
         ({"attention": "dense"}, r"attention must be one of full, sla, .*, got 'dense'"),
+        ({"attention": "sla2", "alpha": "row"}, r"alpha must be one of 'head', .*, got 'row'"),
+        ({"attention": "sla2", "router": "best"}, r"router must be 'pooled', 'learned' or a callable, got 'best'"),
+        (
+            {"attention": "sla", "alpha": "token"},
+            "alpha must be left out unless attention is sla2, got 'token' with sla",
+        ),
+        ({"router": "learned"}, "router must be left out unless attention is sla2, got 'learned' with full"),
     ],
 )
 def test_bad_configurations_are_named(changes, message):

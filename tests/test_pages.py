@@ -8,7 +8,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["wan.md", "thu-ml.md"])
+@pytest.mark.parametrize("page", ["wan.md", "own-model.md", "thu-ml.md"])
 def test_the_script_of_a_page_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="needs the extra diffusers")
     text = (DOCS / page).read_text(encoding="utf-8")

@@ -438,7 +438,8 @@ with check_exercise(2, affordable_blocks):
 # %% [markdown]
 # ## Recap
 #
-# SLA takes the place of one call and of nothing else: (B, H, N, D) in and out, and every trained weight stays. Count
+# SLA takes the place of one call and of nothing else: (B, H, N, D) in and out, and every trained weight stays. In a
+# model whose code you cannot change, [`replace_sdpa`](../own-model.md#keep-the-code) puts the layer there. Count
 # the operations before, fine-tune everything after, and judge against a control and against sparse-only attention, with
 # the same blocks and with the same cost. Longer sequences make the linear branch cheap, and longer fine-tunes make it
 # useful.

@@ -56,7 +56,7 @@ Objective = Annotated[str, typer.Option(help="flow: the velocity; teacher: the t
 
 TRAINING = ("steps", "batch", "learning_rate", "seed", "precision", "compile", "fsdp", "resume")
 SHAPE = ("size", "frames", "width", "depth", "heads")
-ATTENTION = ("attention", "critical_ratio", "negligible_ratio", "block")
+ATTENTION = ("attention", "critical_ratio", "negligible_ratio", "block", "alpha", "router")
 
 
 def flags(**fields_of: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -158,13 +158,20 @@ def finetune(
     out: Out,
     teacher: Annotated[Path | None, typer.Option(help="Weights to start from. Default: the shipped teacher.")] = None,
     model: ModelConfig = ModelConfig(attention="sla"),  # noqa: B008 (frozen)
-    objective: Objective = "flow",
+    objective: Annotated[
+        str, typer.Option(help="flow or teacher, as for the demo; layers: stage 1 of sla2's learned router.")
+    ] = "flow",
     config: TrainConfig = TrainConfig(steps=4_000, learning_rate=1e-3),  # noqa: B008 (frozen)
     device: Device = "auto",
     backend: Backend = None,
     clips: Clips = 1024,
 ) -> None:
-    """Swap the attention of a trained model and fine-tune all its parameters."""
+    """Swap the attention of a trained model and fine-tune all its parameters.
+
+    SLA2's learned router takes two runs. With --attention sla2 --router learned, the first trains router and alpha
+    alone: --objective layers. The second takes the first one's sla2.safetensors as --teacher, and trains all but the
+    router.
+    """
     _require(WEIGHTS)
     from .lab import runs, weights
 

@@ -61,7 +61,7 @@ class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, num_critical: int, tau: float) -> Tensor:
         x = scores / tau
-        share = torch.tensor(num_critical / scores.shape[-1], dtype=x.dtype, device=x.device)
+        share = x.new_full((), num_critical / scores.shape[-1])  # made on the device: a CUDA graph records no copy
         # The sum grows with lambda. With the largest x at `share` it is too small, with the smallest there too large.
         low, high = (share.logit() - bound for bound in (x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)))
         for _ in range(64):  # [SLA2 Eq. 17] bisection

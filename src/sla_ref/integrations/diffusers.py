@@ -1,4 +1,4 @@
-"""SLA in the self-attention of a Wan transformer of diffusers. Needs the extra `diffusers`.
+"""SLA in the self-attention of Wan's transformer, and of its relatives, in diffusers. Needs the extra `diffusers`.
 
     transformer = WanTransformer3DModel.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", subfolder="transformer")
     install_sla(transformer, critical_ratio=0.05)
@@ -13,6 +13,7 @@ that is an `nn.Module` has one: its weights are part of the model, as `blocks.{i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -22,15 +23,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 try:
-    from diffusers import WanTransformer3DModel
-    from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+    from diffusers import ModelMixin, WanTransformer3DModel
 except ImportError as missing:
     raise ImportError(
         "sla_ref.integrations.diffusers needs diffusers 0.36 or newer: pip install 'sla-ref[diffusers]'"
     ) from missing
 
 from ..block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO
-from ..checks import check_block_size, check_ratio
+from ..checks import check_block_size, check_ratio, check_scale
 from ..feature_maps import FeatureMap
 from ..module import SparseLinearAttention
 from . import thu_ml
@@ -46,19 +46,31 @@ from .checkpoints import (
 from .ulysses import check_heads, gather_tokens, split_tokens, ulysses_attention
 
 __all__ = [
+    "MODELS",
     "install_sla",
     "load_sla",
     "load_sla_state_dict",
     "read_checkpoint",
     "remove_sla",
     "save_sla",
+    "set_schedule",
     "sla_parameters",
     "split_sla_state_dict",
 ]
 
 
+MODELS = (
+    "WanTransformer3DModel",
+    "WanVACETransformer3DModel",
+    "WanAnimateTransformer3DModel",
+    "ChronoEditTransformer3DModel",
+    "SkyReelsV2Transformer3DModel",
+)
+"""The models of diffusers that have Wan's self-attention."""
+
+
 def install_sla(
-    transformer: WanTransformer3DModel,
+    transformer: ModelMixin,
     critical_ratio: float = DEFAULT_CRITICAL_RATIO,
     negligible_ratio: float | None = None,
     *,
@@ -83,15 +95,17 @@ def install_sla(
     whole and are the same on all ranks.
 
     Args:
-        transformer: a `WanTransformer3DModel`, as `pipeline.transformer`; Wan 2.2 has a second, `transformer_2`.
+        transformer: one of `MODELS`, as `pipeline.transformer`; Wan 2.2 has a second, `transformer_2`.
         critical_ratio: as in `sla_ref.SparseLinearAttention`.
         negligible_ratio: likewise; 0.10 if None. Only variant "paper" takes one.
-        layers: numbers of the blocks that get SLA, the others stay dense; all if None.
+        layers: numbers of the blocks that get SLA, the others stay dense; all if None. The control blocks of WanVACE
+            are numbered after the others.
         block_q, block_k, feature_map, backend: as in `sla_ref.SparseLinearAttention`.
         proj_init: likewise. The other variants start Proj at zero.
         variant: "paper", or "main" or "SLA-1" for weights trained with the authors' code, TurboDiffusion's for example:
             see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
-        group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split.
+        group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split. For a
+            `WanTransformer3DModel` only.
         role: the transformer's name in its pipeline, "transformer" or "transformer_2". The files of `save_sla` carry
             it, and `load_sla` wants the same. None means "transformer", except that a file with the name transformer_2,
             or in a folder of that name, is saved as that one's.
@@ -102,7 +116,9 @@ def install_sla(
             heads that the ranks of the group cannot share out evenly. The transformer is then as it was.
     """
     attentions = _self_attentions(transformer)
-    chosen = _chosen(layers, len(attentions))
+    chosen = range(len(attentions)) if layers is None else _block_numbers("layers", layers, len(attentions))
+    if not chosen:
+        raise ValueError("layers must hold at least one number, got none")
     # The layers check the rest, but the authors' one has other names for these.
     check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
     check_block_size("block_q", block_q)
@@ -116,19 +132,22 @@ def install_sla(
             f"transformer must be whole, got one that enable_parallelism has split over devices. {_NO_RING}"
         )
     if group is not None:
-        check_heads(attentions[0].heads, group)
+        if not isinstance(transformer, WanTransformer3DModel):
+            raise ValueError(
+                f"group must be None unless the model is a WanTransformer3DModel, got a {type(transformer).__name__}"
+            )
+        check_heads(attentions["blocks.0.attn1"].heads, group)
         if len(chosen) < len(attentions):
             raise ValueError(
                 "layers must be None with a group: a dense layer would attend only to its rank's tokens; "
                 f"got {len(chosen)} of {len(attentions)} layers"
             )
-    new = []
-    for number in chosen:
-        attention = attentions[number]
-        place, device = f"blocks.{number}.attn1", next(attention.parameters()).device
-        if type(attention.processor) is not WanAttnProcessor:
+    new, numbered = [], list(attentions.items())
+    for place, attention in (numbered[number] for number in chosen):
+        device = next(attention.parameters()).device
+        if type(attention.processor) is not (original := attention._default_processor_cls):
             kind = type(attention.processor).__name__
-            raise ValueError(f"transformer must have diffusers' WanAttnProcessor in {place}, got {kind}")
+            raise ValueError(f"transformer must have diffusers' {original.__name__} in {place}, got {kind}")
         if device.type == "meta":
             raise ValueError(f"transformer must hold its weights, got {place} on the meta device; load them first")
         head_dim = attention.inner_dim // attention.heads
@@ -164,11 +183,11 @@ def install_sla(
     vars(transformer)[_SKIP] = [*(getattr(transformer, _SKIP, None) or ()), r"attn1\.processor"]
 
 
-def remove_sla(transformer: WanTransformer3DModel) -> None:
+def remove_sla(transformer: ModelMixin) -> None:
     """Puts back the processors that `install_sla` replaced, and with that the original model; drops SLA's weights.
 
     Raises:
-        TypeError: transformer is not a `WanTransformer3DModel`.
+        TypeError: transformer is not one of `MODELS`.
         ValueError: it has no SLA.
     """
     attentions = _self_attentions(transformer)
@@ -177,43 +196,119 @@ def remove_sla(transformer: WanTransformer3DModel) -> None:
     for hook in vars(transformer).pop(_HOOKS):
         hook.remove()
     del transformer.parameters, transformer._skip_layerwise_casting_patterns  # those of the class show again
-    for attention in attentions:
+    for attention in attentions.values():
         if isinstance(attention.processor, _WanSelfAttention):
             attention.set_processor(attention.processor.replaced)
 
 
-_HOOKS = "_sla_hooks"  # on the transformer: where to find what splits its tokens, and the sign that it has SLA
+def set_schedule(
+    transformer: ModelMixin,
+    *,
+    min_tokens: int = 1,
+    dense_layers: Iterable[int] = (),
+    dense_above: float | None = None,
+) -> None:
+    """Sets where a transformer with SLA still computes full attention; without arguments, nowhere.
+
+    A dense layer calls the processor that SLA replaced. Each call sets the whole schedule and drops the previous one.
+
+    Args:
+        transformer: with SLA, which `install_sla` put there without a group.
+        min_tokens: shorter sequences stay dense.
+        dense_layers: numbers of the blocks that stay dense. They keep their SLA weights, unused.
+        dense_above: a time in the scheduler's unit, which falls during sampling. Steps at a greater time than this are
+            dense: `scheduler.timesteps[2].item()` makes the first two steps dense, and None makes none of them dense. A
+            batch is dense if the times of all its samples are greater; of several times of a sample, the greatest
+            counts. Forwards that record gradients ignore it: a training step without SLA would leave Proj without
+            gradients.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value, transformer has no SLA, or its tokens are split
+            between the ranks of a group. The schedule is then as it was.
+    """
+    attentions = _self_attentions(transformer)
+    check_block_size("min_tokens", min_tokens)
+    dense = _block_numbers("dense_layers", dense_layers, len(attentions))
+    if dense_above is not None:
+        check_scale(dense_above, "dense_above")
+    if _HOOKS not in vars(transformer):
+        raise ValueError("transformer must have SLA installed, got one without")
+    processors = _processors(transformer)
+    if any(processor.group is not None for processor in processors.values()):
+        raise ValueError("transformer must have SLA without a group: dense attention would see only its rank's tokens")
+    for number, processor in processors.items():
+        processor.min_tokens = sys.maxsize if number in dense else min_tokens
+        processor.dense_step = False
+    for handle in vars(transformer)[_HOOKS]:
+        handle.remove()
+    vars(transformer)[_HOOKS] = hooks = []
+    if dense_above is not None:
+        hook = partial(_find_dense_step, dense_above)
+        hooks.append(transformer.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+_HOOKS = "_sla_hooks"  # on the transformer: what splits its tokens or watches its times, and the sign that it has SLA
 _SKIP = "_skip_layerwise_casting_patterns"  # diffusers'
 
 
-def _self_attentions(transformer: WanTransformer3DModel) -> list[WanAttention]:
-    if not isinstance(transformer, WanTransformer3DModel):
+# diffusers has a copy of the computation for each model. Its name tells it from other computations, which may rotate or
+# normalise in another way although their modules have the same names.
+_WANS_COMPUTATION = ("WanAttnProcessor", "SkyReelsV2AttnProcessor")
+
+
+def _self_attentions(transformer: ModelMixin) -> dict[str, Any]:
+    """Those of Wan's kind by their places, in the order of their numbers."""
+    attentions = {
+        f"{stack}.{number}.attn1": getattr(block, "attn1", None)
+        for stack in ("blocks", "vace_blocks")
+        for number, block in enumerate(getattr(transformer, stack, ()))
+    }
+    computed = {getattr(each, "_default_processor_cls", type(None)).__name__ for each in attentions.values()}
+    if not isinstance(transformer, ModelMixin) or not computed or not computed.issubset(_WANS_COMPUTATION):
         places = ("transformer", "module", "_orig_mod", "get_base_model")  # of pipelines and wrappers
         hint = next(
-            (f"; take its .{each}, before anything wraps it" for each in places if hasattr(transformer, each)), ""
+            (f"take its .{each}, before anything wraps it" for each in places if hasattr(transformer, each)),
+            "sla_ref.integrations.sdpa puts SLA into other models",
         )
-        raise TypeError(f"transformer must be diffusers' WanTransformer3DModel, got {type(transformer).__name__}{hint}")
-    return [block.attn1 for block in transformer.blocks]
+        raise TypeError(
+            f"transformer must be one of diffusers' {', '.join(MODELS)}, got {type(transformer).__name__}; {hint}"
+        )
+    return attentions
 
 
-def _backbone_first(transformer: WanTransformer3DModel, recurse: bool = True) -> Iterator[nn.Parameter]:
+def _processors(transformer: ModelMixin) -> dict[int, _WanSelfAttention]:
+    """Those of SLA by their block's number."""
+    processors = (attention.processor for attention in _self_attentions(transformer).values())
+    return {number: each for number, each in enumerate(processors) if isinstance(each, _WanSelfAttention)}
+
+
+@torch.compiler.disable  # it reads a time, which may be on a GPU
+def _find_dense_step(
+    dense_above: float, transformer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """Before a forward: compares its timestep, (B,) or (B, n) with several for each sample."""
+    timestep = inputs[1] if len(inputs) > 1 else named["timestep"]
+    early = timestep.reshape(len(timestep), -1).amax(1) > dense_above
+    dense_step = not torch.is_grad_enabled() and bool(early.all())
+    for processor in _processors(transformer).values():
+        processor.dense_step = dense_step
+
+
+def _backbone_first(transformer: ModelMixin, recurse: bool = True) -> Iterator[nn.Parameter]:
     """`transformer.parameters()` with those of SLA behind all others."""
-    processors = (attention.processor for attention in _self_attentions(transformer))
-    added = {id(own) for each in processors if isinstance(each, nn.Module) for own in each.parameters()}
+    added = {id(own) for each in _processors(transformer).values() for own in each.parameters()}
     return iter(sorted(type(transformer).parameters(transformer, recurse), key=lambda own: id(own) in added))
 
 
-def _chosen(layers: Iterable[int] | None, depth: int) -> list[int]:
-    if layers is None:
-        return list(range(depth))
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be block numbers or None, got {layers!r}")
-    chosen = list(layers)
+def _block_numbers(name: str, numbers: Iterable[int], depth: int) -> list[int]:
+    if isinstance(numbers, (str, bytes)) or not isinstance(numbers, Iterable):
+        raise TypeError(f"{name} must be block numbers, got {numbers!r}")
+    chosen = list(numbers)
     for number in chosen:
         if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"layers must hold ints, got {number!r} of type {type(number).__name__}")
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= number < depth for number in chosen):
-        raise ValueError(f"layers must hold different numbers from 0 to {depth - 1}, at least one, got {chosen}")
+            raise TypeError(f"{name} must hold ints, got {number!r} of type {type(number).__name__}")
+    if len(set(chosen)) < len(chosen) or not all(0 <= number < depth for number in chosen):
+        raise ValueError(f"{name} must hold different numbers from 0 to {depth - 1}, got {chosen}")
     return chosen
 
 
@@ -230,10 +325,10 @@ def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list
         return time, projected, *texts
 
     def tokens(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        for number, attention in enumerate(_self_attentions(transformer)):
+        for place, attention in _self_attentions(transformer).items():
             if not isinstance(attention.processor, _WanSelfAttention):
                 raise RuntimeError(
-                    f"blocks.{number}.attn1 must keep SLA, since install_sla has split the tokens: "
+                    f"{place} must keep SLA, since install_sla has split the tokens: "
                     f"{type(attention.processor).__name__} would attend only to this rank's; remove_sla ends the split"
                 )
         return split_tokens(inputs[0], 1, group), *inputs[1:]  # (B, N, C)
@@ -261,15 +356,26 @@ _NO_RING = (
 class _WanSelfAttention(nn.Module):
     """What Wan does around its self-attention; the attention itself is that of the other base class."""
 
-    replaced: WanAttnProcessor
+    replaced: Any  # diffusers' own processor
     group: dist.ProcessGroup | None
     role: str | None
+    min_tokens = 1
+    dense_step = False
     # diffusers sets this on processors that have it, where tokens are split over devices.
     _parallel_config: Any = None
 
+    @property
+    def _attention_backend(self) -> Any:
+        """What diffusers' set_attention_backend sets on processors that have it: it is for full attention."""
+        return self.replaced._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.replaced._attention_backend = backend
+
     def forward(
         self,
-        attn: WanAttention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -280,6 +386,8 @@ class _WanSelfAttention(nn.Module):
             raise ValueError("SLA takes self-attention without a mask, got encoder_hidden_states or attention_mask")
         if self._parallel_config is not None:
             raise RuntimeError(f"enable_parallelism has split the tokens over devices. {_NO_RING}")
+        if self.dense_step or hidden_states.shape[1] < self.min_tokens:
+            return self.replaced(attn, hidden_states, rotary_emb=rotary_emb)
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -312,6 +420,6 @@ class WanReleasedSLAProcessor(_WanSelfAttention, thu_ml.SparseLinearAttention): 
 
 def _rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of features of `tokens` (B, N, H, D) by its angle, which cos and sin (1, N, 1, D) hold twice."""
-    cos, sin = cos[..., 0::2], sin[..., 0::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]  # the same elements as diffusers
     even, odd = tokens[..., 0::2], tokens[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(tokens.dtype)

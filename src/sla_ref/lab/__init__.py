@@ -8,6 +8,7 @@ Needs the extra `lab` (`pip install 'sla-ref[lab]'`). One file, one job:
 - `flow`      rectified flow: noising, the loss, the sampler
 - `config`    the options of a training run
 - `train`     one training loop for teacher and fine-tuning, resumable without loss
+- `layers`    each layer matched to full attention: stage 1 of SLA2's router
 - `graph`     a step of it as a CUDA graph
 - `checkpoint`  what such a run goes on from, checked
 - `distributed`  several processes, as the training loop sees them

@@ -1,7 +1,7 @@
 """The arms of the lab's comparisons: what a model's attention can be.
 
-Each arm is a module that takes query, key, value (B, H, N, D) and returns (B, H, N, D). `full` and
-`sla` are what the project is about; the others are the paper's baselines and live only here.
+Each arm is a module that takes query, key, value (B, H, N, D) and returns (B, H, N, D). `full`, `sla` and
+`sla2` are what the project is about; the others are the paper's baselines and live only here.
 """
 
 from __future__ import annotations
@@ -65,9 +65,27 @@ def _sla(config: ModelConfig) -> nn.Module:
     return sla_ref.SparseLinearAttention(config.head_dim, *ratios, block_q=config.block, block_k=config.block)
 
 
+def _sla2(config: ModelConfig) -> nn.Module:
+    """Its router is frozen, as all but stage 1 of its training wants it (`layers.for_stage_1`)."""
+    assert config.alpha is not None and config.router is not None
+    layer = sla_ref.SLA2Attention(
+        config.head_dim,
+        config.heads,
+        config.critical_ratio,
+        alpha=config.alpha,
+        router=config.router,
+        query_length=config.tokens if config.alpha == "block" else None,
+        block_q=config.block,
+        block_k=config.block,
+    )
+    layer.get_submodule("router").requires_grad_(False)
+    return layer
+
+
 ARMS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "full": lambda config: FullAttention(),
     "sla": _sla,
+    "sla2": _sla2,
     "sparse": SparseOnly,
     "linear": lambda config: LinearOnly(),
     "l+s": LinearPlusSparse,

@@ -6,6 +6,7 @@ to the true velocity is the held-out loss, that to the teacher's predictions the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -82,7 +83,8 @@ def attention_inputs(
 def attention_cost(config: ModelConfig) -> tuple[float, float]:
     """FLOPs of all attention in one forward of one clip, and its sparsity, 1 - critical share.
 
-    Counted as `sla_ref.analysis.attention_flops` says; linear-only attention has sparsity 1.
+    Counted as `sla_ref.analysis.attention_flops` says, plus the products behind SLA2's alpha; linear-only attention has
+    sparsity 1.
     """
     critical_share = {"full": 1.0, "linear": 0.0}.get(config.attention)
     if critical_share is None:
@@ -95,6 +97,13 @@ def attention_cost(config: ModelConfig) -> tuple[float, float]:
         config.tokens,
         config.head_dim,
         critical_share=critical_share,
-        linear=config.attention in ("sla", "linear", "l+s"),
+        linear=config.attention in ("sla", "sla2", "linear", "l+s"),
     )
+    token_products = {  # a query with so many vectors; "ideal" runs the operator, which multiplies with values too
+        "token": 1,
+        "block_means": math.ceil(config.tokens / config.block),
+        "ideal": 2 * (1 - critical_share) * config.tokens,
+    }
+    if config.alpha in token_products:
+        flops += 2 * config.tokens * config.head_dim * token_products[config.alpha]
     return config.depth * config.heads * flops, 1 - critical_share

@@ -21,6 +21,7 @@ from .config import check_limits, option
 from .data import DIGITS, MovingDigits
 
 PATCH = 4
+SLA2_DEFAULTS = {"alpha": "head", "router": "pooled"}
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class ModelConfig:
     width: int = option(128, "Width of the model.", least=2)
     depth: int = option(4, "Blocks of the model.", least=1)
     heads: int = option(2, "Attention heads.", least=1)
-    attention: str = option("full", "full, sla, sparse, linear or l+s.")
+    attention: str = option("full", "full, sla, sla2, sparse, linear or l+s.")
     critical_ratio: float = option(0.05, "Share of critical blocks.")
-    negligible_ratio: float = option(0.10, "Share of negligible blocks.")
+    negligible_ratio: float = option(0.10, "Share of negligible blocks, of sla alone.")
     block: int = option(16, "Tokens of a block.", least=1)
+    # Of sla2 alone: None for any other attention, and replaced by the defaults here for sla2.
+    alpha: str | None = option(None, "With sla2: head (default), block, token, block_means or ideal.")
+    router: str | None = option(None, "With sla2: pooled (default) or learned.")
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -44,6 +48,14 @@ class ModelConfig:
             raise ValueError(f"size must be a multiple of {PATCH}, got {self.size}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of twice the heads ({2 * self.heads}), got {self.width}")
+        for name, default in SLA2_DEFAULTS.items():
+            value = getattr(self, name)
+            if self.attention != "sla2" and value is not None:
+                raise ValueError(
+                    f"{name} must be left out unless attention is sla2, got {value!r} with {self.attention}"
+                )
+            if self.attention == "sla2" and value is None:
+                object.__setattr__(self, name, default)  # the dataclass is frozen
 
     @property
     def head_dim(self) -> int:
@@ -179,12 +191,18 @@ class VideoTransformer(nn.Module):
 def with_attention(model: VideoTransformer, attention: str, **changes: Any) -> VideoTransformer:
     """A copy of `model` with the same weights and another attention in every block.
 
-    `changes` are fields of ModelConfig: critical_ratio, negligible_ratio, block. A parameter that only
-    the new attention has (SLA's proj_l) starts as it makes it; one that only the old one had is left
-    behind.
+    `changes` are fields of ModelConfig: critical_ratio, negligible_ratio, block, alpha, router. A parameter
+    that only the new attention has (SLA's proj_l) starts as it makes it; one that only the old one had is
+    left behind. SLA2's alpha is kept only where its form and its blocks stay.
     """
-    swapped = VideoTransformer(replace(model.config, attention=attention, **changes))
+    old = model.config
+    if attention != old.attention:
+        changes = dict.fromkeys(SLA2_DEFAULTS) | changes
+    new = replace(old, attention=attention, **changes)
+    swapped = VideoTransformer(new)
     weights = swapped.state_dict()
-    weights.update((name, w) for name, w in model.state_dict().items() if name in weights)
+    same_alpha = (old.alpha, old.block) == (new.alpha, new.block)
+    kept = (name for name in model.state_dict() if name in weights and (same_alpha or ".core.alpha_" not in name))
+    weights.update((name, model.state_dict()[name]) for name in kept)
     swapped.load_state_dict(weights)
     return swapped.to(next(model.parameters()).device)

@@ -7,6 +7,7 @@ a card that holds the held-out loss of exactly these rounded weights. With sever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ from rich.console import Console
 from . import distributed, evaluate
 from .config import TrainConfig
 from .console import progress_bar
+from .layers import each_layer, for_stage_1
 from .machine import machine
 from .model import ModelConfig, VideoTransformer, with_attention
 from .train import Objective, distance_to, flow_loss, train
 from .weights import checksum, load_weights, round_to_half, save_weights
 
-OBJECTIVES = ("flow", "teacher")
 DATA = "moving digits made from scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
 
 
-def named_objective(name: str, teacher: VideoTransformer, config: TrainConfig) -> Objective:
-    """The objective of that name; ValueError if there is none."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
-    if name == "flow":
-        return flow_loss
-    return distance_to(torch.compile(teacher) if config.compile else teacher)
+def named_objective(
+    name: str, teacher: VideoTransformer, config: TrainConfig, student: VideoTransformer | None = None
+) -> Objective:
+    """The objective of that name; ValueError if there is none. Without a `student`, there is no "layers"."""
+    made: dict[str, Callable[[], Objective]] = {
+        "flow": lambda: flow_loss,
+        "teacher": lambda: distance_to(torch.compile(teacher) if config.compile else teacher),
+    }
+    if student is not None:
+        made["layers"] = lambda: each_layer(student, teacher)
+    if name not in made:
+        raise ValueError(f"objective must be one of {', '.join(made)}, got {name!r}")
+    return made[name]()
 
 
 def train_teacher(
@@ -55,10 +62,45 @@ def finetune(
 ) -> Path:
     """Loads the weights `source`, swaps the attention, trains; returns the new weights file.
 
-    `changes` are those of `with_attention`: attention, critical_ratio, negligible_ratio, block.
+    `changes` are those of `with_attention`: attention, critical_ratio, negligible_ratio, block, alpha, router.
+
+    A learned router of SLA2 takes two runs. The first starts from full attention, has the objective "layers", and
+    trains only router and alpha. The second starts from the file of the first, and trains all but the router.
     """
     teacher, _ = load_weights(source, device)
-    return _run(with_attention(teacher, **changes), teacher, objective, config, out, console, clips)
+    student = with_attention(teacher, **changes)
+    if objective == "layers":
+        _check_stage_1(teacher.config, student.config)
+        for_stage_1(student)
+    elif student.config.router == "learned":
+        _check_stage_2(teacher.config, student.config, objective)
+    return _run(student, teacher, objective, config, out, console, clips)
+
+
+def _check_stage_1(source: ModelConfig, student: ModelConfig) -> None:
+    if student.router != "learned":
+        got = f"router {student.router!r} and attention {student.attention!r}"
+        raise ValueError(f"objective layers is stage 1 of sla2's router 'learned', got {got}")
+    if source.attention != "full":
+        raise ValueError(f"objective layers needs a teacher with attention 'full' to match, got {source.attention!r}")
+    if distributed.count() > 1:  # it calls layers, around what averages the gradients of a whole model
+        raise ValueError(f"objective layers needs one process, got {distributed.count()}")
+
+
+def _check_stage_2(source: ModelConfig, student: ModelConfig, objective: str) -> None:
+    if source.router != "learned":
+        raise ValueError(
+            "router 'learned' needs the weights of stage 1 as teacher, which the objective layers makes, got some with "
+            f"attention {source.attention!r} and router {source.router!r}"
+        )
+    for name in ("alpha", "block"):
+        there, here = getattr(source, name), getattr(student, name)
+        if there != here:
+            raise ValueError(f"{name} must be that of stage 1, {there!r}, got {here!r}")
+    if objective == "teacher":
+        raise ValueError(
+            "objective must be flow from the weights of stage 1, which are no teacher to match, got 'teacher'"
+        )
 
 
 def _run(
@@ -75,7 +117,7 @@ def _run(
     if path.exists():
         raise FileExistsError(f"{path} is there already: the run in this folder is finished")
     device = next(model.parameters()).device
-    loss = flow_loss if teacher is None else named_objective(objective, teacher, config)
+    loss = flow_loss if teacher is None else named_objective(objective, teacher, config, model)
     about = {"objective": objective}
     if teacher is not None:
         about["teacher"] = f"weights with sha256 {checksum(teacher.state_dict())}"

@@ -1,7 +1,8 @@
 """One training loop, for the teacher and for fine-tuning; an interrupted run resumes without loss.
 
 All parameters are trained with AdamW on a one-cycle schedule, on clips made as they are needed. What is minimised is an
-objective: the flow loss, or the distance to a teacher's prediction (the "white box" recipe).
+objective: the flow loss, the distance to a teacher's prediction (the "white box" recipe), or that of each layer to
+full attention (`layers`).
 
 A run lives in one folder: `checkpoint.pt` (all that is needed to go on) and `metrics.jsonl` (one line per `log_every`
 steps: step, mean loss since the last line, learning rate, seconds). On one CPU an interrupted and resumed run ends with
@@ -217,7 +218,7 @@ class Run:
         return {
             # What must be the same for a checkpoint to continue this run.
             "identity": {
-                **{f"model.{key}": value for key, value in asdict(self.model.config).items()},
+                **{f"model.{key}": value for key, value in asdict(self.model.config).items() if value is not None},
                 **self.config.recipe(),
                 **self.about,
                 "device": self.device.type,
