@@ -1,4 +1,4 @@
-"""`pytest` tries every backend that this machine can run; `pytest --backend=triton` the tests of one alone.
+"""`pytest` tries every backend that this machine can run; `pytest --backend=triton` tries only that one.
 
 Without a GPU, Triton runs in its interpreter and Numba in its simulator: same kernels, no hardware. The header of the
 run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another).
@@ -27,8 +27,8 @@ for name in (*OF_THE_TERMINAL, "SLA_REF_BACKEND", "TORCHELASTIC_RUN_ID"):
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Who asks for the kernels of a CPU without AVX-512 means those of oneDNN too. Given only ATen's, attention in bfloat16
-# asks oneDNN what the CPU can do, takes that way, and fails.
+# Kernels for a CPU without AVX-512 have to be chosen for ATen and oneDNN alike. If only ATen's are, attention in
+# bfloat16 asks oneDNN what the CPU can do, goes that way and fails.
 if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
     # Inductor would take code from its cache that it made for the CPU's own capability.
@@ -58,7 +58,7 @@ WITHOUT_GPU = {"triton": "in its interpreter, on the CPU", "numba": "in its simu
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--backend", choices=(*BACKENDS, "all"), help="run the tests of this backend alone (all: of every backend)"
+        "--backend", choices=(*BACKENDS, "all"), help="run only the tests of this backend (all: of every backend)"
     )
     parser.addoption(
         "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in another order"

@@ -12,11 +12,11 @@ import pytest
 
 from sla_ref import testing
 
-COPY = "sla_ref.backends.faulty"  # a name beside the backends' own, so that relative imports work
+COPY = "sla_ref.backends.faulty"  # in the backends' package, where relative imports work
 
 
 class Fault:
-    """One place of a backend's source, what it becomes, and a result in which that must show.
+    """One place of a backend's source, what it becomes, and a result in which the fault must show.
 
     `problem` says what the small problem of the tests needs to be like to show it, as `make` takes it.
     """
@@ -30,7 +30,7 @@ class Fault:
         named = [node for node in ast.walk(ast.parse(text)) if getattr(node, "name", None) == self.function]
         source = ast.get_source_segment(text, named[0]) if named else ""
         assert source.count(self.old) == 1, (
-            f"mend this row of FAULTS: {self.old!r} stands {source.count(self.old)} times in "
+            f"mend this row of FAULTS: {self.old!r} occurs {source.count(self.old)} times in "
             f"{self.function} of {self.file}, and not once"
         )
         path.write_text(text.replace(source, source.replace(self.old, self.new)), encoding="utf-8")

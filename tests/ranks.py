@@ -153,7 +153,7 @@ def interrupt_at(when: int | None):
 
 
 def message(function, *arguments, **options) -> str:
-    """Of the error that a call must raise."""
+    """The type and text of the error that a call must raise."""
     try:
         function(*arguments, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -162,7 +162,7 @@ def message(function, *arguments, **options) -> str:
 
 
 def split(folder: Path) -> None:
-    """Ulysses, alone and in Wan."""
+    """Ulysses, by itself and in Wan."""
     found: dict[str, object] = {}
     for feature_map in ("softmax", "hedgehog"):
         model = Attention(feature_map)
@@ -254,7 +254,7 @@ def trained(folder: Path) -> None:
     training(folder, "ddp")
     training(folder, "fsdp", replace(CONFIG, fsdp=True))
     training(folder, "resumed", replace(CONFIG, fsdp=True, resume=True))
-    # A signal reaches one rank alone; the other one must not wait for it.
+    # A signal reaches only one rank; the other one must not wait for it.
     tick = interrupt_at(3) if dist.get_rank() else interrupt_at(None)
     with suppress(KeyboardInterrupt):
         training(folder, "interrupted", tick=tick)
@@ -295,7 +295,7 @@ def comparisons() -> dict[str, object]:
 
 
 def waits() -> str:
-    """Rank 1 stays away from a collective: what rank 0 says."""
+    """What rank 0 says when rank 1 stays away from a collective."""
     dist.barrier()  # the limit holds for the founding of the group too, so both begin it together
     group, said = dist.new_group(timeout=timedelta(seconds=5)), ""
     if dist.get_rank() == 0:
@@ -320,7 +320,7 @@ def finetune(folder: Path, name: str, **options: object) -> None:
 
 
 def failing(folder: Path) -> None:
-    """Rank 1 alone meets an error, where rank 0 waits for its gradients."""
+    """Only rank 1 meets an error, while rank 0 waits for its gradients."""
     advance = Run.advance
 
     def advance_or_raise(run: Run) -> Tensor:

@@ -127,7 +127,7 @@ forward, backward, labels = (getattr(torch.ops.sla_ref, name).default for name i
 
 
 def operator_arguments(*, inside: bool = False, dtype: torch.dtype = torch.float32) -> tuple:
-    """Of `forward`, for a map whose rows differ; `inside` leaves phi = softmax to the operator."""
+    """Arguments of `forward` for a map whose rows differ; `inside` leaves phi = softmax to the operator."""
     problem = testing.make_problem(query_length=20, head_dim=4, block_q=8, block_k=8, labels="random").to(dtype)
     *tensors, block_map, scale = problem.inputs
     tensors[3:] = (None, None) if inside else tensors[3:]
@@ -148,6 +148,21 @@ def test_opcheck(inside):
         torch.library.opcheck(backward, (*grads[:2], grad_lse, *detached[:5], *saved, detached[5], *options))
 
 
+@pytest.mark.parametrize("result", ["an argument", "one tensor twice"])
+def test_results_that_share_memory_are_refused(result, monkeypatch):
+    """Compilers take the results of an operator for tensors of their own."""
+    backend = backends.load("torch")
+    original = backend.forward
+
+    def forward(inputs):
+        saved = original(inputs)
+        return saved._replace(out_linear=inputs.query if result == "an argument" else saved.out_sparse)
+
+    monkeypatch.setattr(backend, "forward", forward)
+    with pytest.raises(RuntimeError, match="sla_ref::forward must return new tensors"):
+        sla_ref.sparse_linear_attention(Q, Q, Q, backend="torch")
+
+
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 def test_gradcheck_through_all_three_outputs(feature_map):
     def function(*inputs):
@@ -159,7 +174,7 @@ def test_gradcheck_through_all_three_outputs(feature_map):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_lse_of_a_row_without_critical_key_has_no_gradient(bad):
-    """lse is the constant -inf there: what a loss makes of it, and divides by it, must not reach anything."""
+    """There lse is the constant -inf. Whatever a loss computes from it must not reach any gradient."""
     labels = torch.ones(1, 2, 4, 4, dtype=torch.int8)
     labels[:, :, 1] = 0
     inputs = qkv()
@@ -201,7 +216,7 @@ def test_scale_default_and_given():
 
 
 def test_nothing_quadratic_is_kept_for_the_backward():
-    """Kept: the five inputs, both outputs, lse and the labels."""
+    """The five inputs, both outputs, lse and the labels are kept."""
     inputs = tuple(torch.randn(1, 1, 512, 4, requires_grad=True) for _ in range(3))
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -231,7 +246,7 @@ def test_autocast_computes_as_if_the_inputs_had_its_dtype(dtype):
 
 
 def test_the_backward_runs_with_autocast_off():
-    """Same bits whether or not forward and backward are called inside autocast."""
+    """The bits are the same whether or not forward and backward are called inside autocast."""
     *tensors, labels_, C, uniform, block_q, block_k, scale, backend = operator_arguments()
     arguments = [tensor.detach() for tensor in tensors], (labels_, C, uniform, block_q, block_k, scale, backend)
 
@@ -259,12 +274,12 @@ def loss(query, key, value):
 
 
 def samples(seed: int) -> torch.Tensor:
-    """Three samples of a batch of two, so that the two axes cannot be confused."""
+    """Three samples of a batch of two: the sizes differ to tell the two axes apart."""
     return torch.stack([torch.cat([tokens(seed=seed + 2 * i), tokens(seed=seed + 2 * i + 1)]) for i in range(3)])
 
 
 def test_vmap_and_gradients_of_samples():
-    """Each sample as if it were alone; a key that all samples share gets the gradients of all of them."""
+    """Each sample is computed as if it were the only one; a key that all share gets the gradients of all."""
     queries, values = samples(0), samples(10)
     key = samples(20)[0]
     got = vmap(lambda q, v: sla_ref.sparse_linear_attention(q, key, v, **SMALL))(queries, values)
@@ -317,7 +332,7 @@ def dual(function, query, tangent):
     ids=["jvp", "jacfwd", "linearize", "forward_ad", "forward_ad, requires_grad", "forward_ad, no_grad"],
 )
 def test_forward_mode_is_refused_in_words(run):
-    """A backend cannot carry tangents, and a tangent of zero would be wrong without a word."""
+    """A backend cannot carry tangents, and a tangent of zero would be silently wrong."""
     with pytest.raises(RuntimeError, match="sparse_linear_attention has no forward-mode derivative"):
         run(lambda q: sla_ref.sparse_linear_attention(q, Q, Q, **SMALL).sparse, Q)
 

@@ -26,7 +26,7 @@ def thorough(backend_name: str, case: testing.Case, device: str) -> bool:
 
 
 def fitting(backend_name: str, case: testing.Case, device: str) -> testing.Case:
-    """The case, for Numba's simulator at a quarter of its size: that runs every thread of a GPU as one of Python's."""
+    """The case, at a quarter of its size for Numba's simulator, which runs every thread of a GPU as a Python thread."""
     if backend_name != "numba" or device == "cuda":
         return case
     full = {"query_length": 200, "head_dim": 64, "block_q": 64, "block_k": 64} | case.arguments

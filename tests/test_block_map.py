@@ -200,7 +200,7 @@ def test_replace_checks_and_counts_again():
 
 
 def test_the_number_of_critical_blocks():
-    """Counted when a map is made by hand; what is given is checked."""
+    """It is counted when a map is made by hand; a given number is checked."""
     assert (hand_made().num_critical, hand_made().max_critical, hand_made().is_uniform) == (None, 2, False)
     same = hand_made(labels=torch.ones(1, 1, 3, 3, dtype=torch.int8), num_critical=3)
     assert (same.num_critical, same.max_critical, same.is_uniform) == (3, 3, True)
@@ -234,7 +234,7 @@ def test_nothing_is_read_after_a_map_is_made(monkeypatch):
     ids=["to", "deepcopy", "pickle", "pytree"],
 )
 def test_copies_of_a_map(copied):
-    """Also of one whose labels were edited before it was made: a copy's tensor starts to count anew."""
+    """Copies work, even if the labels were edited before: a copied tensor starts with an edit count of 0."""
     labels = hand_made().labels.neg_().neg_()
     for block_map in (hand_made(labels=labels), sla_ref.classify_blocks(tokens(12), tokens(11), block_q=4, block_k=4)):
         other = copied(block_map)

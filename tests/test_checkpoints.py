@@ -24,7 +24,7 @@ FAST_VIDEO = "blocks.{}.attn1.attn_impl.proj_l"
 
 
 class Model(nn.Module):
-    """Blocks 0 and 2 have SLA, block 1 is dense; `mlp` stands for what the checkpoint of a whole model has besides."""
+    """Blocks 0 and 2 have SLA, block 1 is dense; `mlp` is for all else that the checkpoint of a model has."""
 
     def __init__(self, feature_map: str | FeatureMap = "softmax") -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Model(nn.Module):
 
 
 def weights(name: str = OURS, blocks=(0, 2)) -> dict[str, torch.Tensor]:
-    """Different ones for each block; the same under every name."""
+    """Weights that differ from block to block, and are the same under every name."""
     made = {}
     for number in blocks:
         generator = torch.Generator().manual_seed(number)
@@ -98,7 +98,7 @@ def test_simple_tuners_one_projection_goes_to_every_layer():
 
 
 class PeftModel(nn.Module):
-    """As PEFT wraps a model."""
+    """Wraps a model as PEFT does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def test_a_wrapped_model(wrap, tmp_path):
 
 
 class Adapter(nn.Module):
-    """As a LoRA layer of PEFT stands around a Linear."""
+    """Wraps a Linear as PEFT's LoRA layer does."""
 
     disable_adapters = False
 
@@ -132,7 +132,7 @@ class Adapter(nn.Module):
 
 
 class TrainedWhole(nn.Module):
-    """As PEFT's `modules_to_save` stands around a Linear."""
+    """Wraps a Linear as PEFT's `modules_to_save` does."""
 
     active_adapters = ("default",)
     disable_adapters = False
@@ -300,13 +300,13 @@ def int8(layer: nn.Module) -> None:
 
 
 def quantised(layer: nn.Module) -> None:
-    """As dynamic quantisation does: the weight is a method."""
+    """Quantised dynamically: the weight is a method."""
     layer.proj_l = nn.Module()
     layer.proj_l.weight = lambda: torch.zeros(D, D)
 
 
 def sharded(layer: nn.Module) -> None:
-    """As FSDP1 and DeepSpeed do: this rank's part of a flat tensor."""
+    """Sharded as by FSDP1 and DeepSpeed: this rank's part of a flat tensor."""
     layer.proj_l.weight = nn.Parameter(torch.ones(D * D // 2))
 
 

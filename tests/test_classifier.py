@@ -1,4 +1,4 @@
-"""The digit classifier: trained in a moment, kept whole; and the two figures that it gives of clips."""
+"""The digit classifier: trained in a moment, kept whole; and the two measures of clips that it gives."""
 
 import pytest
 import torch
@@ -72,11 +72,11 @@ def test_frechet_distance_of_a_set_with_itself_is_zero_also_of_few_rows():
 def test_frechet_distance_of_known_gaussians():
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(300, 3, dtype=torch.float64, generator=generator)
-    # Rows with mean 0 and covariance 1 exactly, so that what is made of them is known exactly.
+    # Rows with mean 0 and covariance 1 exactly: the moments of what is made from them are known.
     normal = normal - normal.mean(dim=0)
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(normal.T.cov()), normal.T, upper=False).T
     a, b, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 0.5]), torch.tensor([0.0, 3.0, 4.0])
-    # Of diagonal covariances it is the distance of the means and of the standard deviations.
+    # For diagonal covariances it is the distance of the means and of the standard deviations.
     expected = 25 + 1 + 0 + 6.25
     assert frechet_distance(white * a, white * b + shift) == pytest.approx(expected)
     # Covariances that do not commute: with A = M M and B = W W, the closed form in two dimensions.

@@ -146,7 +146,7 @@ def test_an_interrupted_finetune_goes_on_with_resume(capsys, monkeypatch, tmp_pa
 
 
 def test_ctrl_c_while_torch_is_loading_is_one_line(tmp_path):
-    """A torch that is interrupted when it is imported stands for the seconds that the real one takes."""
+    """The real torch takes seconds to import; this one is interrupted at once."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), str(Path(sla_ref.__file__).parents[1])])
     command = [sys.executable, "-m", "sla_ref", "backends"]
@@ -273,7 +273,7 @@ def test_a_leftover_of_torchrun_in_the_environment_changes_nothing(capsys, monke
 
 
 def test_a_folder_whose_name_the_terminal_cannot_show(monkeypatch, tmp_path):
-    """A terminal of ASCII alone. A byte that is no UTF-8 is a surrogate to Python."""
+    """The terminal shows only ASCII. To Python, a byte that is not UTF-8 is a surrogate."""
     out, files = tmp_path / os.fsdecode("é[red]:smile:".encode() + b"\xff"), {}
     for name in ("stdout", "stderr"):
         files[name] = io.BytesIO()

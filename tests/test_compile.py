@@ -14,8 +14,8 @@ import sla_ref
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SMALL = {"critical_ratio": 0.3, "negligible_ratio": 0.3, "block_q": 8, "block_k": 8}
-# With 15 or 16 key blocks and the default ratios, one block is negligible and none but one is critical: inductor has a
-# way of its own with a class of one.
+# With 15 or 16 key blocks and the default ratios, one block is negligible and one is critical: inductor treats a class
+# of one block differently.
 SIZES = list(itertools.product((1000, 1024, 8192), (64, 128)))
 
 
@@ -38,7 +38,7 @@ def layer_for(dim: int, device: str = "cpu", **settings) -> sla_ref.SparseLinear
 
 
 def assert_same(function, expected_function, inputs, wanted=None, **tolerance) -> None:
-    """Outputs and gradients; the wanted ones are those of the inputs if not given."""
+    """Outputs, and gradients with respect to `wanted`, by default the inputs."""
     out, expected = function(*inputs), expected_function(*inputs)
     torch.testing.assert_close(out, expected, **tolerance)
     grads = (torch.autograd.grad(o.float().square().sum(), wanted or inputs) for o in (out, expected))
@@ -71,7 +71,7 @@ def test_fullgraph_forward_and_backward_with_dynamic_lengths():
 @pytest.mark.parametrize("inference", [False, True], ids=["", "made in inference mode"])
 @pytest.mark.parametrize("where", ["outside", "inside"])
 def test_a_map_built_by_hand(where, inference):
-    """Built in the compiled function, its values cannot be read: C is then Tk, and the result the same."""
+    """Its values cannot be read if the compiled function builds it: C is then Tk, and the result the same."""
     with torch.inference_mode(inference):
         labels = torch.randint(-1, 2, (1, 2, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.int8)
         outside = sla_ref.BlockMap(labels, 8, 8, 30, 30)
@@ -163,7 +163,7 @@ def test_a_map_built_by_hand_in_a_cuda_graph(backend, where):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 def test_export_with_a_dynamic_number_of_tokens(strict):
-    """Made at a whole number of blocks, and right at every other length of more than one block."""
+    """Exported with a whole number of blocks, it is right at every other length of more than one block."""
     layer = layer_for(16, **SMALL)
     given = tuple(torch.randn(3, 1, 2, 64, 16))
     shapes = {name: {2: Dim("n", min=9, max=4096)} for name in ("query", "key", "value")}

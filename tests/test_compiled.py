@@ -18,7 +18,7 @@ of_triton = pytest.mark.backend("triton")
 
 PRODUCTS = {"states", "forward", "grad_sums", "grad_keys", "dq", "dkdv"}
 PRODUCTS |= {f"{name} softmax" for name in PRODUCTS}  # the form that computes phi
-NAMES = {"lists", "weights"} | PRODUCTS
+NAMES = {"lists"} | PRODUCTS
 INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
 
 
@@ -73,6 +73,97 @@ print(json.dumps(found))
 
 
 @of_triton
+@pytest.mark.parametrize("blind", [False, True], ids=["", "to alignment"])
+def test_calls_of_one_case_are_one_to_triton(blind: bool) -> None:
+    """What a case says of the arguments decides what Triton, which looks at all of them, would compile.
+
+    Pointers are moved, tensors are views or missing, numbers differ. Where a case is blind to alignment, this shows.
+    """
+    code = """
+import itertools
+from sla_ref import backends, testing
+from sla_ref.backends.triton.classify import classify
+backend = backends.load("triton")
+launch = backend.launch
+backend.tokens.SHORT = 0  # descriptors for short sequences too
+blind = sys.argv[1] == "True"
+found, wrong = {}, set()
+
+class Look(launch.Launcher):
+    def start(self, kernel, programs, *args, case=None, **options):
+        *_, binder = kernel.device_caches[90]  # of the target
+        _, seen, _ = binder(*args, **options)
+        if blind:
+            case = str(case).replace(", 8)", ", 0)")
+        key = (kernel.fn, case, *map(type, args))
+        if case is not None and found.setdefault(key, str(seen)) != str(seen):
+            wrong.add(kernel.__name__)
+
+def moved(tensor, by):
+    place = torch.empty(tensor.numel() + by, dtype=tensor.dtype)[by:].view(tensor.shape)
+    return place.copy_(tensor)
+
+def turned(tensor):
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.dim() == 4 else tensor
+
+views = [lambda t: t, lambda t: moved(t, 16), lambda t: moved(t, 8 // t.element_size()), turned]
+with compiled._triton_target(90), launch.launch_with(Look()):
+    for seed, (view, dtype, phi, capacity) in enumerate(
+        itertools.product(views, (torch.bfloat16, torch.float32), (True, False), (1, 2, 8))
+    ):
+        sizes = dict(heads=3, query_length=100 + seed % 2, key_length=161, head_dim=16, seed=seed, dtype=dtype)
+        problem = testing.make_problem(**sizes, block_q=16, block_k=16)._map_tensors(view)
+        problem = problem if phi else problem.default_phi()
+        labels = torch.zeros(1, 3, 7, 11, dtype=torch.int8)
+        labels[..., :capacity] = 1
+        block_map = backend.BlockMap(view(labels), 16, 16, 100 + seed % 2, 161)
+        inputs = problem.inputs._replace(block_map=block_map)
+        classify(inputs.query, inputs.key, capacity, 1, 16, 16)
+        saved = backend.forward(inputs)
+        saved = saved._replace(lse=moved(saved.lse, 2 * (seed % 2)))
+        for grad_lse in (problem.grad_lse, None):
+            backend.backward(problem.grad_sparse, problem.grad_linear, grad_lse, inputs, saved)
+print(json.dumps([len(found), sorted(wrong)]))
+"""
+    cases, wrong = in_its_own_process(code, str(blind))
+    assert cases > 50
+    assert bool(wrong) == blind, wrong
+
+
+@of_triton
+def test_the_second_start_of_a_case_ends_in_the_same_call() -> None:
+    """The first goes through Triton as a whole. Its driver is told to start a kernel by the same words each time."""
+    code = """
+from sla_ref.backends.triton import launch
+from sla_ref.backends.triton.classify import classify
+calls = []
+
+class Driver(compiled._TargetOnly):
+    class utils:
+        load_binary = staticmethod(lambda *args: ("module", "function", 32, 0, 1024))
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 2**17})
+
+    def launcher_cls(self, src, metadata):
+        return lambda *args: calls.append((src.fn.__name__, *args))
+
+compiled._TargetOnly = Driver
+tokens = torch.randn(1, 2, 40, 16)
+with compiled._triton_target(90):
+    for _ in range(2):
+        classify(tokens, tokens, 1, 1, 16, 16)
+    kept = len(launch._kept)
+
+def words(name, *args):  # but for the hooks of a profiler, and with tensors as what they are like
+    return [name, *(launch.layout(x) if isinstance(x, torch.Tensor) else x for x in (*args[:6], *args[9:]))]
+
+first, again = calls[:2], calls[2:]
+same = [str(words(*call)) for call in first] == [str(words(*call)) for call in again]
+print(json.dumps([kept, [name for name, *_ in again], same]))
+"""
+    assert in_its_own_process(code) == [2, ["pool_kernel", "labels_kernel"], True]
+
+
+@of_triton
 def test_one_binary_for_all_lengths() -> None:
     """32768 is a multiple of 16 and 32760 is not, and has a partial last block: the same kernels."""
     code = """
@@ -89,7 +180,7 @@ print(json.dumps(hashes))
 
 @of_triton
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path) -> None:
-    """As where the home folder belongs to somebody else."""
+    """This happens where the home folder belongs to somebody else."""
     code = """
 sizes = dict(head_dim=16, block_q=16, block_k=16)
 print(json.dumps([name for name, binary in compiled.compile_kernels("sm_80", dtype=torch.float16, **sizes)]))

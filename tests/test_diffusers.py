@@ -49,7 +49,7 @@ def transformer(**config) -> WanTransformer3DModel:
 
 
 def inputs(dtype: torch.dtype = torch.float32, **more) -> dict:
-    """Latents of 3 x 8 x 10 pixels, which are 60 tokens: no multiple of 8."""
+    """Latents of 3 x 8 x 10 pixels, which are 60 tokens: not a multiple of 8."""
     generator = torch.Generator().manual_seed(1)
     return {
         "hidden_states": torch.randn(2, 4, 3, 8, 10, generator=generator).to(dtype),
@@ -65,7 +65,7 @@ def run(model: torch.nn.Module, *args, **more) -> torch.Tensor:
 
 
 def trained(model: WanTransformer3DModel) -> WanTransformer3DModel:
-    """With Proj away from its zero."""
+    """The model with a Proj that is not zero."""
     torch.manual_seed(2)
     for parameter in wan.sla_parameters(model):
         torch.nn.init.normal_(parameter, std=0.3)
@@ -257,7 +257,7 @@ def test_bfloat16_autocast(device):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_autocast_that_keeps_the_norms_in_float32():
-    """As it does on some devices: query and key come out of their norms wider than value."""
+    """On some devices query and key come out of their norms in a wider dtype than value."""
     model = transformer()
     for block in model.blocks:
         for norm in (block.attn1.norm_q, block.attn1.norm_k):
@@ -274,7 +274,7 @@ def test_model_in_bfloat16(installed):
     installed.to(torch.bfloat16)
     assert proj.weight.dtype == torch.bfloat16
     assert near(run(installed, torch.bfloat16), expected)
-    proj.float()  # and float32 beside bfloat16
+    proj.float()  # and float32 mixed with bfloat16
     assert near(run(installed, torch.bfloat16), expected)
 
 
@@ -342,7 +342,7 @@ def test_save_and_load(installed, tmp_path):
 
 
 def test_the_way_through_from_pretrained(installed, tmp_path):
-    """What docs/wan.md says: the model as diffusers saves it, the added weights beside it."""
+    """What docs/wan.md says: the model as diffusers saves it, with the added weights in a file of their own."""
     wan.save_sla(installed, tmp_path / "sla.safetensors")
     expected = run(installed)
     wan.remove_sla(installed)
@@ -378,7 +378,7 @@ def test_each_of_two_transformers_takes_its_own_file(tmp_path):
 
 
 def test_save_pretrained_with_sla_in(installed, tmp_path):
-    """In one file and in shards: the way from there to a model with SLA is in the error, and leads there."""
+    """For one file and for shards, the error names the way to a model with SLA, and that way works."""
     fresh, expected = transformer(), run(installed)
     wan.install_sla(fresh, **SPARSE)
     for size, name in (("1GB", "safetensors"), ("20KB", "safetensors.index.json")):
@@ -411,7 +411,7 @@ def test_group_offloading(installed, tmp_path, where):
     installed.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level", **options)
     torch.testing.assert_close(run(installed), expected)
     saved = tmp_path / "after.safetensors"
-    if where == "disk":  # what the parameters hold between two forwards is no weight
+    if where == "disk":  # between two forwards the parameters do not hold the weights
         with pytest.raises(ValueError, match="model must hold its weights, got one that enable_group_offload keeps on"):
             wan.save_sla(installed, saved)
         with pytest.raises(ValueError, match="model must hold its weights"):
@@ -490,7 +490,7 @@ def test_bad_input_leaves_the_model_as_it_was(changes, error, message):
 
 def test_a_head_dim_that_the_feature_map_cannot_take():
     model = transformer(attention_head_dim=16)
-    model.blocks[1].attn1.inner_dim = 30  # the second layer alone: nothing may be installed in the first
+    model.blocks[1].attn1.inner_dim = 30  # only in the second layer: nothing may be installed in the first
     before = model.attn_processors
     with pytest.raises(ValueError, match="head_dim must be an even int >= 2 for the hedgehog feature map, got 15"):
         wan.install_sla(model, feature_map="hedgehog")

@@ -1,4 +1,4 @@
-"""Two processes compute what one does: the lab's training under DDP and FSDP2, Ulysses alone and in Wan.
+"""Two processes compute what one does: the lab's training under DDP and FSDP2, Ulysses by itself and in Wan.
 
 torchrun starts tests/ranks.py three times, on the CPU with gloo: what came out is compared here with one process.
 """
@@ -26,7 +26,7 @@ from tests import ranks
 
 ROOT = Path(__file__).parents[1]
 WAN = importlib.util.find_spec("diffusers") is not None
-pytestmark = pytest.mark.xdist_group("ranks")  # one process of the tests, so that each session starts once
+pytestmark = pytest.mark.xdist_group("ranks")  # one process of the tests: each session starts once
 needs_wan = pytest.mark.skipif(not WAN, reason="needs the extra diffusers")
 
 
@@ -48,7 +48,7 @@ def run(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With a tiny teacher for the command line."""
+    """A folder with a tiny teacher for the command line."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny = ["--frames", "4", "--size", "16", "--width", "32", "--depth", "2", "--batch", "2", "--clips", "2"]
     run("train-teacher", "--out", folder / "teacher", "--device", "cpu", "--steps", "2", *tiny)
@@ -126,7 +126,7 @@ def test_ddp_and_fsdp_give_every_parameter_the_gradient_of_one_process(split, wr
 
 
 def test_files_of_weights_that_fsdp_has_sharded(folder, split):
-    """Written whole, under a name of each rank's own or one for both, and loaded into the shards again."""
+    """They are written whole, under one name for both ranks or one for each, and loaded into the shards again."""
     expected = ranks.Attention().state_dict()
     added = checkpoints.split_sla_state_dict(expected)[0]
     for name in ("same", "own-0", "own-1"):
@@ -201,7 +201,7 @@ def test_all_ranks_raise_the_same_error(split, name, message):
     [
         ("heads", "heads must be divisible by the ranks of the group, which share them out, got 3 on 2 ranks"),
         ("replaced", "RuntimeError: blocks.1.attn1 must keep SLA, since install_sla has split the tokens: WanAttnPro"),
-        ("layers", "layers must be None with a group: a dense layer would attend to its rank's tokens alone; got 1 of"),
+        ("layers", "layers must be None with a group: a dense layer would attend only to its rank's tokens; got 1 of"),
         ("size", "tokens must have one shape and dtype on all ranks; got (1, 45, 1, 16)"),
     ],
 )
@@ -238,7 +238,7 @@ def test_the_loss_curve_is_that_of_one_process(folder, trained, alone, name):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_one_process_goes_on_where_two_stopped(folder, trained, tmp_path, monkeypatch, alone, name):
-    """From the checkpoint of step 6, six steps more."""
+    """It makes six more steps from the checkpoint of step 6."""
     longer = ranks.TrainConfig(**{**ranks.CONFIG.__dict__, "steps": 6})
     state = read_checkpoint(folder / name / "checkpoint.pt")
     reference = read_checkpoint(alone / "checkpoint.pt")

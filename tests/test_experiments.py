@@ -312,7 +312,7 @@ def test_a_value_with_bounds_of_its_own_shows_them_and_many_quantities_are_rows(
     assert "|  | t = 0.1 | t = 0.5 |\n" in page
     assert "| weights above 1/N | 2_% (1 to 4_%) | 10_% (5 to 20_%) |\n" in page
     measured[0]["values"] = measured[1]["values"]
-    assert "weights above" not in filled(measured), "what does not vary is no column"
+    assert "weights above" not in filled(measured), "what does not vary is not a column"
 
 
 def test_pairs_are_compared_seed_by_seed_with_the_sparse_arms_of_their_steps():

@@ -74,7 +74,7 @@ def test_the_mode_of_a_file_follows_the_umask(tmp_path, write, umask):
 
 
 def test_a_writer_that_makes_a_file_of_its_own_does_not_decide_the_mode(tmp_path):
-    """As safetensors does."""
+    """safetensors is such a writer."""
     before = os.umask(0o022)
     try:
         with whole(tmp_path / "file") as temporary:

@@ -58,7 +58,7 @@ def assert_same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None
 
 
 def test_a_copy_without_a_fault_is_right(backend: ModuleType, tmp_path, device: str) -> None:
-    """So that what the planted faults show is theirs."""
+    """Otherwise an error would not have to come from a planted fault."""
     assert_right(with_fault(backend, tmp_path, None), make(device))
 
 
@@ -163,7 +163,7 @@ def test_without_gpu_and_simulator_a_backend_says_how_to_get_either() -> None:
 
 @needs_gpu
 def test_runs_on_torchs_current_stream(backend: ModuleType) -> None:
-    """On another stream, work that the stream has still to do is waited for, and not overtaken."""
+    """On another stream, kernels wait for the work that the stream still has to do."""
     problem = testing.make_problem(device="cuda")
     expected = run(backend, problem)
     stream = torch.cuda.Stream()
@@ -204,7 +204,7 @@ def test_long_sequences_are_right_and_repeat(
 ) -> None:
     """Thousands of thread blocks share the GPU: a race that small cases never lose shows here.
 
-    The oracle would be N x N; the torch backend, on the same numbers in a wider dtype, stands in for it.
+    The oracle would be N x N; the torch backend, on the same numbers in a wider dtype, replaces it.
     """
     dtype, length, allowed = LONG[backend.name]
     sizes = {"heads": 4, "query_length": length, "head_dim": head_dim, "block_q": block_q}

@@ -185,7 +185,7 @@ def test_resuming_names_what_differs(finished, tmp_path):
 
 
 def test_a_run_that_trains_a_part_of_the_model_goes_on(tmp_path):
-    """What is not trained has no optimizer state, and none is missing."""
+    """Frozen parameters have no optimizer state, and the resumed run does not miss it."""
     made = []
     for number, config in enumerate((CONFIG, RESUME)):
         made.append(with_attention(model(), "sla"))
@@ -308,7 +308,7 @@ def test_a_part_of_the_parameters_has_a_rate_of_its_own():
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_steps_that_are_tried_before_a_recording_leave_no_trace(steps_before):
-    """Neither in a fresh run nor in one that goes on."""
+    """They leave none in a fresh run, nor in one that goes on."""
     run = Run(model(), CONFIG)
     for _ in range(steps_before):
         run.advance()

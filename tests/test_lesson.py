@@ -1,4 +1,4 @@
-"""show_source shows what stands in the files, and check_exercise judges what a reader wrote."""
+"""show_source shows what is in the files, and check_exercise judges what a reader wrote."""
 
 import importlib.util
 import inspect

@@ -72,7 +72,7 @@ def test_result_has_the_dtype_of_query_whatever_that_of_proj(dtype, proj):
 
 @pytest.mark.parametrize("proj", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(proj, device):
-    """On a GPU the backend is triton, which takes these blocks."""
+    """On a GPU the backend is triton, which supports these blocks."""
     layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, block_q=16, block_k=16).to(device, proj)
     torch.nn.init.normal_(layer.proj_l.weight)
     x = tuple(tensor.detach().to(device).requires_grad_() for tensor in inputs())
@@ -160,7 +160,7 @@ def test_compiled_layer_with_dynamic_lengths(feature_map):
 
 
 def test_compiled_and_checkpointed_under_autocast(device):
-    """The three together, as a training script has them."""
+    """The three work together, as a training script has them."""
     from torch.utils.checkpoint import checkpoint
 
     torch._dynamo.reset()
@@ -195,7 +195,7 @@ def test_hooks_and_adapters_on_proj_are_honoured():
 
 
 class Int8Linear(torch.nn.Module):
-    """As 8-bit and 4-bit layers are: an integer weight, and float tokens in and out."""
+    """Like 8-bit and 4-bit layers: an integer weight, and float tokens in and out."""
 
     def __init__(self, linear: torch.nn.Linear, packed: bool) -> None:
         super().__init__()

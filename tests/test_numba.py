@@ -106,7 +106,7 @@ def test_states_are_products_of_their_block(device: str) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_broken_state_reaches_its_members_alone(bad: float, device: str) -> None:
-    """Whether it is one of h or of z that is no number."""
+    """The broken number is in one head in h and in the other in z."""
     features, values, spare = torch.ones(2, 48, 8), torch.ones(2, 48, 8), torch.ones(2, 48)
     values[0, 10, 3] = spare[1, 10] = bad
     states = numba_cuda.block_states(*(tensor.to(device) for tensor in (features, values, spare)), 16)
@@ -131,7 +131,7 @@ def test_the_users_tf32_switch_is_put_back(setting: str) -> None:
 
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (16, 16)])
 def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int]) -> None:
-    """At Wan's size: what a chunk's states take is at most what four queries take in float32."""
+    """At Wan's size, a chunk's states take at most the memory of four queries in float32."""
     query = torch.empty(2, 12, 32760, 128, device="meta")
     labels = torch.empty(2, 12, *(math.ceil(32760 / block) for block in blocks), dtype=torch.int8, device="meta")
     heads, states = [], []
@@ -168,7 +168,7 @@ def test_kernels_walk_along_the_lists_of_the_map(device: str) -> None:
 
 
 def test_the_default_blocks(device: str) -> None:
-    """64 x 64 tokens: several thread blocks share a query or a key block, and a key block is several tiles."""
+    """With blocks of 64, several thread blocks share a query or a key block, and a key block is several tiles."""
     assert_right(numba_cuda, make(device, query_length=70, key_length=130, block_q=64, block_k=64, labels="critical"))
 
 

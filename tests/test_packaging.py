@@ -28,7 +28,7 @@ def run(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """Folder with the source distribution, and the wheel that is built from it alone."""
+    """Folder with the source distribution, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
     run("-m", "build", "--no-isolation", "--outdir", folder)
     return folder

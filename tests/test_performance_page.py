@@ -1,4 +1,4 @@
-"""docs/performance.md and the figures of other pages show what the files in benchmarks/results say."""
+"""docs/performance.md and the numbers of other pages are those of the files in benchmarks/results."""
 
 from __future__ import annotations
 

@@ -266,13 +266,13 @@ def test_a_result_of_the_wrong_type_is_named():
 
 
 def on_cuda(query):
-    """A stand-in for a CUDA tensor: what the choice looks at."""
+    """A fake CUDA tensor: only what the choice looks at."""
     return types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=query.dtype, shape=query.shape)
 
 
 @pytest.fixture
 def triton(monkeypatch):
-    """A Triton that takes head_dim 8 alone."""
+    """A Triton that supports only head_dim 8."""
     refuse = "takes head_dim 8, got {}".format
     backend = make_backend(name="triton", unsupported=lambda q, m: None if q.shape[-1] == 8 else refuse(q.shape[-1]))
     real = backends.load
@@ -314,7 +314,7 @@ def test_which_backend():
     block_map = sla_ref.classify_blocks(query, query)
     assert sla_ref.which_backend(query, block_map) == (
         "torch",
-        "query is on cpu, and 'auto' takes 'triton' for CUDA tensors alone",
+        "query is on cpu, and 'auto' takes 'triton' only for CUDA tensors",
     )
     sla_ref.register_backend("picky", make_backend(unsupported=lambda query, block_map: "head_dim is 4, not 5"))
     with sla_ref.use_backend("torch"):

@@ -160,7 +160,7 @@ def test_every_page_opens_without_complaint(browser, address, names, size, dark)
         assert browser.evaluate("document.body.dataset.mdColorScheme") == ("slate" if dark else "default"), name
         assert browser.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the window"
         assert browser.evaluate(ONE_LINE_CODE) == 0, f"code without its line breaks in {name}"
-        assert browser.evaluate(UNEVEN_NUMBERS) == 0, f"line numbers that are not beside their lines in {name}"
+        assert browser.evaluate(UNEVEN_NUMBERS) == 0, f"line numbers that are not next to their lines in {name}"
         assert browser.evaluate(LEFT_OVER) is None, f"Markdown that was not rendered in {name}"
 
 
@@ -204,7 +204,7 @@ def test_maths_is_mathml_in_its_own_font(browser, address):
     assert browser.evaluate("[...document.fonts].filter(font => font.status === 'loaded').length") == 1
     exponent = "document.querySelector('math msup')"
     base, raised = (browser.evaluate(f"{exponent}.children[{n}].getBoundingClientRect().top") for n in (0, 1))
-    assert raised < base, "an exponent stands higher than its base"
+    assert raised < base, "an exponent is not above its base"
 
 
 def test_figures_take_the_colour_of_the_text(browser, address):
@@ -338,7 +338,7 @@ COLOURS_ON_THE_MAP = """
   const map = document.querySelector('#explorer-map'), blocks = 64, cell = map.width / blocks;
   const {data} = map.getContext('2d').getImageData(0, 0, map.width, map.height);
   return Array.from({length: blocks * blocks}, (_, pair) => {
-    const y = Math.floor(pair / blocks) * cell + 2, x = pair % blocks * cell + 2;  // beside dot and stroke
+    const y = Math.floor(pair / blocks) * cell + 2, x = pair % blocks * cell + 2;  // not on dot or stroke
     const pixel = 4 * (y * map.width + x);
     return [...data.subarray(pixel, pixel + 3)];
   });

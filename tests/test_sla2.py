@@ -335,7 +335,7 @@ def test_printing_says_how_it_mixes():
         ({"alpha": "oracle"}, ValueError, "alpha must be one of 'head', 'block', 'token', 'block_means', 'ideal', got"),
         ({"alpha": None}, ValueError, "alpha must be one of .*, got None"),
         ({"alpha": "block"}, TypeError, "query_length must be an int >= 1, got None"),
-        ({"query_length": 60}, ValueError, "query_length must be None for alpha='head', which takes any, got 60"),
+        ({"query_length": 60}, ValueError, "query_length must be None for alpha='head', which accepts any, got 60"),
         ({"heads": 0}, ValueError, "heads must be an int >= 1, got 0"),
         ({"head_dim": 16.0}, TypeError, "head_dim must be an int >= 1"),
         ({"critical_ratio": 0.0}, ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0"),
@@ -364,7 +364,7 @@ def test_bad_calls():
         make_layer("head")(*x, block_map=block_map, tau=0.1)
     with pytest.raises(ValueError, match="tau must be a finite number > 0, got -1"):
         make_layer("head")(*x, tau=-1)
-    with pytest.raises(ValueError, match=r"tau must be None for a router that is no sla_ref\.Router, got 0\.1"):
+    with pytest.raises(ValueError, match=r"tau must be None for a router that is not a sla_ref\.Router, got 0\.1"):
         make_layer("head", router=sla_ref.classify_blocks)(*x, tau=0.1)
 
 

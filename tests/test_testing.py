@@ -247,7 +247,7 @@ def drop_the_last_query_block(run, grad_sparse, *rest):
 
 
 def round_the_gradient_of_phi(run, *args):
-    """To float16's range, which softmax's gradient leaves at large activations."""
+    """Round it to float16, whose range softmax's gradient leaves at large activations."""
     gradients = run(*args)
     return gradients._replace(phi_query=gradients.phi_query.half().float(), phi_key=gradients.phi_key.half().float())
 
@@ -502,7 +502,7 @@ def test_check_backend_lists_what_is_not_taken(monkeypatch):
     sla_ref.register_backend("picky", backend)
     report = testing.check_backend("picky", device="cpu", dtypes=(torch.float32,), quick=True)
     assert not report.ok, "a report of no checks at all is not good news"
-    assert str(report).startswith("backend 'picky' on cpu: nothing was checked, since it takes none of the cases")
+    assert str(report).startswith("backend 'picky' on cpu: nothing was checked, since it supports none of the cases")
     assert len(report.refused) == 3
     assert "only batch 2" in str(report)
 

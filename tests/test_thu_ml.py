@@ -111,7 +111,7 @@ def test_paper_is_the_layer_of_this_package():
 
 @pytest.mark.parametrize("variant", ["main", "SLA-1"])
 def test_short_sequences(variant):
-    """5 % of 12 blocks is no block for them."""
+    """To them, 5 % of 12 blocks are 0 blocks."""
     made = layer(0.05, variant=variant)
     proj = made.proj_l.weight, made.proj_l.bias
     assert theirs(*inputs(), 0.05, "softmax", variant, *proj).isnan().all()
@@ -167,7 +167,7 @@ def test_dtypes(dtype, use_bf16):
 
 
 class Int8Linear(torch.nn.Module):
-    """As 8-bit layers are: the weight is no float, the input is."""
+    """Like 8-bit layers: the input is float, the weight is not."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def test_a_quantised_projection_is_called_as_it_is():
 
 @pytest.mark.parametrize("variant", ["main", "SLA-1"])
 def test_sums_that_leave_float16s_range(variant):
-    """Like those of a whole video: 92 keys with features of 50 add up to millions in the denominator."""
+    """As in a whole video, 92 keys with features of 50 add up to millions in the denominator."""
     made, (q, k, v) = layer(feature_map="elu", use_bf16=False, variant=variant), inputs(dtype=torch.float16)
     q, k = (50 + q).requires_grad_(), 50 + k
     out = made(q, k, v)

@@ -189,7 +189,7 @@ def test_downloads_to_fill_in_hold_no_solution(built):
     ],
 )
 def test_a_downloaded_tutorial_judges_the_answer(built, tmp_path, answer, status, says):
-    """In a folder of its own: it needs what its page offers, and no clone."""
+    """It runs in a folder of its own: it needs only what its page offers, not a clone."""
     (tmp_path / "lesson.py").write_bytes((built / "lesson.py").read_bytes())
     script = tmp_path / "01_lesson.py"
     text = (built / "01_lesson.py").read_text(encoding="utf-8")
@@ -278,7 +278,7 @@ def test_is_written_as_a_tutorial(script: Path):
 
 @pytest.mark.parametrize("script", TUTORIALS, ids=lambda path: path.stem)
 def test_runs_as_a_plain_script(script: Path, tmp_path):
-    """From another folder. `make docs` sees to it that each check reports its stub and fails on the mistake.
+    """It runs from another folder. `make docs` sees to it that each check reports its stub and fails on the mistake.
 
     What `make docs` has run since the package and the tutorial last changed does not run again, but for the first.
     """

@@ -17,7 +17,7 @@
 # 4 pixels become tokens, so $N = 16 \cdot 8 \cdot 8 = 1024$. There are 4 layers with 2 heads of $D = 64$ features.
 #
 # We take four clips that it never saw in training, each with its own amount of noise: at time $t = 0$ a clip is clean,
-# at $t = 1$ it is noise alone. We catch the query, key and value that every layer's attention receives.
+# at $t = 1$ it is pure noise. We catch the query, key and value that every layer's attention receives.
 
 # %%
 import matplotlib.pyplot as plt
@@ -177,7 +177,7 @@ show_source(analysis.relative_l1)
 
 
 def error_of_keeping(kept, weights, value):
-    """Error of attention with the weights where `kept` is True, each row normalised anew."""
+    """Error of attention with the weights where `kept` is True, each row normalised again."""
     sparse = weights.where(kept, 0.0)
     sparse = sparse / sparse.sum(dim=-1, keepdim=True)
     return analysis.relative_l1(sparse @ value, weights @ value)
@@ -188,7 +188,7 @@ only_large = error_of_keeping(P > 1 / N, P, value)
 
 for name, share, error in [
     ("without the small", 1 - small, without_small),
-    ("the large alone", large, only_large),
+    ("only the large", large, only_large),
 ]:
     print(
         f"{name:18} {share.mean():4.0%} kept, "
@@ -196,9 +196,9 @@ for name, share, error in [
     )
 
 # %% [markdown]
-# The small weights can go: in no map does it cost even 3 %, the figure the paper gives for its 45 %. But the middle
-# cannot simply go with them. Keeping only what is above $1/N$ costs far more, in some heads about as much as the
-# paper's 33 % or more. In others it costs little: their large weights hold nearly everything.
+# The small weights can go: their loss costs less than 3 % in every map, the limit that the paper gives for its 45 %.
+# But the middle cannot simply go with them. Keeping only what is above $1/N$ costs far more, in some heads about as
+# much as the paper's 33 % or more. In others it costs little: their large weights hold nearly everything.
 
 # %%
 assert without_small.max() < 0.03
@@ -211,7 +211,7 @@ PAPER = {
     "weights below 1/(100 N)": "45 %",
     "error without the small": "< 3 %",
 }
-PAPER |= {"error with the large alone": "33 %"}
+PAPER |= {"error with only the large": "33 %"}
 print(f"{'':28}{'paper, one map':>15}{'here, mean of 32':>18}{'lowest':>8}{'highest':>9}")
 for (name, figure), here in zip(
     PAPER.items(), [large, small, without_small, only_large], strict=True
@@ -220,7 +220,8 @@ for (name, figure), here in zip(
 
 # %% [markdown]
 # These are two measurements of the same kind, not one repeated. The models differ by a factor of a thousand in
-# parameters and of thirty in tokens. And we take the paper's error to be that of the output with rows normalised anew.
+# parameters and of thirty in tokens. And we assume that the paper, too, normalises the rows again before it measures
+# the error.
 
 # %% [markdown]
 # Between the two lies a curve: keep the largest share of each row, whatever the size of its weights. Sparse attention
@@ -253,7 +254,7 @@ for number, curve in enumerate(curves):
     )
 panel.plot(SHARES, curves.mean(dim=0), "o-", color="#0072B2", linewidth=2, label="their mean")
 panel.plot(
-    [0.081, 0.55], [0.33, 0.03], "D", color="#D55E00", markersize=8, label="the paper's figures"
+    [0.081, 0.55], [0.33, 0.03], "D", color="#D55E00", markersize=8, label="the paper's numbers"
 )
 panel.set(
     xscale="log",
@@ -272,13 +273,13 @@ plt.show()
 # ## Stable rank
 #
 # If the middle cannot be dropped, can it be had cheaply? A matrix of low rank can: $N \times N$ numbers that are a
-# product of $N \times r$ and $r \times N$ cost $O(N r)$. The rank itself is no good measure, because the smallest noise
-# makes every matrix full rank. The *stable rank* asks how many directions carry the weight:
+# product of $N \times r$ and $r \times N$ cost $O(N r)$. The rank itself is not a good measure, because the smallest
+# noise makes every matrix full rank. The *stable rank* asks how many directions carry the weight:
 #
 # $$\operatorname{sr}(A) = \frac{\lVert A \rVert_F^2}{\lVert A \rVert_2^2} = \frac{\sum_i \sigma_i^2}{\sigma_1^2}
 # \le \operatorname{rank}(A).$$
 #
-# A map in which each token looks at itself alone has stable rank $N$. A map with equal rows has 1.
+# A map in which each token looks only at itself has stable rank $N$. A map with equal rows has 1.
 
 # %%
 show_source(analysis.stable_rank)
@@ -329,9 +330,9 @@ assert torch.linalg.matrix_rank(phi_query @ phi_key.mT) <= D
 assert whole[sharpest] > D
 
 # %% [markdown]
-# Compare two ways to spend a rank of $r$. Either on the whole map: its best approximation of rank $r$, from its first
-# $r$ singular vectors. Or on the rest alone, beside the largest 5 % of the weights, which stay exact. We look at one
-# sharp head and one flatter one, and at the output.
+# Compare two ways to spend a rank of $r$. One spends it on the whole map: on its best approximation of rank $r$, from
+# its first $r$ singular vectors. The other keeps the largest 5 % of the weights exact and spends the rank on the rest.
+# We compare the outputs for one sharp head and one flatter one.
 
 # %%
 RANKS = [0, 1, 2, 4, 8, 16, 32, 64]
@@ -352,12 +353,12 @@ for name, (layer, head) in SPENT.items():
     on_whole[name] = errors_by_rank(torch.zeros_like(top), top + rest, value[CLIP, layer, head])
     on_rest[name] = errors_by_rank(top, rest, value[CLIP, layer, head])
     print(f"{name}:  rank 64 for the whole map {on_whole[name][-1]:6.1%}")
-    print(f"                  largest 5 % alone        {on_rest[name][0]:6.1%}")
+    print(f"                  only the largest 5 %     {on_rest[name][0]:6.1%}")
     print(f"                  largest 5 % and rank 1   {on_rest[name][1]:6.1%}")
 
 # %% [markdown]
-# In the sharp head the largest 5 % alone beat rank 64. In the flatter one they do not. In both, a rank of one for the
-# rest takes away more than half of what the largest 5 % leave, in the flatter head nine tenths.
+# In the sharp head, keeping only the largest 5 % beats rank 64. In the flatter one it does not. In both, a rank of one
+# for the rest takes away more than half of what the largest 5 % leave, in the flatter head nine tenths.
 
 # %%
 sharp_name, flat_name = SPENT
@@ -396,9 +397,9 @@ plt.show()
 
 # %% [markdown]
 # This is the plan of SLA. A few *critical* weights get exact softmax attention. The *marginal* ones in the middle share
-# one linear attention. The *negligible* ones are skipped. Two things stand between the plan and a fast layer. A GPU
-# cannot pick single weights, so the choice is made [for whole blocks](02_mask_classification.md), before any weight is
-# known. And a cheap map of low rank has to be found without decomposing anything, which is the [linear
+# one linear attention. The *negligible* ones are skipped. Two things separate the plan from a fast layer. A GPU cannot
+# pick single weights, so the choice is made [for whole blocks](02_mask_classification.md), before any weight is known.
+# And a cheap map of low rank has to be found without decomposing anything, which is the [linear
 # branch](03_linear_branch.md).
 
 # %% [markdown]

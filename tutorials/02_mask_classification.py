@@ -11,7 +11,7 @@
 # %% [markdown]
 # ## Blocks
 #
-# A GPU works on tiles of numbers. To leave out one weight in the middle of a tile saves nothing; to leave out the whole
+# A GPU works on tiles of numbers. Leaving out one weight in the middle of a tile saves nothing; leaving out the whole
 # tile does. So the tokens are cut into blocks of $b$, and a decision is made for each pair of a query block $i$ and a
 # key block $j$. The paper uses $b = 64$. The model here is small and has blocks of 16 tokens: two rows of patches of
 # one frame.
@@ -47,8 +47,8 @@ print(f"{N} tokens in {T} blocks of {BLOCK}: {T * T} pairs per head")
 # $$P_c = \operatorname{softmax}\left(\frac{\operatorname{pool}(Q) \operatorname{pool}(K)^\top}{\sqrt{D}}\right)
 # \in \mathbb{R}^{T_q \times T_k}.$$
 #
-# That costs $b^2$ times less than all scores. Dot products are linear, so this is no random guess: the score of two
-# means is the mean of all $b^2$ scores of the tile.
+# That costs $b^2$ times less than all scores. This is more than a random guess. Dot products are linear, so the score
+# of two means is the mean of all $b^2$ scores of the tile.
 
 # %%
 pooled_query = torch.stack(
@@ -164,9 +164,9 @@ assert ((columns - rows).abs() % 4 == 0).double().mean() > 0.9
 # %% [markdown]
 # ## The ragged tail
 #
-# Wan's clip at 480p has 32,760 tokens, which is no multiple of 64. The last block then has fewer tokens. It is pooled
-# over those it has. Filling it up with zeros would be simpler and wrong: it would shrink the mean, and with it every
-# score of the block, towards zero.
+# Wan's clip at 480p has 32,760 tokens, which is not a multiple of 64. The last block then has fewer tokens and is
+# pooled over those it has. Filling it up with zeros would be simpler and wrong: it would shrink the mean, and with it
+# every score of the block, towards zero.
 
 # %%
 LENGTH = 1000  # 62 blocks of 16 and one of 8
@@ -234,7 +234,7 @@ assert spent[0] > 0.99 and chosen.tolist() == [-1, 1]
 # %% [markdown]
 # How often does that happen in a real model? The maps here are small enough to know the truth. The *mass* of a tile is
 # the part of its attention that a query block spends on a key block. An *oracle* ranks by mass and hands out the same
-# number of each class. Two figures compare pooling with it:
+# number of each class. Two numbers compare pooling with it:
 #
 # - *recall*: the share of the oracle's critical blocks that pooling finds;
 # - *kept mass*: the part of all attention that falls on the critical blocks.
@@ -274,11 +274,11 @@ by_pooling, by_oracle = (torch.stack(kept[name]) for name in ("pooled", "oracle"
 # %% [markdown]
 # Pooling finds nearly all of the right blocks in some heads, and misses about half in others. The misses cost less than
 # it seems. Where much depends on the choice, in the heads with a high kept mass, pooling is right. Where it is wrong,
-# the attention is spread so evenly that no choice of 3 blocks in 64 keeps much: there pooling loses little to the
+# the attention is spread so evenly that no choice of 3 blocks in 64 keeps much: there pooling loses little against the
 # oracle.
 #
-# That is a statement about mass. By the loss of a whole model, before any fine-tuning, pooling loses much more to the
-# oracle, and a fine-tuned student has learnt to do without it
+# That is a statement about mass. Before any fine-tuning, the loss of a whole model is much higher with pooling than
+# with the oracle. A fine-tuned student has learnt to do without the oracle
 # ([Experiments](../experiments.md#which-blocks-are-chosen)).
 
 # %%
@@ -322,9 +322,8 @@ plt.show()
 
 # %% [markdown]
 # In the left head 5 % of the blocks hold most of the attention, and sparse attention would do. In the right head it
-# takes far more, and what stands beside the critical blocks cannot be ignored: it is what the [linear
-# branch](03_linear_branch.md) is for. The negligible tenth, on the other hand, loses between nothing and a few per
-# cent, always less than its share.
+# takes far more, and the other blocks cannot be ignored. The [linear branch](03_linear_branch.md) is for them. The
+# negligible tenth, on the other hand, loses between nothing and a few per cent, always less than its share.
 
 # %%
 lost = torch.stack(

@@ -2,8 +2,8 @@
 # # 3. The linear branch
 #
 # Most blocks are marginal: too many to compute, together too heavy to skip. Afterwards you will know how one small
-# matrix per query block stands for all of them, what the feature map does, why the result is normalised over the
-# marginal blocks alone and without an epsilon, what the learnable projection behind it is for, and why that starts at
+# matrix per query block summarises all of them, what the feature map does, why the result is normalised over the
+# marginal blocks only and without an epsilon, what the learnable projection behind it is for, and why that starts at
 # zero.
 #
 # Builds on: [1. What attention weights look like](01_attention_weights.md), [2. Mask
@@ -14,7 +14,7 @@
 #
 # Softmax attention weighs value $v_j$ for query $q$ by $\exp(q \cdot k_j / \sqrt{D})$. The exponential ties $q$ and
 # $k_j$ together, so every pair has to be computed. Suppose the weight were a product $\phi(q) \cdot \phi(k_j)$ of
-# *features* instead, each made from one token alone. Then the sum over all keys can be taken before any query is known:
+# *features* instead, each made from a single token. Then the sum over all keys can be taken before any query is known:
 #
 # $$\sum_j \big(\phi(q) \cdot \phi(k_j)\big) v_j = \phi(q) \underbrace{\sum_j \phi(k_j)^\top v_j}_{h, \; D \times D}.$$
 #
@@ -53,7 +53,7 @@ assert by_pairs / by_states == 32760 / 128  # N / D times less
 # %% [markdown]
 # ## Feature maps
 #
-# $\phi$ should give positive features: then all weights are positive, as those of a softmax are, and their sum is no
+# $\phi$ should give positive features: then all weights are positive, as those of a softmax are, and their sum is not a
 # difference of large numbers. The package has the maps that the paper tries: a softmax over the $D$ features of a token
 # (the default), $\operatorname{elu}(x) + 1$, and Hedgehog, which learns its own; and $\max(x, 0)$ from the released
 # code, which can be zero.
@@ -76,7 +76,7 @@ for name in ("softmax", "elu", "relu"):
 # $$h_j = \phi(K_j)^\top V_j, \quad z_j = \phi(K_j)^\top \mathbf{1}, \qquad
 # H_i = \sum_{j : M_{ij} = 0} h_j, \quad Z_i = \sum_{j : M_{ij} = 0} z_j.$$
 #
-# The output divides by the sum of the weights, so that each row is an average of values [Eq. 5]:
+# The output divides by the sum of the weights, which makes each row an average of values [Eq. 5]:
 #
 # $$O^l_i = \frac{\phi(Q_i) H_i}{\phi(Q_i) Z_i}.$$
 #
@@ -220,8 +220,8 @@ for layer, (q, k, _) in enumerate(caught, start=1):
 #
 # $$O = \alpha O^s + (1 - \alpha) O^r, \qquad \text{so} \qquad O - O^s = (1 - \alpha) (O^r - O^s).$$
 #
-# The sparse branch normalises over the critical keys only, so it is no mere part of the output, it is already as large
-# as the whole. What is missing is a *difference* of two averages, and no average by itself.
+# The sparse branch normalises over the critical keys only, so it is not just a part of the output: it is already as
+# large as the whole. What is missing is a *difference* of two averages, not an average.
 
 # %%
 q, k, v = (tensor[CLIP : CLIP + 1].double() for tensor in caught[3])
@@ -238,7 +238,7 @@ assert torch.allclose(P @ v - O_sparse, (1 - alpha) * (O_rest - O_sparse), rtol=
 # $$O = O^s + \operatorname{Proj}(O^l), \qquad \operatorname{Proj}(x) = W x + b,$$
 #
 # one linear map from $D$ to $D$ features per layer, shared by its heads. To see what that can do without training a
-# model, we fit $W$ and $b$ alone: least squares towards the output of full attention, a little regularised, on 8 clips.
+# model, we fit only $W$ and $b$, by slightly regularised least squares towards the output of full attention on 8 clips.
 # Then we measure on 8 other clips how much of the squared error of the sparse branch is left.
 
 # %%
@@ -269,7 +269,7 @@ for q, k, v in caught:
         error = (missing - tensor)[TEST].square().mean() / missing[TEST].square().mean()
         left[name].append(error.item())
 
-print("squared error on other clips, beside that of the sparse branch alone")
+print("squared error on other clips, relative to that of the sparse branch")
 for name, errors in left.items():
     print(
         f"{name:12}",
@@ -282,8 +282,8 @@ assert left["Proj fitted"][3] > 0.9
 # %% [markdown]
 # The plain sum makes everything worse: it adds an average to what is already an average. A fitted Proj takes away a
 # good part of the error in the first three layers, and next to nothing in the last. This is the least it can do. In
-# fine-tuning, all other weights move too: queries, keys and values, so that the branch is given something worth adding
-# ([9. Fine-tuning](09_fine_tuning.md)).
+# fine-tuning, queries, keys and values move too, and the branch gets something worth adding ([9.
+# Fine-tuning](09_fine_tuning.md)).
 #
 # ![Two rows that Proj treats alike](../docs/images/proj.svg)
 #
@@ -315,8 +315,8 @@ plt.show()
 # ## Why Proj starts at zero
 #
 # The layer replaces attention in a trained model. What it computes at first should be near the old output, and nobody
-# knows a good $W$ yet. With $W = 0$ and $b = 0$ the layer starts as the sparse branch alone, exactly. Of the three
-# starts below it is the nearest. The nearest start need not lead to the best end: in the fine-tunes of
+# knows a good $W$ yet. With $W = 0$ and $b = 0$ the layer starts as exactly the sparse branch. Of the three starts
+# below it is the nearest. The nearest start need not lead to the best end: in the fine-tunes of
 # [Experiments](../experiments.md#start-of-proj), Proj ends better from the identity, and even the plain sum ends ahead
 # of Proj from zero. `SparseLinearAttention(..., proj_init="identity")` starts it there, and [Use it in
 # Wan](../wan.md#two-changes-that-helped) says when to use which.
@@ -350,9 +350,9 @@ assert min(start_errors, key=start_errors.get) == "zero"
 # $$\frac{\partial \mathcal L}{\partial W} = \sum_n G_n^\top O^l_n, \qquad
 # \frac{\partial \mathcal L}{\partial b} = \sum_n G_n, \qquad \frac{\partial \mathcal L}{\partial O^l} = G W.$$
 #
-# The first two do not contain $W$, so Proj learns from the first step. The third is zero while $W$ is zero. Nothing
-# behind the linear branch, no feature map and no query, key or value, hears of it at step 0. From step 1 on it does. A
-# Hedgehog layer shows it, as its feature maps have weights that only the linear branch uses.
+# The first two do not contain $W$, so Proj learns from the first step. The third is zero while $W$ is zero. At step 0
+# the linear branch passes no gradient on to feature maps, queries, keys and values. From step 1 on it does. A Hedgehog
+# layer shows this, because its feature maps have weights that only the linear branch uses.
 
 # %%
 torch.manual_seed(0)
@@ -386,10 +386,10 @@ for step in range(4):
 assert history == sorted(history, reverse=True)
 
 # %% [markdown]
-# Had both $W$ and the linear branch started at zero, each would wait for the other for ever. One zero is enough to
-# start gently, and one is all there may be.
+# If both $W$ and the linear branch started at zero, each would wait for the other for ever. One zero is enough to start
+# gently, and only one is allowed.
 #
-# The same holds in a whole model: swapped in, untrained, SLA gives exactly what sparse attention gives.
+# The same holds in a whole model: untrained SLA gives exactly what sparse attention gives.
 
 # %%
 swapped = {arm: with_attention(teacher, arm).eval() for arm in ("sla", "sparse")}
@@ -487,8 +487,8 @@ with check_exercise(2, merge):
 # %% [markdown]
 # ## Recap
 #
-# The states of the marginal blocks add up to one small matrix for each query block, which stands for all their keys.
-# The result is an average over the marginal blocks alone, and Proj, which starts at zero, learns how to add it to the
+# The states of the marginal blocks add up to one small matrix for each query block, which summarises all their keys.
+# The result is an average over the marginal blocks only, and Proj, which starts at zero, learns how to add it to the
 # sparse branch. **You now know SLA, and this is a good place to stop.** The next two tutorials derive its algorithms.
 #
 # Next: [4. Algorithm 1: the forward, block by block](04_algorithm_1.md)

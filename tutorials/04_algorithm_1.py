@@ -24,8 +24,9 @@ from sla_ref.backends import pytorch
 # ## One head to work on
 #
 # One head of 44 tokens with 8 dimensions, in blocks of 8: six blocks, the last with 4 tokens only. Of the six key
-# blocks of each query block three are critical, one is negligible and the rest is marginal. Everything is in float64,
-# so that equal means equal to twelve digits. The names are those of the glossary at the top of `sla_ref/reference.py`.
+# blocks of each query block, three are critical, one is negligible and the other two are marginal. Everything is in
+# float64, so equal means equal to twelve digits. The names are those of the glossary at the top of
+# `sla_ref/reference.py`.
 
 # %%
 problem = testing.make_problem(
@@ -57,8 +58,9 @@ assert ((labels == 1).sum(1) == 3).all() and ((labels == -1).sum(1) == 1).all()
 #
 # $$O = \frac{\sum_k e^{S_k} V_k}{\sum_k e^{S_k}}.$$
 #
-# Taken literally it fails as soon as a score is large: $e^{1000}$ is infinite, and infinity over infinity is no number.
-# A factor $e^{-m}$ on numerator and denominator changes nothing, and with $m$ the largest score no exponent is above 0.
+# Taken literally it fails as soon as a score is large: $e^{1000}$ is infinite, and infinity over infinity is not a
+# number. A factor $e^{-m}$ on numerator and denominator changes nothing, and with $m$ the largest score no exponent is
+# above 0.
 
 # %%
 large = torch.tensor([1000.0, 999.0, 990.0], dtype=torch.float64)
@@ -132,8 +134,8 @@ z = [phi.sum(0) for phi in phi_K]  # [Alg. 1 L4]
 
 # %% [markdown]
 # Together: a query block walks along its row of the map and at each key block does one of three things. The function
-# below gives back its five quantities after each block, so that they can be watched. Slices make the partial last block
-# no special case.
+# below yields its five quantities after each block, for us to watch. Because of the slices, the partial last block is
+# not a special case.
 #
 # ![The walk of a query block along its row](../docs/images/row.svg)
 #
@@ -169,8 +171,8 @@ for j, (m, l, O, H, Z) in enumerate(trace):
     )
 
 # %% [markdown]
-# Each line of the table can be read off the class: a critical block moves $m$, $l$ and $O$ and leaves $H$ and $Z$
-# alone, a marginal block the other way round, a negligible block moves nothing.
+# Each line of the table can be read off the class: a critical block changes only $m$, $l$ and $O$, a marginal block
+# only $H$ and $Z$, and a negligible block nothing.
 
 # %%
 moved = {1: set(), 0: set(), -1: set()}
@@ -325,13 +327,13 @@ assert (ours[0][:8] == 0).all() and (ours[1][8:16] == 0).all()
 # ## The same in the package
 #
 # The `torch` backend is Algorithm 1 for all heads at once. It differs in two ways from the code above. A query block
-# gathers all of its critical keys side by side and sees them at once, so that $m$ and $l$ need no correction; the GPU
+# gathers all of its critical keys side by side and sees them at once, so $m$ and $l$ need no correction. The GPU
 # kernels, which see one block at a time, work as `online_step` does. And $H$ of all query blocks is one matrix product,
 # of the 0/1 matrix "is marginal" with the states $h_j$.
 #
 # Each step carries the tag of its line. `_cut` and `_join` cut tokens into blocks and back; `_steps` decides how many
-# query blocks make a batch; `_inverse` is the guarded $1 / (\phi(Q_i) Z_i)$ from above. A column of ones beside $V$
-# makes $z_j$ the last column of $h_j$: $\phi(K_j)^\top [V_j\ 1] = [h_j\ z_j]$. What is done to one is done to both.
+# query blocks make a batch; `_inverse` is the guarded $1 / (\phi(Q_i) Z_i)$ from above. A column of ones appended to
+# $V$ makes $z_j$ the last column of $h_j$: $\phi(K_j)^\top [V_j\ 1] = [h_j\ z_j]$. What is done to one is done to both.
 
 # %%
 show_source(pytorch._sparse_forward, pytorch._scores)

@@ -21,9 +21,10 @@ from sla_ref.backends import pytorch
 # %% [markdown]
 # ## What is asked for
 #
-# The forward made two outputs, $O^s$ and $O^l$. Somewhere behind them stands a loss, a single number. We are handed its
-# gradient by both outputs, $dO^s$ and $dO^l$, and have to return its gradient by the five inputs: $dQ$, $dK$, $dV$,
-# $d\phi(Q)$ and $d\phi(K)$. Throughout, $dX$ has the shape of $X$ and means "gradient of the loss with respect to $X$".
+# The forward made two outputs, $O^s$ and $O^l$. From them a loss is computed, a single number. We are handed its
+# gradients with respect to the outputs, $dO^s$ and $dO^l$, and have to return those for the five inputs: $dQ$, $dK$,
+# $dV$, $d\phi(Q)$ and $d\phi(K)$. Throughout, $dX$ has the shape of $X$ and means "gradient of the loss with respect to
+# $X$".
 #
 # The problem is one head of 44 tokens with 8 dimensions in blocks of 8, in float64. Autograd through the equations,
 # `exact`, gives the answers that we have to meet.
@@ -234,7 +235,7 @@ assert_equal(dphi_K, exact["grad_phi_key"])
 assert_equal(dV_sparse + dV_linear, exact["grad_value"])
 
 # %% [markdown]
-# All five are found. What they needed beside the inputs: both outputs and $L$. No map was kept, and the states can be
+# All five are found. Apart from the inputs they needed both outputs and $L$. No map was kept, and the states can be
 # made again.
 #
 # ## Algorithm 2, tile by tile
@@ -243,8 +244,7 @@ assert_equal(dV_sparse + dV_linear, exact["grad_value"])
 # over the key blocks: each holds its own $dK_j$, $dV_j$, $dH$ and $dZ$ while it walks along the query blocks. The rows
 # $dQ_i$ are visited by many key blocks, so they add up in memory.
 #
-# The two last arguments are for the next section. They stand for two places where the printed algorithm says something
-# else.
+# The last two arguments are for the next section. They mark two places where the printed algorithm says something else.
 
 
 # %%
@@ -313,7 +313,7 @@ assert_equal(printed_17["grad_value"], dV_linear)
 assert_equal(exact["grad_value"] - printed_17["grad_value"], dV_sparse)
 
 # %% [markdown]
-# **Line 6 of Algorithm 1 gives the lowest blocks the label 0.** Its mask starts as all 0, so that writing a 0 changes
+# **Line 6 of Algorithm 1 gives the lowest blocks the label 0.** Its mask starts as all 0, so writing a 0 changes
 # nothing: no block would be negligible, and the linear branch would run over blocks that Equation 3 skips.
 
 # %%
@@ -339,8 +339,9 @@ assert_equal(over_marginal.sum(1), torch.ones(44, dtype=torch.float64))
 assert over_all.sum(1).max() < 0.7
 
 # %% [markdown]
-# What the first two do to each gradient, as the root mean square of the error relative to that of the gradient. An
-# error of 0 has no place on a logarithmic axis and stands at the lower edge, where float64's rounding is.
+# The figure shows what the first two do to each gradient: the root mean square of the error, relative to that of the
+# gradient. An error of 0 has no place on a logarithmic axis and is drawn at its lower edge, where float64's rounding
+# is.
 
 
 # %%
@@ -411,13 +412,13 @@ assert_equal(dV_public[0, 0], right["grad_value"])
 
 # %% tags=["exercise"]
 def through_softmax_map(phi, dphi):
-    """phi = softmax(x) over the last dimension, gradient by phi -> gradient by x, all (N, D)."""
+    """For phi = softmax(x) over the last dimension: phi, dphi -> dx, all (N, D)."""
     ...
 
 
 # %% tags=["solution"] mistake=["(phi * dphi).sum(1, keepdim=True)", "dphi.sum(1, keepdim=True)"]
 def through_softmax_map(phi, dphi):
-    """phi = softmax(x) over the last dimension, gradient by phi -> gradient by x, all (N, D)."""
+    """For phi = softmax(x) over the last dimension: phi, dphi -> dx, all (N, D)."""
     return phi * (dphi - (phi * dphi).sum(1, keepdim=True))
 
 
@@ -433,9 +434,9 @@ with check_exercise(1, through_softmax_map):
     expect("the share of dQ", second_part, dQ_public - right["grad_query"], atol=1e-11)
 
 # %% [markdown]
-# **2. Proj.** The layer's output is $O = O^s + O^l W^\top + b$, Equation 6. From the gradient $dO$ by it, give those by
-# $O^s$, $O^l$, $W$ and $b$. Then look at what they say about a new layer, whose $W$ is zero: which parameters learn in
-# the first step?
+# **2. Proj.** The layer's output is $O = O^s + O^l W^\top + b$, Equation 6. From the gradient $dO$ with respect to it,
+# compute those with respect to $O^s$, $O^l$, $W$ and $b$. Then look at what they say about a new layer, whose $W$ is
+# zero: which parameters learn in the first step?
 
 
 # %% tags=["exercise"]

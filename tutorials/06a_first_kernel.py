@@ -10,7 +10,8 @@
 # Builds on: [4. Algorithm 1](04_algorithm_1.md), [5. Algorithm 2](05_algorithm_2.md)
 #
 # The interpreter is switched on by an environment variable. Every function marked with `@triton.jit` looks at it when
-# it is declared, and Triton's own, such as `tl.sum`, are declared when `triton` is imported. So it comes first.
+# it is declared, and Triton's own, such as `tl.sum`, are declared when `triton` is imported. So we set the variable
+# first.
 
 # %%
 import os
@@ -104,7 +105,7 @@ double_and_look_kernel[(3,)](numbers, doubled, 10, TILE=4)
 
 # %% [markdown]
 # `other` is part of the result wherever a tile is summed up. For a sum 0 is right; for a maximum it is not. Here are
-# ten negative numbers, in a buffer that goes on with NaN so that a read past the end would be seen.
+# ten negative numbers, in a buffer that goes on with NaN to reveal any read past the end.
 
 
 # %%
@@ -279,9 +280,9 @@ torch.testing.assert_close(wrong * excess[:, None], right)
 # %% [markdown]
 # ## Second step: the sparse branch
 #
-# What is missing is a score of $-\infty$ for keys past the end, and a walk along the critical blocks alone. The kernel
-# does not look at the labels. It gets, for each query block, the list of its critical key blocks. `kv_indices` of a
-# block map holds these lists, ascending, and `kv_num_blocks` their lengths.
+# What is missing is a score of $-\infty$ for keys past the end, and a walk that visits only the critical blocks. The
+# kernel does not look at the labels. It gets, for each query block, the list of its critical key blocks. `kv_indices`
+# of a block map holds these lists, ascending, and `kv_num_blocks` their lengths.
 
 # %%
 capacity = block_map.kv_indices.shape[-1]

@@ -196,8 +196,8 @@ assert visited == {i: block_map.kv_indices[0, 0, i].tolist() for i in range(8)}
 # list and takes in the keys of that block, in as many steps as the plan cuts a block into.
 #
 # Two details are worth a look. Lists ascend, so only a list's last block can be the partial one: the loop over all
-# others goes without the comparison, and a second loop, with it, has the last block alone. And a query block may have
-# no critical block. Then no step runs, $l$ is 0, and the last lines turn that into `sparse = 0` and `lse = -inf` rather
+# others does without the comparison, and a second loop, with it, handles the last block. And a query block may have no
+# critical block. Then no step runs, $l$ is 0, and the last lines turn that into `sparse = 0` and `lse = -inf` rather
 # than $0 / 0$.
 
 # %%
@@ -211,7 +211,7 @@ show_source(sparse.sparse_rows)
 # A state $h_j$, $z_j$ does not depend on a query, so it is made once. A program of `states_kernel` owns one key block:
 # it reads the block's keys and values and writes a state as one row of memory, first the rows of $h_j$, then $z_j$,
 # then two counters. `SOFTMAX` in the plan chooses between two forms: either `phi_key` holds $\phi(K)$, or it holds $K$
-# and `load_phi` computes the softmax on the way, so that $\phi(K)$ is never in memory.
+# and `load_phi` computes the softmax on the way, and $\phi(K)$ is never in memory.
 #
 # The kernel works slab by slab: $\phi(K_j)$ stays, a few columns of $V_j$ come, and as many columns of $h_j$ go.
 
@@ -231,8 +231,8 @@ show_source(linear.states_kernel)
 #
 # In float16 a sum over many blocks could pass 65,504, its largest number, and be infinite: 32,760 tokens with features
 # of 2.5 are enough. So $W_{ij}$ is not 1 but about one over the number of marginal blocks of the row. The factor
-# cancels in $\phi H / (\phi Z)$. That it is a power of two makes this exact: such a factor moves the exponent of a
-# float and leaves its digits alone.
+# cancels in $\phi H / (\phi Z)$. That it is a power of two makes this exact: such a factor changes the exponent of a
+# float and not its digits.
 
 # %%
 phi_K, V = (
@@ -296,7 +296,7 @@ show_source(linear.linear_rows)
 #
 # A program finds its head and rows, loads its tile of $Q$ once, and runs one branch after the other: `sparse_rows`
 # along the list, then `linear_rows` with the sum of its block. The registers of the first branch are free when the
-# second begins. What it stores is written by this program alone.
+# second begins. No other program writes what it stores.
 
 # %%
 show_source(backend.forward_kernel)
@@ -322,7 +322,7 @@ torch.testing.assert_close(tuple(inside), tuple(saved))
 # $dQ_i$ belongs to a query block and is a sum over its critical key blocks. So `dq_kernel` walks as the forward does:
 # the same list, the same two loops. It keeps $Q_i$, $dO^s_i$ and one tile of $dQ_i$, and each step reads $K_j$ and
 # $V_j$. Before the walk it makes $D^s$, a row's sum of $dO^s \cdot O^s$, and leaves it in memory together with $L$: the
-# next kernel needs these two numbers of every row, padded so that it can read them without a mask.
+# next kernel needs these two numbers of every row, padded to be read without a mask.
 
 # %%
 show_source(sparse.dq_kernel, sparse.dq_step)
@@ -345,8 +345,8 @@ assert (large + 1) - large == 0 and (large - large) + 1 == 1
 
 # %% [markdown]
 # So the package does the second, and results repeat bit for bit. A column needs a list of its own, the transpose of
-# `kv_indices`. Columns differ in length, and one long column would make a table of equal rows large, so all lists stand
-# one behind the other: the list of key block $j$ is `q_indices[q_offsets[j] : q_offsets[j + 1]]`.
+# `kv_indices`. Columns differ in length, and one long column would make a table of equal rows large, so all lists are
+# stored one after the other: the list of key block $j$ is `q_indices[q_offsets[j] : q_offsets[j + 1]]`.
 #
 # ![The walks of the kernels over the critical blocks](../docs/images/walks.svg)
 #
@@ -510,8 +510,8 @@ assert total.item() == 100
 #
 # ## Exercises
 #
-# **1. The other list.** Forward and `dq_kernel` walk along rows, `dkdv_kernel` down columns. Make the second kind of
-# list from the first: `q_offsets` and `q_indices` of one head, with the query blocks of each column ascending. The
+# **1. The other list.** The forward and `dq_kernel` walk along rows, `dkdv_kernel` down columns. Make the second kind
+# of list from the first: `q_offsets` and `q_indices` of one head, with the query blocks of each column ascending. The
 # lists of rows have different lengths here, so only the first `kv_num_blocks[i]` entries of row $i$ count.
 
 

@@ -2,16 +2,16 @@
 # # 7. The Numba kernel
 #
 # Numba programs a GPU one level lower than Triton: not a tile at a time but a thread at a time, with shared memory,
-# barriers and registers named. Its simulator runs each of these threads as a Python thread, so that kernels can be
-# watched on a CPU. Afterwards you will be able to read `sla_ref/backends/numba_cuda.py`: know what a thread, a block
-# and a barrier are, why the threads of a kernel load other numbers than they compute with, why the rows of its tiles
-# are one number too long, and what limits how many threads a GPU can hold.
+# barriers and registers named. Its simulator runs each of these threads as a Python thread, which lets us watch kernels
+# on a CPU. Afterwards you will be able to read `sla_ref/backends/numba_cuda.py`: know what a thread, a block and a
+# barrier are, why the threads of a kernel load other numbers than they compute with, why the rows of its tiles are one
+# number too long, and what limits how many threads a GPU can hold.
 #
 # Builds on: [4. Algorithm 1](04_algorithm_1.md), [5. Algorithm 2](05_algorithm_2.md),
 # [6b. The package's Triton kernels](06b_package_kernels.md)
 #
-# The simulator is switched on by an environment variable, and Numba looks at it once: when it is imported. After that
-# every `@cuda.jit` makes a kernel of the one kind or of the other. So it comes before the import.
+# The simulator is switched on by an environment variable, and Numba looks at it only once, when it is imported: it
+# decides whether `@cuda.jit` compiles a kernel or simulates it. So we set it before the import.
 
 # %%
 import os
@@ -79,7 +79,7 @@ assert (doubled == 2 * numbers).all()
 # is far away.
 #
 # The next kernel adds up 8 numbers with 8 threads. Each puts a number into shared memory. Then 4 threads add a
-# neighbour's number to their own, then 2, then 1. Between two of these steps stands `cuda.syncthreads()`, the
+# neighbour's number to their own, then 2, then 1. Between two of these steps comes `cuda.syncthreads()`, the
 # **barrier**: no thread of the block goes on until all have come to it.
 #
 # Sizes of shared arrays have to be known when a kernel is compiled. Therefore such kernels are made by a function that
@@ -129,7 +129,7 @@ assert not np.isclose(totals[False], source.sum())
 # Without barriers, thread 0 added up what the others had not written yet: whatever lay in that memory before. With
 # them, late threads cost time and nothing else.
 #
-# We had to hold up threads to make this happen for certain. Left alone, a kernel that lacks a barrier may be right ten
+# We had to hold up threads to make this happen for certain. Otherwise a kernel that lacks a barrier may be right ten
 # times and wrong the eleventh, in the simulator and on a GPU. So a right result says little about barriers, a wrong one
 # a lot. `tests/test_numba.py` takes three barriers of the package's kernels out, one at a time, and requires that the
 # simulator gives a wrong result without it.
@@ -393,7 +393,7 @@ show_source(numba_cuda.forward_kernel)
 #
 # - A turn of the sparse loop has four barriers. The first keeps the new K from overwriting a V that others still
 #   multiply with. The second says that all of K is there. The third is inside `max_lanes`, and with it everybody has
-#   finished with K, so that V may take its place. The fourth says that V and P are complete.
+#   finished with K, and V may take its place. The fourth says that V and P are complete.
 # - $P$ has to go through shared memory. A thread holds every eighth column of $S$, and for `O += P V` needs whole rows.
 # - `m` and `l` are registers, four of each, one for each row of the thread. Eight lanes share a row. They have to agree
 #   on `m` in every turn, which costs a barrier. But `l` needs no agreement until the end: each lane adds up its own
@@ -484,10 +484,10 @@ torch.testing.assert_close(tuple(saved), tuple(expected))
 # - `dq_kernel` walks along rows, as the forward does, and gives $dQ$.
 # - `dkdv_kernel` walks down columns, owns its $dK$ and $dV$, and adds to what is there of $dV$.
 #
-# The sums $H_i = \sum_j h_j$ are no kernel here; torch makes them with one matrix product (`add_up`).
+# The sums $H_i = \sum_j h_j$ do not have a kernel here; torch makes them with one matrix product (`add_up`).
 #
-# A forward and a backward start these, in this order. To spare the simulator it is a smaller problem, with 16 queries
-# and 20 keys.
+# A forward and a backward start these, in this order. To spare the simulator, the problem is smaller: 16 queries and 20
+# keys.
 
 # %%
 smaller = testing.make_problem(
@@ -631,9 +631,10 @@ with check_exercise(1, transpose_kernel):
             assert set(touched) == {4}, f"{name}: the warps touch {touched} sectors, not 4 each"
 
 # %% [markdown]
-# **2. Join the lanes.** The log-sum-exp $L$ of a row, by eight threads. Thread `lane` takes every eighth score, from
-# `scores[row, lane]` on, with a running maximum and sum of its own, which it never shows to the others until the end.
-# Then all are joined. One thread block per row. A lane may get no score at all; a row has at least one that is finite.
+# **2. Join the lanes.** Compute the log-sum-exp $L$ of a row with eight threads and one thread block per row. Thread
+# `lane` reads every eighth score, from `scores[row, lane]` on. It keeps a running maximum and sum of its own, which it
+# shows to the others only at the end, when all are joined. A lane may get no score at all; a row has at least one that
+# is finite.
 
 
 # %% tags=["exercise"]
@@ -650,7 +651,7 @@ def lse_kernel(scores, lse):
     highest = cuda.shared.array(8, float32)
     total = cuda.shared.array(8, float32)
     row, lane = cuda.blockIdx.x, cuda.threadIdx.x
-    m, l = float32(-math.inf), float32(0)  # the literals alone would be float64
+    m, l = float32(-math.inf), float32(0)  # a plain literal would be float64
     for n in range(lane, scores.shape[1], 8):
         score = scores[row, n]
         if score > m:
@@ -687,7 +688,7 @@ with check_exercise(2, lse_kernel):
 # ## Recap
 #
 # A tile is the work of many threads, which load what is contiguous and compute what they can keep in registers. Shared
-# memory stands between the two, with a barrier after each change of hands and a spare column against bank conflicts.
-# Triton decides all of this for you.
+# memory passes numbers from the one to the other, with a barrier after each change of hands and a spare column against
+# bank conflicts. Triton decides all of this for you.
 #
 # Next: [9. Fine-tuning a video transformer](09_fine_tuning.md)

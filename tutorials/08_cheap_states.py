@@ -51,7 +51,7 @@ assert T == 512 and round(additions / critical_work, 2) == 0.14
 
 # %% [markdown]
 # We take labels and states from the lab's video model, flatten each state to a row of $D^2$ numbers, and write the
-# plain loop. Everything is in float64, so that a difference is a mistake and no rounding.
+# plain loop. Everything is in float64, so a difference is a mistake, not rounding.
 
 # %%
 teacher, card = weights.load_weights(weights.TEACHER)
@@ -211,8 +211,8 @@ plt.show()
 # %% [markdown]
 # ## Timed
 #
-# A count is no time. The same four functions, timed on a CPU with states of 64 x 64 numbers by `benchmarks/states.py`.
-# The figures are read from the file that it wrote.
+# A count is not a time. `benchmarks/states.py` timed the same four functions on a CPU with states of 64 x 64 numbers.
+# The numbers below are read from the file that it wrote.
 
 # %%
 timed = measured("states")
@@ -263,8 +263,8 @@ plt.show()
 # %, the default, two ways are too close to call.
 #
 # Four Russians saves the most additions and wins nowhere. Its tables hold $2^g / g$ times as many numbers as the
-# states, 18 times for $g = 7$. They have to be written, and then read from all over the memory. An addition is cheap, a
-# number that has to be fetched is not.
+# states, 18 times for $g = 7$. They have to be written, and then read from all over the memory. An addition is cheap;
+# fetching a number is not.
 
 # %%
 fastest = {
@@ -310,7 +310,7 @@ assert errors["pre-aggregation"][0] > 5 * errors["matrix product"][0]  # 2 % mar
 assert max(errors["pre-aggregation"]) < 1e-5
 
 # %% [markdown]
-# That alone would be bearable. Two things are not. A block of large states that is *not* marginal should have no
+# This loss would be bearable. Two others are not. A block of large states that is *not* marginal should have no
 # influence on a row at all. It does: whatever it pushes out of the total's digits is lost.
 
 # %%
@@ -440,7 +440,7 @@ with check_exercise(2, shorter_list):
     noise = 1e-12 * expected.abs().max().item()
     expect("(sums, additions)", shorter_list(mixed, h), (expected, fewest), atol=noise)
     assert fewest < own_lists and fewest < of_others
-    print(f"{fewest} additions; the lists alone {own_lists}, the total and the others {of_others}")
+    print(f"{fewest} additions; only the lists {own_lists}, the total and the others {of_others}")
 
 # %% [markdown]
 # ## Recap

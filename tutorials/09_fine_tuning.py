@@ -3,7 +3,7 @@
 #
 # SLA goes into a model that was trained with full attention, and then the model has to get used to it. Afterwards you
 # will know what a swap breaks, what the first training steps can and cannot reach, which parameters to train, what a
-# few steps and what thousands of them bring, and how SLA compares with its two halves alone, at the size of this lab.
+# few steps and what thousands of them bring, and how SLA compares with each of its halves, at the size of this lab.
 #
 # Builds on: [2. Mask classification](02_mask_classification.md), [3. The linear branch](03_linear_branch.md),
 # [5. Algorithm 2](05_algorithm_2.md)
@@ -55,8 +55,8 @@ print(f"trained for {card['training']['steps']} steps; held-out loss {teacher_lo
 # ## The swap
 #
 # `with_attention` copies the model with another attention. Five kinds are there: `full`, the teacher's own; `sparse`,
-# the critical blocks alone; `linear`, linear attention over all keys; `l+s`, the plain sum of these two; and `sla`.
-# Critical are 5 % of the blocks, which at 64 blocks of 16 tokens is 3, and negligible 10 %.
+# only the critical blocks; `linear`, linear attention over all keys; `l+s`, the plain sum of these two; and `sla`. Of
+# the 64 blocks of 16 tokens, 5 % are critical, which is 3, and 10 % are negligible.
 #
 # No weight has changed, but what attention hands to the rest of the model has.
 
@@ -82,7 +82,7 @@ assert (
 # what it adds was never part of what the model learned to expect.
 #
 # SLA and `sparse` have the same loss to the last bit. A new SLA layer's Proj is zero, and
-# $O = O^s + \mathrm{Proj}(O^l)$ is then the sparse branch alone. Proj is all that SLA adds to the model:
+# $O = O^s + \mathrm{Proj}(O^l)$ is then just the sparse branch. Proj is all that SLA adds to the model:
 
 # %%
 student = with_attention(teacher, "sla")
@@ -102,8 +102,8 @@ assert extra == 4 * (64 * 64 + 64)  # four layers, heads of 64
 #
 # Exercise 2 of [5. Algorithm 2](05_algorithm_2.md) says it: behind a Proj of zero, the linear branch gets no gradient.
 # In the first step SLA's other weights get the very gradient that they would get with `sparse`, and Proj gets its own.
-# Only from the second step on does training shape what goes into the linear branch. That is no fault: a linear branch
-# that starts silent cannot do the harm that `l+s` shows.
+# Only from the second step on does training shape what goes into the linear branch. That is not a fault: a linear
+# branch that starts silent cannot do the harm that `l+s` shows.
 
 # %%
 clip, labels = MovingDigits("train", seed=0).batch(1)
@@ -218,7 +218,7 @@ for arm in swapped:
     assert course[-1] > RESULTS["teacher"]["held_out_loss"]  # and the teacher is not reached
 
 # %% [markdown]
-# **What to train.** All of it. Proj alone makes up for a small part of the damage only. Every run of "Proj only" ends
+# **What to train.** All of it. Training only Proj repairs a small part of the damage. Every run of "Proj only" ends
 # above every run of the same length that trained all parameters.
 
 # %%
@@ -226,8 +226,8 @@ for steps in lengths:
     assert min(losses["sla, Proj only", steps]) > max(losses["sla", steps])
 
 # %% [markdown]
-# **Which attention.** Linear attention alone is the worst of those that train everything, in every run. The plain sum
-# `l+s` starts from further behind than SLA.
+# **Which attention.** `linear` is the worst of those that train everything, in every run. The plain sum `l+s` starts
+# from further behind than SLA.
 #
 # SLA against `sparse` is the comparison to be careful with. Here they are, with the range over the seeds:
 
@@ -254,8 +254,8 @@ for steps in lengths:
 # stays ahead of SLA as the paper defines it. The paper compares on a model more than a thousand times larger, with
 # thirty times as many tokens; nothing here confirms or refutes what it found there.
 #
-# The training curves of the longest runs, first seed. They are the mean losses of stretches of steps, on training clips
-# at random times, and so much noisier than the held-out losses.
+# Here are the training curves of the longest runs, first seed. Each point is the mean loss of a stretch of steps. These
+# losses are on training clips at random times and so much noisier than the held-out losses.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -355,7 +355,7 @@ with check_exercise(1, white_box_loss):
 # %% [markdown]
 # **2. Train a part.** "sla, Proj only" of the table needs a model in which only some parameters learn. Write the
 # function that switches off all others, whose names do not contain a given word, and says how many numbers are left to
-# train. Parameters that want no gradient get none, and AdamW leaves them alone.
+# train. Parameters that do not require a gradient get none, and AdamW does not change them.
 
 
 # %% tags=["exercise"]
@@ -390,7 +390,7 @@ with check_exercise(2, train_only):
 # ## Recap
 #
 # A swap damages the model, and a few training steps repair most of it, if all parameters are trained. The linear branch
-# learns from the second step on, because Proj starts at zero. After runs as short as these, SLA and the sparse branch
-# alone are close together; longer ones tell them apart ([Experiments](../experiments.md)).
+# learns from the second step on, because Proj starts at zero. After runs as short as these, SLA and sparse-only
+# attention are close together; longer ones tell them apart ([Experiments](../experiments.md)).
 #
 # Next: [10. Your own backend](10_your_own_backend.md)

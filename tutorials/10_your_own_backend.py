@@ -28,9 +28,9 @@ from sla_ref.block_map import CRITICAL, MARGINAL
 # %% [markdown]
 # ## What is asked for
 #
-# A forward, a backward, and two questions: can this backend be used on this machine, and can it take this input? Both
-# are answered with `None` for yes, or with the reason why not as text. Besides these four functions, a backend has a
-# name, and says whether it computes the default feature map, softmax, by itself.
+# A forward, a backward, and two questions: can this backend be used on this machine, and does it support this input?
+# Both are answered with `None` for yes, or with the reason why not as text. Besides these four functions, a backend has
+# a name, and says whether it computes the default feature map, softmax, by itself.
 
 # %%
 show_source(protocol.Backend)
@@ -136,8 +136,8 @@ forward = make_forward(sparse_rows)
 # %% [markdown]
 # A first backend: this forward, with the backward of `torch`. Any object that has the attributes will do, a module, a
 # class, or a namespace as here. `check_backend` runs it on problems of all kinds and compares with the equations in
-# float64. The error that it accepts is no fixed number: it is what the dtype costs the equations themselves, times two,
-# or three for gradients, and the rounding of the result. `quick` keeps to three of the problems.
+# float64. The error that it accepts is not a fixed number: it is what the dtype costs the equations themselves, times
+# two, or three for gradients, plus the rounding of the result. `quick` keeps to three of the problems.
 
 
 # %%
@@ -160,7 +160,7 @@ assert report.ok
 # ## Would it have noticed?
 #
 # A check that passes says little until it has been seen to fail. Plant a fault: let the linear branch run over
-# negligible blocks, too, as an implementation does that takes everything that is not critical for marginal.
+# negligible blocks, too, as if everything that is not critical were marginal.
 
 
 # %%
@@ -244,7 +244,7 @@ def backward(grad_sparse, grad_linear, grad_lse, inputs, saved):
 
 
 # %% [markdown]
-# Again a fault first, the one of the printed algorithm: no scale in $dK$.
+# Again we plant a fault first, the one of the printed algorithm: no scale in $dK$.
 
 
 # %%
@@ -292,8 +292,8 @@ torch.testing.assert_close(gradients["numpy"], gradients["torch"])
 print("usable:", [name for name in ("torch", "numpy") if sla_ref.list_backends()[name] is None])
 
 # %% [markdown]
-# What it cannot take, it refuses with its reason. Nothing falls back to another backend. A tensor on the device "meta",
-# which has a shape and no numbers, stands in for one on a GPU:
+# It refuses an input that it does not support, and says why. Nothing falls back to another backend. Here a tensor on
+# the device "meta", which has a shape and no numbers, acts as one on a GPU:
 
 # %%
 print(unsupported(query.to("meta"), None))
@@ -310,7 +310,7 @@ assert "CPU" in unsupported(query.to("meta"), None)
 # ```
 #
 # `sla_numpy` is the module with the four functions, `name` and `softmax_inside`. On installation that line ends up in a
-# small text file beside the module. Here both are written by hand into a folder, which then plays the part of
+# small text file next to the module. Here both are written by hand into a folder, which then plays the part of
 # `site-packages`; the plug-in borrows the functions of the `torch` backend. `sla_ref` has not been told, and still
 # finds it:
 
@@ -343,7 +343,7 @@ assert torch.equal(by_plug_in, layer(query, key, value))
 # mask, and its output is then the sparse branch.
 #
 # On a GPU it has to be compiled, which makes one fused kernel of it; that is what the code below does where there is
-# one, gradients included. On a CPU it takes the plain form, which holds the whole $N \times N$ map and has no backward:
+# one, gradients included. On a CPU it uses the plain form, which holds the whole $N \times N$ map and has no backward:
 # good enough to see that both agree.
 
 # %%
@@ -377,14 +377,14 @@ if device == "cuda":
         torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-3)
 
 # %% [markdown]
-# FlexAttention has no linear branch. As a backend of `sla_ref` it would be one half of a forward, beside a linear half
-# as above.
+# FlexAttention has no linear branch. As a backend of `sla_ref` it would be one half of a forward, combined with a
+# linear half as above.
 #
 # ## Exercises
 #
-# **1. Say no in time.** A kernel of yours takes head dimensions that are multiples of 16, and blocks of 64 by 64 only.
-# Write its `unsupported`. The reason has to name the argument, what it got and what is allowed, and somebody will read
-# it in an error message.
+# **1. Say no in time.** A kernel of yours supports head dimensions that are multiples of 16, and only blocks of 64 by
+# 64. Write its `unsupported`. The reason has to name the argument, what it got and what is allowed, and somebody will
+# read it in an error message.
 
 
 # %% tags=["exercise"]
@@ -474,6 +474,6 @@ with check_exercise(2, sparse_rows_online):
 #
 # A backend is four functions and can be built half by half. `check_backend` compares it with the specification on
 # problems that are meant to break it, and names what is wrong. Registered or installed, it serves every call, and
-# refuses what it cannot take.
+# refuses what it does not support.
 #
 # Next: [11. SLA in your own model](11_your_own_model.md)

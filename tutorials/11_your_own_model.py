@@ -32,11 +32,11 @@ HEAD_DIM = WIDTH // HEADS
 # ## A model without SLA
 #
 # The task is to restore old film. A clip shows a moving digit, one of those that come with scikit-learn, in four frames
-# of 16 x 16 pixels. What the model gets is covered with noise and wrongly exposed: everything is brighter or darker by
-# an amount that is drawn anew for each clip. It has to give the clean clip back.
+# of 16 x 16 pixels. The model gets a clip with noise and a wrong exposure: everything is brighter or darker by a random
+# amount, another one for each clip. It has to return the clean clip.
 #
-# The task needs both kinds of attention. Where the digit is, is a matter of a few places nearby, in this frame and the
-# next. How the clip was exposed is a matter of all tokens together, each of which knows it only through noise.
+# The task needs both kinds of attention. A few places nearby, in this frame and the next, tell where the digit is. The
+# exposure has to be found from all tokens together, since each knows it only through noise.
 
 
 # %%
@@ -111,8 +111,8 @@ class Restorer(nn.Module):
 
 # %% [markdown]
 # It is trained with full attention, as your model has been. Training and fine-tuning share one function: AdamW, a
-# one-cycle schedule, batches of eight clips. The seed decides clips, exposures and noise, so that two runs with the
-# same seed see the same data.
+# one-cycle schedule, batches of eight clips. The seed decides clips, exposures and noise: two runs with the same seed
+# see the same data.
 
 
 # %%
@@ -171,7 +171,7 @@ class SLAAttention(Attention):
 
 
 class SparseAttention(Attention):
-    """The sparse branch alone, as a yardstick."""
+    """Only the sparse branch, as a yardstick."""
 
     def __init__(self, width, heads, **settings):
         super().__init__(width, heads)
@@ -221,7 +221,7 @@ assert min(before["sparse, 1 block"], before["SLA from identity"]) > 1.1 * teach
 # %% [markdown]
 # Untrained, every swap is worse than the teacher. SLA with Proj from zero is the sparse branch, to the last bit. From
 # the identity it begins further away, since the linear branch is added at full strength before anybody has learned to
-# expect it. That is no reason to discard it, as will be seen.
+# expect it. That is not a reason to discard it, as will be seen.
 #
 # ## The bill
 #
@@ -288,7 +288,7 @@ axes.set_title("Sixty steps win most of it back")
 plt.show()
 
 # %% [markdown]
-# And the clips, one frame of each of six. A loss hides where a model fails; pictures show it.
+# A loss hides where a model fails; pictures show it. Here is one frame from each of six clips.
 
 # %%
 rows = {
@@ -337,8 +337,8 @@ print(against("SLA from identity", "SLA, 1 block"), "with another start of Proj"
 #
 # **On what?** Held-out data, and the measure that you care about. In
 # [Experiments](../experiments.md#sla-against-its-halves), held-out loss and the quality of generated clips do not rank
-# the arms alike. Nor does a task like this one say much about another: the exposure was put in so that there is
-# something which all tokens share. In the lab's larger model, a grey backdrop of that kind [did not widen SLA's
+# the arms alike. A task like this one does not say much about another, either: it has the exposure because SLA needs
+# something that all tokens share. In the lab's larger model, a grey backdrop of that kind [did not widen SLA's
 # lead](../experiments.md#when-does-the-papers-order-hold).
 #
 # ## Settings to start from
@@ -354,7 +354,7 @@ print(against("SLA from identity", "SLA, 1 block"), "with another start of Proj"
 # | block size | 64, or `block_q=128` on a GPU | 0.0671 with blocks of 16, 0.0681 with 64 |
 # | Proj | `proj_init="identity"` | 0.0624, against 0.0671 from zero |
 # | $\phi$ | softmax; `Softmax(4.0)` in long runs | both changes: 0.0517 after 1,600 steps, against 0.0566 |
-# | what to train | everything | 0.1333 with Proj alone, against 0.0671 |
+# | what to train | everything | 0.1333 with only Proj, against 0.0671 |
 # | target | your own loss | 0.0661 towards the teacher's output, which costs its forward |
 # | learning rate | half the training's peak | 0.0706, 0.0671 and 0.0666 at 1/3, 1 and 3 times 0.001 |
 # | steps | as many as you can afford | 0.0887 after 50, 0.0798 after 100, 0.0671 after 400, 0.0527 after 3,200 |
@@ -364,9 +364,9 @@ print(against("SLA from identity", "SLA, 1 block"), "with another start of Proj"
 # It was worse than sparse-only attention with three times as many, which had 0.0550 after 400 steps; with both changes,
 # of Proj and of $\phi$, it passed that after 1,600 steps, 0.0517 against 0.0528.
 #
-# **What the layer does not do.** It takes no mask, causal or other, and no dropout on weights, and each query must have
-# the head dimension of its key. [Numerics](../numerics.md#what-is-not-taken) lists the rest. Cross-attention to a short
-# text has nothing to save; leave it as it is.
+# **What the layer does not do.** It supports no mask, causal or other, and no dropout on weights, and each query must
+# have the head dimension of its key. [Numerics](../numerics.md#what-is-not-supported) lists the rest. Cross-attention
+# to a short text has nothing to save; leave it as it is.
 #
 # ## Exercises
 #
@@ -404,7 +404,7 @@ with check_exercise(1, attend_flat):
 
 # %% [markdown]
 # **2. A budget.** SLA may cost at most a given share of full attention's operations, its linear branch included. How
-# many critical blocks can each query block have? Zero, if the linear branch alone costs more.
+# many critical blocks can each query block have? Zero, if the linear branch costs more than that.
 
 
 # %% tags=["exercise"]

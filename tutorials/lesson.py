@@ -1,7 +1,7 @@
-"""What the tutorials need: sources to show, figures from result files, and the checks of the exercises.
+"""What the tutorials need: sources to show, numbers from result files, and the checks of the exercises.
 
-No lesson holds a copy of a source or of a figure: a copy ages. A tutorial imports this module, which lies in the same
-folder.
+No lesson holds a copy of a source or of a result: a copy ages. A tutorial imports this module,
+which lies in the same folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PACKAGE = Path(sla_ref.__file__).parent
 
 @dataclass(frozen=True)
 class Source:
-    """The text of a function, class or module, and where it stands."""
+    """The text of a function, class or module, and where it is."""
 
     caption: str
     code: str
@@ -107,7 +107,7 @@ def check_exercise(number: int, answer: Callable[..., object]) -> Iterator[None]
 
     Raises:
         WrongAnswer: the check failed, and this is what failed.
-        AssertionError: the check passes on the stub, so that it checks nothing.
+        AssertionError: the check passes on the stub and so checks nothing.
     """
     source = source_of(answer)
     name = source.caption.rpartition(", ")[2]

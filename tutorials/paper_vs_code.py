@@ -8,7 +8,7 @@
 # the three.
 #
 # "SLA-1" is the branch of that name at commit 325cc75, "main" the branch main at d973e55. What is said about them was
-# read in their code. The functions below are written anew from it, on top of the
+# read in their code. The functions below follow that code but are our own, on top of the
 # [specification](../api/operator.md#the-specification).
 
 # %%
@@ -115,8 +115,8 @@ figure.legend(handles=handles, loc="outside lower center", ncols=3)
 plt.show()
 
 # %% [markdown]
-# Dots mark the critical blocks, crosses the negligible ones. The right panel shows the linear branch alone: all keys
-# are marginal to it. The sparse branch of main has the critical blocks of the other two panels.
+# Dots mark the critical blocks, crosses the negligible ones. The right panel shows the linear branch: all keys are
+# marginal to it. The sparse branch of main has the critical blocks of the other two panels.
 #
 # So issue 18 is right: main does not compute what the paper describes. It is not the paper's ablation L+S either,
 # which adds the two branches without Proj.
@@ -180,8 +180,8 @@ assert (torch.softmax(scores, dim=-1)[1:] == 0).sum() == 3 and len(scores.unique
 # %% [markdown]
 # ## Why the linear branch is zero at the start
 #
-# Issue [19](https://github.com/thu-ml/SLA/issues/19) found that `proj_l` is all zero, so that the linear branch never
-# shows in the output. That is how training starts, and no fault. A fresh layer is its sparse branch:
+# Issue [19](https://github.com/thu-ml/SLA/issues/19) found that `proj_l` is all zero and the linear branch never shows
+# in the output. That is how training starts, not a fault. A fresh layer is its sparse branch:
 
 # %%
 layer = sla_ref.SparseLinearAttention(D, 0.10, 0.30, **blocks).double()
@@ -189,9 +189,9 @@ output = layer(query, key, value)
 assert torch.allclose(output, outputs["paper"][0], rtol=0, atol=1e-12)
 
 # %% [markdown]
-# It does not stay so, since the gradient of Proj is not zero. With $O = O^s + O^l W^\top + b$ it is $\partial \ell /
-# \partial W = (\partial \ell / \partial O)^\top O^l$, whatever $W$ is. What is zero at the first step is the gradient
-# that goes through $W$ into the feature maps; one step later it flows, too.
+# It does not stay so, since the gradient with respect to Proj is not zero. With $O = O^s + O^l W^\top + b$ it is
+# $\partial \ell / \partial W = (\partial \ell / \partial O)^\top O^l$, whatever $W$ is. What is zero at the first step
+# is the gradient that goes through $W$ into the feature maps; one step later it flows, too.
 
 # %%
 target = torch.nn.functional.scaled_dot_product_attention(query, key, value)
@@ -214,10 +214,10 @@ for step in range(2):
 #
 # ## What to fine-tune
 #
-# Issue [23](https://github.com/thu-ml/SLA/issues/23) lists three ways: each attention layer alone against its old
-# outputs, `proj_l` alone from end to end, or the whole model from end to end. The authors answer a like question in
-# [TurboDiffusion 117](https://github.com/thu-ml/TurboDiffusion/issues/117): all parameters, because one projection
-# per layer is not enough. The lab's fine-tune does the same; its optimiser gets everything:
+# Issue [23](https://github.com/thu-ml/SLA/issues/23) lists three ways: each attention layer by itself against its old
+# outputs, only `proj_l` from end to end, or the whole model from end to end. The authors answer a similar question in
+# [TurboDiffusion 117](https://github.com/thu-ml/TurboDiffusion/issues/117): all parameters, because one projection per
+# layer is not enough. The lab's fine-tune does the same; its optimiser gets everything:
 
 # %%
 from sla_ref.lab.model import with_attention
@@ -233,8 +233,8 @@ assert counts["proj_l"] == 4 * (64 * 64 + 64) and counts["proj_l"] < 0.02 * coun
 
 # %% [markdown]
 # How much each way can repair is measured here on one layer's attention of the lab's model, on a held-out clip
-# halfway to noise. Proj alone has a best value, by least squares. It is the most that training Proj alone could reach
-# on these tokens:
+# halfway to noise. Least squares gives the best Proj. It is the most that training only Proj could reach on these
+# tokens:
 
 # %%
 from sla_ref.lab.data import MovingDigits
@@ -267,24 +267,22 @@ for number, (q, k, v, full) in caught.items():
     assert errors[number][1] < errors[number][0]
 
 figure, axes = plt.subplots(figsize=(6.4, 3.0))
-for shift, (name, hatch) in enumerate(
-    {"sparse branch alone": "", "with the best Proj": "//"}.items()
-):
+for shift, (name, hatch) in enumerate({"sparse branch": "", "with the best Proj": "//"}.items()):
     heights = [float(pair[shift]) for pair in errors.values()]
     places = [number + 0.36 * (shift - 0.5) for number in errors]
     axes.bar(places, heights, 0.34, label=name, hatch=hatch, color=("#E69F00", "#0072B2")[shift])
 axes.set(xticks=list(errors), xlabel="layer", ylabel="relative error of the output")
-axes.set(title="What Proj alone can repair", ylim=(0, 0.75))
+axes.set(title="What Proj can repair by itself", ylim=(0, 0.75))
 axes.legend(loc="upper center", ncols=2)
 plt.show()
 
 # %% [markdown]
-# Proj alone takes away a part of the error and leaves a part. It is fitted here to the clip that it is measured on; on
-# other clips it repairs less, and in the last layer next to nothing ([3. The linear
-# branch](03_linear_branch.md#it-compensates-it-does-not-approximate)). The rest needs query, key and value to change,
-# so that less is missing in the first place, and for that all parameters have to be trained. This also answers the last
-# question of issue 23: nothing in an end-to-end fine-tune asks a layer to equal full attention. What the loss asks for
-# is the prediction of the whole model. How far the lab's shipped student is from its teacher there is in its card:
+# The best Proj takes away only a part of the error. It is fitted here to the clip that it is measured on; on other
+# clips it repairs less, and in the last layer next to nothing ([3. The linear
+# branch](03_linear_branch.md#it-compensates-it-does-not-approximate)). To reduce the rest, query, key and value have to
+# change, and for that all parameters have to be trained. This also answers the last question of issue 23: nothing in an
+# end-to-end fine-tune asks a layer to equal full attention. What the loss asks for is the prediction of the whole
+# model. How far the lab's shipped student is from its teacher there is in its card:
 
 # %%
 import json
@@ -343,7 +341,7 @@ assert not set(layer.state_dict()) & set(learned.state_dict())
 # ## Recap
 #
 # The paper and the two branches of the code differ in the classes, in the denominator and in how the keys are smoothed.
-# A fresh layer is its sparse branch, because Proj starts at zero. Proj alone repairs a part of what is missing, so a
-# fine-tune trains all parameters. SLA2 is the operator of SLA-1, with a weight in place of Proj.
+# A fresh layer is its sparse branch, because Proj starts at zero. Training only Proj repairs a part of what is missing,
+# so a fine-tune trains all parameters. SLA2 is the operator of SLA-1, with a weight in place of Proj.
 #
 # Next: [Numerics and guarantees](../numerics.md)

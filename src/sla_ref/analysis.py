@@ -1,6 +1,6 @@
 """What the paper measures on attention maps, and what attention costs.
 
-Dense and for small sizes: an N x N map is what is being looked at.
+All of it is dense and for small sizes, since it looks at whole N x N maps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CLASS_COLOURS = {1: "#D55E00", 0: "#56B4E9", -1: "#8A8F98"}  # told apart by col
 def attention_weights(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
     """The map P = softmax(scale Q K^T), (..., Nq, Nk), for query (..., Nq, D) and key (..., Nk, D).
 
-    `scale` is 1 / sqrt(D) by default. At least float32, whatever the input has.
+    `scale` is 1 / sqrt(D) by default. The map is at least float32, whatever the input is.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -45,8 +45,8 @@ def split_top(weights: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def stable_rank(matrix: Tensor, iterations: int | None = None) -> Tensor:
     """||A||_F^2 / ||A||_2^2 of each matrix (..., M, N): how many directions carry its weight.
 
-    Between 1 and the rank; 0 for a matrix of zeros. With `iterations`, ||A||_2 comes from so many steps of subspace
-    iteration instead of all eigenvalues: for large matrices. It is never too large, so the result never too small.
+    Between 1 and the rank; 0 for a matrix of zeros. With `iterations`, for large matrices, ||A||_2 comes from so many
+    steps of subspace iteration instead of all eigenvalues. It is never too large, so the result is never too small.
     """
     if iterations is None:
         # The largest eigenvalue of A A^T is ||A||_2^2, in half the time that the singular values of A take.
@@ -69,12 +69,12 @@ def _largest_singular_value(matrix: Tensor, iterations: int, width: int = 16) ->
 
 
 def relative_l1(approximation: Tensor, exact: Tensor) -> Tensor:
-    """||A - B||_1 / ||B||_1 of each pair of matrices (..., M, N): the error beside the size of the exact one."""
+    """||A - B||_1 / ||B||_1 of each pair of matrices (..., M, N): the error relative to the size of the exact one."""
     return (approximation - exact).abs().sum(dim=(-2, -1)) / exact.abs().sum(dim=(-2, -1))
 
 
 def error_of_keeping(kept: Tensor, weights: Tensor, value: Tensor) -> Tensor:
-    """Relative L1 error of the output P V if P keeps the weights where `kept` is True, each row normalised anew.
+    """Relative L1 error of the output P V if P keeps the weights where `kept` is True, each row normalised again.
 
     `kept` and `weights` (..., Nq, Nk), `value` (..., Nk, D) -> (...). A row that keeps nothing gives zeros.
     """
@@ -87,8 +87,8 @@ def error_of_keeping(kept: Tensor, weights: Tensor, value: Tensor) -> Tensor:
 def block_mass(weights: Tensor, block_q: int, block_k: int) -> Tensor:
     """What part of its attention a query block spends on each key block: (..., Nq, Nk) -> (..., Tq, Tk).
 
-    Weights are summed over the keys of a block and averaged over its queries, so that each row adds up to 1 if those of
-    the map do. The last block of either may be partial.
+    Weights are summed over the keys of a block and averaged over its queries, so each row adds up to 1 if those of the
+    map do. The last block of either may be partial.
     """
     rows = torch.stack([block.mean(dim=-2) for block in weights.split(block_q, dim=-2)], dim=-2)
     return torch.stack([block.sum(dim=-1) for block in rows.split(block_k, dim=-1)], dim=-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,7 +12,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .batching import fold_into_batch
 from .block_map import (
     DEFAULT_BLOCK,
     DEFAULT_CRITICAL_RATIO,
@@ -22,6 +23,7 @@ from .block_map import (
 )
 from .checks import FLOATS, check_layout, check_scale, check_tensors
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
+from .operators import fold_into_batch, operator
 from .protocol import Backend, Gradients, Inputs, Saved, check_gradients, check_saved
 
 
@@ -135,7 +137,9 @@ def attend(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, block
     inside = phi_query is softmax and phi_key is softmax  # the default, which the operator computes by itself
     options = (block_map.max_critical, block_map.is_uniform, block_map.block_q, block_map.block_k, scale, backend)
     features = (None, None) if inside else (_features(phi_query, query, "query"), _features(phi_key, key, "key"))
-    return SLAOutput(*_Attention.apply(query, key, value, *features, block_map.labels, options))
+    if torch.is_grad_enabled():
+        return SLAOutput(*_Attention.apply(query, key, value, *features, block_map.labels, options))
+    return SLAOutput(*_forward(query, key, value, *features, block_map.labels, *options))
 
 
 def _check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
@@ -214,15 +218,15 @@ def _add_through_softmax(grad: Tensor, grad_phi: Tensor | None, phi: Tensor | No
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
-# Compilers take the two custom ops as they are. The two autograd functions around them hold the gradient, since
-# torch.func cannot transform one that is registered with a custom op. Of a BlockMap only the labels and what was read
-# of them travel; its index lists are made inside. The backend travels as a string, so that the backward runs on the
+# Compilers take the two operators as they are. The two autograd functions around them hold the gradient, since
+# torch.func cannot transform one that is registered with an operator. Of a BlockMap only the labels and what was read
+# of them travel; its index lists are made inside. The backend travels as a string, so the backward runs on the
 # backend of its forward, whatever is set by then.
 # Without phi_query and phi_key, phi is softmax, nothing is kept of it for the backward, and the gradient through it is
 # part of query's and key's.
 
 
-@torch.library.custom_op("sla_ref::forward", mutates_args=())
+@operator("forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -239,11 +243,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     block_map = trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], max_critical, is_uniform)
     chosen = backends.choose(backend, query, block_map)
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query):
         return run_forward(chosen, Inputs(query, key, value, phi_query, phi_key, block_map, scale))
 
 
-@torch.library.custom_op("sla_ref::backward", mutates_args=())
+@operator("backward")
 def _backward(
     grad_sparse: Tensor,
     grad_linear: Tensor,
@@ -267,19 +271,24 @@ def _backward(
     block_map = trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], max_critical, is_uniform)
     chosen = backends.choose(backend, query, block_map)
     inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query):
         saved = Saved(out_sparse, out_linear, lse)
         gradients = run_backward(chosen, grad_sparse, grad_linear, grad_lse, inputs, saved)
     return [gradient.to(query.dtype) for gradient in gradients if gradient is not None]
 
 
-@_forward.register_fake
+def _no_autocast(query: Tensor) -> AbstractContextManager:
+    kind = query.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@torch.library.register_fake(_forward)
 def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     return query.new_empty(query.shape), query.new_empty(query.shape), lse
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, *rest: Any) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in rest[:5] if tensor is not None]
 
@@ -305,6 +314,8 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _forward(query, key, value, phi_query, phi_key, labels, *options)
 
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # torch asks for it in every call
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         *tensors, labels, options = inputs
@@ -319,8 +330,11 @@ class _Attention(torch.autograd.Function):
             torch.zeros_like(output) if grad is None else grad
             for grad, output in zip(grads, (out_sparse, out_linear), strict=False)
         )
-        outputs = (out_sparse, out_linear, lse)
-        gradients = _Gradient.apply(grad_sparse, grad_linear, grads[2], *inputs, *outputs, labels, ctx.options)
+        arguments = (grad_sparse, grad_linear, grads[2], *inputs, out_sparse, out_linear, lse, labels)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _Gradient.apply(*arguments, ctx.options)
+        else:
+            gradients = _backward(*arguments, *ctx.options)
         return *gradients, *[None] * (7 - len(gradients))
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import backends
-from .batching import fold_into_batch
 from .checks import check_block_size, check_layout, check_ratio, check_tensors
+from .operators import fold_into_batch, operator
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -133,7 +133,7 @@ def labels_by_rank(scores: Tensor, num_critical: int | Tensor, num_negligible: i
 
 
 # One operator to compilers: whether N is a multiple of the block size is then no question to an exported graph.
-@torch.library.custom_op("sla_ref::labels", mutates_args=())
+@operator("labels")
 def _labels(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
     if query.is_cuda and backends.is_usable("triton"):  # in float64, faster than the torch code below
         from .backends.triton.classify import classify
@@ -143,7 +143,7 @@ def _labels(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, 
     return labels_by_rank(scores, num_critical, num_negligible)
 
 
-@_labels.register_fake
+@torch.library.register_fake(_labels)
 def _(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
     blocks = num_blocks(query.shape[2], block_q), num_blocks(key.shape[2], block_k)
     return query.new_empty(*query.shape[:2], *blocks, dtype=torch.int8)
@@ -181,7 +181,7 @@ class BlockMap:
         num_critical: number of critical blocks in every row, where it is known; None: it is counted, rows may differ.
 
     Raises:
-        TypeError: labels is no dense int8 tensor, or a size is no int.
+        TypeError: labels is not a dense int8 tensor, or a size is not an int.
         ValueError: a size is below 1, labels does not fit the lengths, holds another value, or has rows with another
             number of critical blocks than num_critical. Or, when the map is used: labels was changed in place.
     """
@@ -245,7 +245,7 @@ class BlockMap:
         return least, most
 
     def require_unchanged(self) -> None:
-        """Raise ValueError if labels was changed in place since: what was read then is no longer true."""
+        """Raise ValueError if labels was changed in place since: what was read then does not hold any more."""
         if None not in (seen := (self._version, version(self.labels))) and seen[0] != seen[1]:
             raise ValueError("labels must not be changed in place after a BlockMap was made of it: make a new BlockMap")
 

@@ -58,19 +58,20 @@ def check_tensors(**tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         check_layout(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
+        shape = tensor.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim), got {tuple(shape)}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if 0 in tensor.shape:
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(tensor.shape)}")
+        if 0 in shape:
+            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(shape)}")
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on {first_name}'s device {first.device}, got {tensor.device}")
         for axis, word in ((0, "batch size"), (1, "number of heads"), (3, "head_dim")):
-            if tensor.shape[axis] != first.shape[axis]:
+            if shape[axis] != first.shape[axis]:
                 raise ValueError(
-                    f"{name} must have {first_name}'s {word} {first.shape[axis]}, got {tensor.shape[axis]} "
-                    f"({first_name} {tuple(first.shape)}, {name} {tuple(tensor.shape)})"
+                    f"{name} must have {first_name}'s {word} {first.shape[axis]}, got {shape[axis]} "
+                    f"({first_name} {tuple(first.shape)}, {name} {tuple(shape)})"
                 )

@@ -1,7 +1,7 @@
 """The command line: `sla-ref`, also `python -m sla_ref`.
 
-Commands import what they need when they run, so that `--help` stays quick and a missing extra is
-named by the command that needs it.
+Commands import what they need when they run: `--help` stays quick, and a missing extra is named by
+the command that needs it.
 """
 
 from __future__ import annotations
@@ -187,14 +187,15 @@ def backends() -> None:
 def kernels(
     target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or sm_120.")] = "sm_90",
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 (default), float16 or float32; numba: float32 alone.")
+        str | None, typer.Option(help="bfloat16 (default), float16 or float32; numba: only float32.")
     ] = None,
     backend: Annotated[str, typer.Option(help="triton or numba.")] = "triton",
 ) -> None:
     """Compile a backend's kernels for a GPU, which need not be here, and report the resources that they use.
 
-    Every kernel at head_dim 64 and 128, blocks of 64 x 64 and 128 x 64. Exits with 1 if one of them uses stack, as one
-    does that spills registers, or needs more shared memory than the target has (numba: than every CUDA GPU has).
+    It compiles every kernel at head_dim 64 and 128, blocks of 64 x 64 and 128 x 64. It exits with 1 if one of them uses
+    stack, which is where registers spill, or needs more shared memory than the target has (numba: than every CUDA GPU
+    has).
     """
     _require(("triton",), "triton")  # for numba too: its wheel holds the tools that read binaries
     if backend == "numba":
@@ -220,7 +221,7 @@ def kernels(
                 use = (entry.warps, entry.registers, entry.stack, entry.shared, entry.shared_limit)
                 cells = (entry.kernel, head_dim, blocks, *use, entry.instruction, entry.problem or "")
                 table.add_row(*map(str, cells))
-    # Wide enough for every figure: a narrow terminal wraps the lines, where rich would cut them.
+    # Wide enough for all columns: a narrow terminal wraps the lines, where rich would cut them.
     Console(width=max(console.width, 200)).print(table)
     raise typer.Exit(1 if problems else 0)
 

@@ -1,8 +1,8 @@
 """What a compiler makes of the kernels, without a GPU: registers, stack, shared memory, matrix instructions.
 
 A backend's forward and backward run as they are, on tensors without data, with a launcher that compiles a kernel where
-another would start it. So the report shows the kernels that would run on such a GPU. Triton's are the
-very binaries; Numba leaves the last step, from PTX to a binary, to the driver, and NVIDIA's assembler stands in for it.
+another would start it. So the report shows the kernels that would run on such a GPU. Triton's are the very binaries.
+Numba leaves the last step, from PTX to a binary, to the driver, which NVIDIA's assembler replaces here.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _registers_and_stack(cubin: bytes) -> dict[str, int]:
 
 
 def _assemble(ptx: str, target: str) -> bytes:
-    """The binary of a kernel, by NVIDIA's assembler: of triton's two, the one for newer PTX."""
+    """The binary of a kernel, made by NVIDIA's assembler: of the two that triton has, the one for newer PTX."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx, encoding="utf-8")
@@ -114,7 +114,7 @@ def _static_shared(ptx: str) -> int:
 
 
 class _TargetOnly:
-    """Stands in for triton's driver: knows what to compile for, and can start nothing."""
+    """Replaces triton's driver: knows what to compile for, and cannot start anything."""
 
     def __init__(self, architecture: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -132,7 +132,7 @@ class _TargetOnly:
 
 
 def _cache_folder() -> AbstractContextManager[str]:
-    """Where triton keeps what it has compiled. If it cannot write there, a folder for this time alone."""
+    """Where triton keeps what it has compiled. If it cannot write there, a temporary folder."""
     import triton
 
     folder = triton.knobs.cache.dir
@@ -187,11 +187,11 @@ def _check_target(target: str) -> int:
 
 
 def compile_kernels(
-    target: str, *, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, length: int = 2048
+    target: str, *, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int, length: int = 2**16
 ) -> list[tuple[str, Any]]:
     """(name, what triton compiled) for every kernel that a forward and a backward start, in that order, each once.
 
-    "softmax" behind a name: in the form that computes phi by itself, after those that read it.
+    "softmax" behind a name means the form that computes phi by itself; these come after those that read phi.
 
     Arguments and errors as for `report`; `length` is the number of tokens.
     """
@@ -206,7 +206,7 @@ def compile_kernels(
     compiled = {}
 
     class CompileOnly(backend.launch.Launcher):
-        def start(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        def start(self, kernel: Any, programs: int, *args: Any, case: Any = None, **options: Any) -> None:
             binary = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
             name = kernel.__name__.removesuffix("_kernel")
             softmax = isinstance(args[-1], backend.launch.Plan) and args[-1].SOFTMAX
@@ -224,7 +224,7 @@ def compile_kernels(
 
 
 def compile_numba_kernels(
-    target: str, *, head_dim: int, block_q: int, block_k: int, length: int = 2048
+    target: str, *, head_dim: int, block_q: int, block_k: int, length: int = 2**16
 ) -> list[tuple[str, int, str]]:
     """(name, threads of a thread block, PTX) for every kernel of the Numba backend, in the order of their first start.
 
@@ -287,7 +287,7 @@ def report(
         One entry per kernel, in the order in which they run; `problem` says what is wrong with it, or is None.
 
     Raises:
-        ValueError: an unknown target or backend, or a dtype or size that the backend does not take.
+        ValueError: an unknown target or backend, or a dtype or size that the backend does not support.
         RuntimeError: called inside Triton's interpreter or Numba's simulator, or Numba's PTX cannot be assembled.
         ModuleNotFoundError: triton or numba is not installed. The tools that read binaries are triton's for both.
     """
@@ -302,7 +302,7 @@ def report(
     elif backend != "numba":
         raise ValueError(f"backend must be triton or numba, got {backend!r}")
     elif dtype not in (None, torch.float32):
-        raise ValueError(f"dtype must be float32 for numba, whose kernels compute in float32 alone, got {dtype}")
+        raise ValueError(f"dtype must be float32 for numba, whose kernels compute only in float32, got {dtype}")
     else:
         from .backends.numba_cuda import STATIC_SHARED_MEMORY
 

@@ -38,7 +38,7 @@ class Softmax:
 
     A temperature above 1 makes the features sharper, one below 1 makes them flatter.
 
-    It runs outside the fused kernels, which know the plain softmax only. phi(Q) and phi(K) are therefore written to
+    It runs outside the fused kernels, which know only the plain softmax. phi(Q) and phi(K) are therefore written to
     memory, in the dtype of query, and kept for the backward: two more tensors of the size of query and key. The softmax
     and its gradient are operations of their own, which `torch.compile` can fuse with what is around the layer.
 
@@ -67,7 +67,7 @@ class Hedgehog(nn.Module):
         head_dim: D, even.
 
     Raises:
-        TypeError, ValueError: head_dim is no even int of at least 2.
+        TypeError, ValueError: head_dim is not an even int of at least 2.
     """
 
     def __init__(self, head_dim: int) -> None:

@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error.
+    """A temporary path next to `path` that takes its place when the block ends without an error.
 
     The file's mode follows the umask, whatever the block writes it with. An OSError in writing names `path`.
     """
@@ -58,7 +58,7 @@ def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def new_folder(path: Path) -> Path:
-    """Makes the folder; FileExistsError where it is there and not empty, or no folder."""
+    """Makes the folder; FileExistsError if it exists and is a file or is not empty."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"out must be a folder, but {path} is a file")
     path.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def project(proj_l: nn.Module, linear: Tensor) -> Tensor:
 class SparseLinearAttention(nn.Module):
     """Takes the place of softmax attention in a model: O = O^s + Proj(O^l). [Eq. 6]
 
-    Where Proj starts decides what a fresh layer is. From zero, it is the sparse branch alone, and fine-tuning grows the
+    Where Proj starts decides what a fresh layer is. From zero, it is just the sparse branch, and fine-tuning grows the
     linear branch: the first gradient reaches Proj only, and one step later it reaches phi through Proj too. From the
     identity, it is the sum of both branches, and both learn from the first step on.
 

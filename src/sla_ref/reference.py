@@ -1,8 +1,8 @@
 """The specification: sparse-linear attention as the paper's equations, dense and masked.
 
-Every other rung of this package is tested against this page. It needs N x N memory and nothing but torch, takes any
-float dtype, and leaves the gradients to autograd. It does not have: blocks of work, an online softmax, a hand-written
-backward.
+Every other rung of this package is tested against this page. It needs N x N memory and nothing but torch, supports
+every float dtype, and leaves the gradients to autograd. It does not have blocks of work, an online softmax or a
+hand-written backward.
 
 Official implementation: thu-ml/SLA, branch SLA-1 at 325cc75, in sparse_linear_attention/: utils.py, lines 55 to 67
 (classes), and kernel.py, lines 51 to 148 (both branches). It has no negligible class.
@@ -86,7 +86,7 @@ def sparse_linear_attention(
     # Sparse branch: softmax over the critical keys, normalised over them only. [Eq. 4]
     critical = label == 1
     S = (scale * query @ key.mT).masked_fill(~critical, -torch.inf)  # (B, H, Nq, Nk)
-    # A softmax over no key at all is 0 / 0. Such rows are computed on zeros and cleared afterwards: clearing alone
+    # A softmax over no key at all is 0 / 0. Such rows are computed on zeros and cleared afterwards: just clearing them
     # would leave the NaN in the gradient.
     no_key = ~critical.any(-1, keepdim=True)
     S = S.masked_fill(no_key, 0.0)
@@ -105,8 +105,8 @@ def sparse_linear_attention(
 def smallest_denominator(dtype: torch.dtype) -> float:
     """Below this, a denominator phi(Q_i) Z_i counts as zero: 2^-96, or 2^-992 for float64.
 
-    It is no epsilon that is added to something. Near the end of float32's range, features are rounded to a few digits,
-    and the gradient's phi(Q_i) / (phi(Q_i) Z_i) leaves the range at the other end.
+    It is not an epsilon that is added to something. Near the end of float32's range, features are rounded to a few
+    digits, and the gradient's phi(Q_i) / (phi(Q_i) Z_i) leaves the range at the other end.
     """
     return torch.finfo(torch.promote_types(dtype, torch.float32)).tiny * 2.0**30
 

@@ -2,8 +2,8 @@
 
 SLA adds a projection of its linear branch to its sparse branch. SLA2 mixes the two, O = alpha O^s + (1 - alpha) O^l,
 and learns which blocks are critical. The formulas are the paper's where they carry a tag. Those marked "own" are not in
-the paper. Everything takes any float dtype, needs N x N memory, and leaves the gradients to autograd, except that of
-the soft top-k.
+the paper. Everything supports every float dtype, needs N x N memory, and leaves the gradients to autograd, except that
+of the soft top-k.
 
 Glossary, in addition to that of `reference.py` (paper symbol: meaning)
     scores       P_c         (B, H, Tq, Tk): what the router ranks key blocks by
@@ -75,8 +75,8 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # The implicit function theorem (own): lambda moves with the scores so that the sum stays. Without the second
-        # term lambda would count as a constant.
+        # The implicit function theorem (own): lambda moves with the scores to keep the sum. Without the second term
+        # lambda would count as a constant.
         (mask,) = ctx.saved_tensors
         s = mask * (1 - mask)
         total = s.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Choices of blocks besides SLA's own. Each makes a `BlockMap`, and every backend takes any map.
+"""Choices of blocks besides SLA's own. Each makes a `BlockMap`, and every backend accepts every map.
 
 A router is whatever can be called as `classify_blocks`, and the `router` of both layers. `Router` puts one together
 from three parts: scores, which rank the key blocks of a row; how many of them are critical; and tokens that are
@@ -45,8 +45,8 @@ def sub_block_scores(
 ) -> Tensor:
     """Scores that see inside a block: the log-sum-exp over its parts, each pooled by itself.
 
-    From SGLang's pull request 34148. A block's mean hides a few keys that stand out; the mean of a smaller part shows
-    them. `functools.partial(sub_block_scores, parts_k=8)` sets the parts. With one part each, these are `block_scores`.
+    From SGLang's pull request 34148. A block's mean hides a few unusual keys; the mean of a smaller part shows them.
+    `functools.partial(sub_block_scores, parts_k=8)` sets the parts. With one part each, these are `block_scores`.
 
     Args:
         query, key, block_q, block_k: as in `block_scores`.
@@ -56,7 +56,7 @@ def sub_block_scores(
         (B, H, Tq, Tk) in the units of `block_scores`, that is before the factor 1 / sqrt(D), without gradient.
 
     Raises:
-        TypeError, ValueError: as `block_scores`; a number of parts is no int >= 1, or does not divide its block.
+        TypeError, ValueError: as `block_scores`; a number of parts is not an int >= 1, or does not divide its block.
     """
     check_tensors(query=query, key=key)
     for name, parts, block in (("parts_q", parts_q, block_q), ("parts_k", parts_k, block_k)):
@@ -83,7 +83,7 @@ class LearnedScores(nn.Module):
         head_dim: D.
 
     Raises:
-        TypeError, ValueError: head_dim is no int of at least 1.
+        TypeError, ValueError: head_dim is not an int of at least 1.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -94,7 +94,7 @@ class LearnedScores(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Both matrices to the identity."""
+        """Sets both matrices to the identity."""
         nn.init.eye_(self.proj_q.weight)
         nn.init.eye_(self.proj_k.weight)
 
@@ -117,16 +117,16 @@ class LearnedScores(nn.Module):
 class Router(nn.Module):
     """A choice of blocks put together from scores, a number of critical blocks and protected tokens.
 
-    It is called as `classify_blocks`, and a fresh `Router()` is `classify_blocks`. A layer takes it as `router=`.
+    It is called as `classify_blocks`, and a fresh `Router()` is `classify_blocks`. A layer accepts it as `router=`.
 
         SparseLinearAttention(64, router=Router(sub_block_scores, top_p=0.9, protected_keys=slice(0, 77)))
 
     Args:
         scores: what ranks the blocks. `block_scores`, the product of the means (SLA); `sub_block_scores` (SGLang);
             `LearnedScores(head_dim)` (SLA2); or any callable with the arguments and the result of `block_scores`.
-        top_p: critical are at least as many blocks of a row, best first, as hold this share of the softmax over its
-            scores / sqrt(D), 0 < top_p <= 1. This is top-k united with top-p (SpargeAttention2, arXiv 2602.13515). A
-            critical_ratio of less than one block leaves top-p alone. None: top-k, the critical_ratio alone.
+        top_p: at least as many blocks of a row are critical, best first, as hold this share of the softmax over its
+            scores / sqrt(D), 0 < top_p <= 1. This is top-k united with top-p (SpargeAttention2, arXiv 2602.13515). With
+            a critical_ratio of less than one block, only top-p decides. None: top-k, only the critical_ratio decides.
         protected_queries: query tokens that attend to everything exactly: all key blocks are critical for their blocks.
             A boolean tensor (Nq,), or a slice. None: no token.
         protected_keys: key tokens to which every query attends exactly: their blocks are critical for all query blocks.
@@ -275,7 +275,7 @@ def protect(
 ) -> BlockMap:
     """The same map with the blocks of some tokens critical, in addition to those that are.
 
-    For sequences that hold more than one kind of token: text, audio or a first frame beside the video. Such tokens are
+    For sequences that hold more than one kind of token: text, audio or a first frame next to the video. Such tokens are
     few, and a ranking by means can lose them. SGLang's pull request 36318 keeps them exact in this way.
 
     Args:
@@ -357,7 +357,7 @@ def cube_order(frames: int, height: int, width: int, cube: tuple[int, int, int])
         order of the grid.
 
     Raises:
-        TypeError, ValueError: a size is no int of at least 1, or cube has not three of them.
+        TypeError, ValueError: a size is not an int of at least 1, or cube does not have three of them.
     """
     grid = {"frames": frames, "height": height, "width": width}
     if not isinstance(cube, tuple) or len(cube) != 3:

@@ -115,7 +115,7 @@ class SLA2Attention(nn.Module):
         if alpha == "block":
             check_block_size("query_length", query_length)
         elif query_length is not None:
-            raise ValueError(f"query_length must be None for alpha={alpha!r}, which takes any, got {query_length!r}")
+            raise ValueError(f"query_length must be None for alpha={alpha!r}, which accepts any, got {query_length!r}")
         if not isinstance(proj, bool):
             raise TypeError(f"proj must be a bool, got {proj!r} of type {type(proj).__name__}")
         if backend is not None:
@@ -147,7 +147,7 @@ class SLA2Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """alpha to 0.9; Proj and a learned router to the identity; a Hedgehog map to a new random start."""
+        """Sets alpha to 0.9; Proj and a learned router to the identity; a Hedgehog map to a new random start."""
         if "alpha_logit" in self._parameters:
             nn.init.constant_(self.alpha_logit, math.log(ALPHA_START / (1 - ALPHA_START)))
         if "alpha_weight" in self._parameters:
@@ -185,7 +185,7 @@ class SLA2Attention(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `sla_ref.sparse_linear_attention`; ValueError if query has another
                 head_dim, number of heads or, for alpha="block", length than the layer, or if tau is given with a
-                block_map or with a router that is no `sla_ref.Router`; RuntimeError if the choice is hard and the
+                block_map or with a router that is not a `sla_ref.Router`; RuntimeError if the choice is hard and the
                 router's parameters ask for a gradient.
         """
         sparse, linear, alpha = self.branches(query, key, value, block_map=block_map, tau=tau, scale=scale)
@@ -244,7 +244,7 @@ class SLA2Attention(nn.Module):
             )
 
     def _learned_logit(self, query: Tensor, dtype: torch.dtype) -> Tensor:
-        """What alpha is the sigmoid of, broadcasting to (B, H, Nq)."""
+        """The tensor of which alpha is the sigmoid, broadcasting to (B, H, Nq)."""
         logit = self.alpha_logit.to(dtype)
         if self.alpha == "block":
             return logit[:, torch.arange(query.shape[2], device=query.device) // self.block_q]
@@ -255,7 +255,7 @@ class SLA2Attention(nn.Module):
     def _soft_branches(self, prepared: Prepared, tau: float) -> tuple[Tensor, Tensor, Tensor]:
         """The equations with a soft mask, in float32 or better."""
         if not isinstance(self.router, Router):
-            raise ValueError(f"tau must be None for a router that is no sla_ref.Router, got {tau!r}")
+            raise ValueError(f"tau must be None for a router that is not a sla_ref.Router, got {tau!r}")
         blocks = {"block_q": self.block_q, "block_k": self.block_k}
         soft = self.router.soft(prepared.query, prepared.key, self.critical_ratio, tau, **blocks)
         dtype = torch.promote_types(prepared.query.dtype, torch.float32)

@@ -1,9 +1,9 @@
 """Is a kernel right? Problems, a float64 oracle, an error budget, and the checks that every backend has to pass.
 
-Both sides of a comparison get the same block map: a near-tie in a ranking that falls the other way is no numerical
-error. The budget is no constant. Inputs are rounded to the dtype first; then the equations themselves, run in that
-dtype, say how much error the dtype costs, and a kernel may have twice that (three times for gradients) and the rounding
-of its result.
+Both sides of a comparison get the same block map: a near-tie in a ranking that falls the other way is not a numerical
+error. The budget is not a constant. Inputs are rounded to the dtype first; then the equations themselves, run in that
+dtype, say how much error the dtype costs. A kernel may have twice that (three times for gradients) plus the rounding of
+its result.
 
     report = sla_ref.testing.check_backend("triton", device="cuda")
     assert report.ok, report
@@ -101,12 +101,12 @@ def make_problem(
 
     Args:
         batch, heads, query_length, key_length, head_dim: the sizes B, H, Nq, Nk, D; Nk is Nq if None.
-        block_q, block_k, critical_ratio, negligible_ratio: as `sla_ref.classify_blocks` takes them.
+        block_q, block_k, critical_ratio, negligible_ratio: as in `sla_ref.classify_blocks`.
         labels: "classified"; "random", a map with every number of critical blocks from none to all; or "critical",
-            "marginal", "negligible", a map of that class alone.
-        feature_map: a name that `sla_ref.sparse_linear_attention` takes.
+            "marginal", "negligible", a map of only that class.
+        feature_map: a name that `sla_ref.sparse_linear_attention` accepts.
         spread: standard deviation of query and key; the scores have spread squared. The features are those of spread 1.
-        equal_keys: whether all keys are the same, so that all scores of a row are ties.
+        equal_keys: whether all keys are the same, which makes all scores of a row ties.
         dtype, device, seed: of the tensors.
 
     Raises:
@@ -168,7 +168,7 @@ def run_function(
 
 
 def run_backend(backend: Backend, problem: Problem, saved: Saved | None = None) -> Results:
-    """Outputs and gradients of a backend; its backward alone, where `saved` holds the forward of another."""
+    """Outputs and gradients of a backend; only its backward runs where `saved` holds the forward of another."""
     if saved is None:
         saved = Saved(*run_forward(backend, problem.inputs))
     gradients = run_backward(backend, *problem[1:], problem.inputs, saved)
@@ -222,7 +222,7 @@ def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
 
 
 def _rounding_noise(problem: Problem, exact: Results) -> Results:
-    """The size of what rounding alone does to each result: one rounding unit of the dtype on every term of its sums.
+    """The effect of rounding on each result: one rounding unit of the dtype on every term of its sums.
 
     Roundings add up as independent errors do, by their squares, and do not cancel where terms do: with one key, dQ is
     exactly 0, but as the difference of two numbers that both were rounded. Rounding the scores, in float32, moves P by
@@ -355,7 +355,7 @@ class Report:
     subject: str
     checks: list[Check] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    """Cases that the backend says it cannot take, with its reason."""
+    """Cases that the backend does not support, with its reason."""
 
     @property
     def failures(self) -> list[Check]:
@@ -370,9 +370,9 @@ class Report:
     def __str__(self) -> str:
         passed = f"{len(self.checks) - len(self.failures)} of {len(self.checks)} checks passed"
         lines = [
-            f"{self.subject}: {passed if self.checks else 'nothing was checked, since it takes none of the cases'}"
+            f"{self.subject}: {passed if self.checks else 'nothing was checked, since it supports none of the cases'}"
         ]
-        lines += [f"not taken: {refusal}" for refusal in self.refused]
+        lines += [f"not supported: {refusal}" for refusal in self.refused]
         if self.failures:
             summary = (*self._summary(), *self._suspects())
             lines += [textwrap.fill(line, 100, subsequent_indent="     ") for line in summary]
@@ -469,17 +469,17 @@ CASES: tuple[Case, ...] = (
     _case("relu, zero denominators", feature_map="relu", **_SMALL | {"head_dim": 16}),
     _case("elu", feature_map="elu", **_SMALL),
 )
-"""The problems that a backend is tried on; `quick` ones alone where time is short."""
+"""The problems that a backend is tried on; only the `quick` ones where time is short."""
 
 
 def check_case(
     backend: Backend, case: Case, *, device: str | torch.device, dtype: torch.dtype, thorough: bool = True
 ) -> list[Check]:
-    """The checks of a backend on one problem; `[]` if it cannot take the problem.
+    """The checks of a backend on one problem; `[]` if it does not support the problem.
 
     The problem is tried with phi given, and with phi = softmax left to the operator. The tensors are strided views into
     NaN, and uninitialised memory is NaN too: what is read outside the tokens, or never written, shows in the values.
-    `thorough` runs again to see that bits repeat and are those of contiguous inputs, that inputs are left alone, and
+    `thorough` runs again to see that bits repeat and are those of contiguous inputs, that inputs are not changed, and
     that forward and backward go with those of the torch backend.
     """
     problem = make_problem(**case.arguments, dtype=dtype, device=device)
@@ -568,7 +568,7 @@ def check_function(
     dtypes: Iterable[torch.dtype] = (torch.float32,),
     quick: bool = False,
 ) -> Report:
-    """Try a kernel of your own that is no backend: values and autograd's gradients on all cases.
+    """Try a kernel of your own that is not a backend: values and autograd's gradients on all cases.
 
     Args:
         function: called as `sla_ref.reference.sparse_linear_attention` is; returns sparse and linear, and maybe lse.

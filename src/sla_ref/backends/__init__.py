@@ -34,7 +34,7 @@ _BUILT_IN = {
     "triton": "sla_ref.backends.triton",
     "numba": "sla_ref.backends.numba_cuda",
 }
-_registered: dict[str, Backend] = {}  # plug-ins join when they are first loaded, so that a call does not look for them
+_registered: dict[str, Backend] = {}  # plug-ins join when they are first loaded: a call does not look for them
 
 _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
 _from_set_backend: str | None = None
@@ -124,7 +124,7 @@ def which_backend(query: Tensor, block_map: BlockMap) -> tuple[str, str | None]:
 
 
 def choose(name: str, query: Tensor, block_map: BlockMap) -> Backend:
-    """The backend that `name` stands for with this input. Warns, once a reason, where "auto" cannot be Triton on CUDA.
+    """The backend that `name` means for this input. Warns, once a reason, where "auto" cannot be Triton on CUDA.
 
     Raises:
         ValueError: unknown name, or the backend cannot take this input; the text says why.
@@ -145,7 +145,7 @@ def choose(name: str, query: Tensor, block_map: BlockMap) -> Backend:
 
 def _auto(query: Tensor, block_map: BlockMap) -> tuple[str, str | None]:
     if not query.is_cuda:
-        return "torch", f"query is on {query.device}, and 'auto' takes 'triton' for CUDA tensors alone"
+        return "torch", f"query is on {query.device}, and 'auto' takes 'triton' only for CUDA tensors"
     try:
         choose("triton", query, block_map)
     except (RuntimeError, ValueError) as error:
@@ -206,7 +206,7 @@ def register_backend(name: str, module: Backend, *, replace: bool = False) -> No
         replace: whether to take the name over from another module, such as an older state of this one.
 
     Raises:
-        TypeError: name is no string, or module lacks a part of the protocol.
+        TypeError: name is not a string, or module lacks a part of the protocol.
         ValueError: the name is empty, reserved or, without replace, taken by another module.
     """
     if not isinstance(name, str):
@@ -278,7 +278,7 @@ def load(name: str) -> Backend:
 def _reason(name: str) -> str | None:
     try:
         backend = load(name)
-    except (Exception, SystemExit) as error:  # a module can raise anything: what is wrong with one stays its own
+    except (Exception, SystemExit) as error:  # a module can raise anything, and must not break the others
         help_line = f": pip install 'sla-ref[{name}]'" if name in _BUILT_IN else ""
         return f"it cannot be imported ({type(error).__name__}: {error}){help_line}"
     try:

@@ -19,7 +19,7 @@ the forward does this:
 Eight threads, the lanes, share four rows, and each of them holds every eighth column. So every product is one loop,
 `product`, in which a thread reads 4 + 4 numbers from shared memory for 16 multiplications, or 4 + 8 for 32. The rows of
 a tile have one column to spare. It puts the numbers that threads read at the same moment into different banks of shared
-memory. The linear branch also keeps z_j beside h_j in it:
+memory. The linear branch also keeps z_j there, next to h_j:
 
     [h_j | z_j] = phi(K_j)^T [V_j | 1]                           `states_kernel`        one state per key block
     [H_i | Z_i] = sum over the marginal j of [h_j | z_j]         `add_up`               one matrix product, by torch
@@ -74,7 +74,7 @@ HEIGHT = 4  # rows that a thread works on
 LANES = 8  # threads that work on the same rows, each on every eighth column
 LANE_STRIDE = LANES + 1
 
-# A literal such as 0.0 is float64 to Numba, and draws all that it meets into float64.
+# A literal such as 0.0 is float64 to Numba, and makes what it is combined with float64, too.
 ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(math.inf)
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 SMALLEST_DENOMINATOR = np.float32(2.0**-96)  # a smaller one counts as zero, as in the specification
@@ -109,7 +109,7 @@ class Launcher:
     def __init__(self) -> None:
         self.specialized: dict[tuple[Any, int], Any] = {}
         """Kernels compiled for their types of arguments, by kernel and device. A kernel has the same types in every
-        call; not to look at them again saves a third of the time that Python takes to start one.
+        call; not looking at them again saves a third of the time that Python needs to start one.
         """
 
     def start(self, kernel: Kernel, grid: tuple[int, int], *args: Tensor | np.float32) -> None:
@@ -415,7 +415,7 @@ def dq_kernel(COLUMNS: int, BLOCK_Q: int, BLOCK_K: int) -> Kernel:
         for r in range(HEIGHT):
             n = first + row + r
             Ds[r] = ZERO
-            L[r] = INFINITY  # past the end: exp2(S - inf) is no weight
+            L[r] = INFINITY  # past the end: exp2(S - inf) is 0
             if n < query.shape[1]:
                 L[r] = lse[head, n] * LOG2_E
                 for d in range(lane, query.shape[2], LANES):

@@ -124,7 +124,7 @@ def _critical(block_map: BlockMap, dtype: torch.dtype) -> _Critical:
 
 
 def _steps(index: Tensor, Q: Tensor, K: Tensor) -> list[slice]:
-    """Cut the query blocks into steps: on a CPU so that each thread's tiles fit its cache, else for few launches."""
+    """Cut the query blocks into steps: small ones on a CPU, whose tiles fit a thread's cache; few elsewhere."""
     scores_per_block = Q.shape[1] * index.shape[1] * K.shape[1]
     scores_per_step = 2**18 * torch.get_num_threads() if Q.device.type == "cpu" else 2**26
     step = max(1, scores_per_step // scores_per_block)
@@ -224,7 +224,7 @@ def _sparse_backward(
 def _add_blocks(total: Tensor, index: Tensor, tiles: Tensor) -> None:
     """Add the tiles (n, C * block, D) to the blocks of `total` that `index` (n, C) names, in a fixed order."""
     index, tiles = index.flatten(), tiles.view(index.numel(), *total.shape[1:])
-    if total.is_cuda:  # where index_add_ would use atomics, so that results differ from run to run
+    if total.is_cuda:  # where index_add_ would use atomics, whose results differ from run to run
         total.index_put_((index,), tiles, accumulate=True)
     else:
         total.index_add_(0, index, tiles)
@@ -253,7 +253,7 @@ class _Linear(NamedTuple):
 
 
 def _linear_states(inputs: Inputs) -> Iterator[tuple[slice, _Linear]]:
-    """A few heads at a time, so that their states never hold many more numbers than the tokens of all heads do.
+    """A few heads at a time: their states never hold many more numbers than the tokens of all heads do.
 
     Heads without a marginal block are left out: their outputs and gradients are zero.
     """
@@ -278,7 +278,7 @@ def _linear_states(inputs: Inputs) -> Iterator[tuple[slice, _Linear]]:
 def _sum_over(member: Tensor, states: Tensor) -> Tensor:
     """For each row of the 0/1 `member` (G, Ti, Tj), the sum of the states (G, Tj, D, E) with a 1: (G, Ti, D, E)."""
     total = (member @ states.flatten(2)).unflatten(2, states.shape[2:])
-    if not total.sum().isfinite():  # 0 * NaN is NaN: a broken block would reach rows that it is no member of
+    if not total.sum().isfinite():  # 0 * NaN is NaN: a broken block would reach rows that do not contain it
         total.zero_()
         for j in range(states.shape[1]):
             total += torch.where(member[:, :, j, None, None] == 1, states[:, None, j], 0.0)

@@ -2,7 +2,7 @@
 
 - `diffusers`    SLA in a Wan transformer of diffusers; needs the extra `diffusers`
 - `ulysses`      tokens split between several GPUs
-- `checkpoints`  the added weights alone: saved, loaded, and read under the names that other projects gave them
+- `checkpoints`  the added weights: saved, loaded, and read under the names that other projects gave them
 - `thu_ml`       the layer as users of the authors' code, thu-ml/SLA, know it
 
 Each is imported by its name; `import sla_ref` loads none of them.

@@ -1,4 +1,4 @@
-"""The weights that SLA adds to a model, alone: saved, loaded, and read under the names of other projects.
+"""The weights that SLA adds to a model: saved, loaded, and read under the names of other projects.
 
 Known names of Proj, each with `.weight` and `.bias`, i a block's number:
 
@@ -9,7 +9,7 @@ Known names of Proj, each with `.weight` and `.bias`, i a block's number:
 | FastVideo | `blocks.{i}.attn1.attn_impl.proj_l` |
 | SimpleTuner's `sla_attention.pt` | `proj_l`, one for all layers |
 
-`net.`, `model.` and `module.` may stand in front, and the names that torch's wrappers insert anywhere. A model may be
+`net.`, `model.` and `module.` may come first, and the names that torch's wrappers insert anywhere. A model may be
 wrapped by torch or by PEFT. Everything is checked before anything is copied: on an error the model is as it was.
 """
 
@@ -50,7 +50,7 @@ def sla_layers(model: nn.Module) -> dict[str, Layer]:
     """The SLA layers inside a model by name, in the model's order. Names are those without wrappers.
 
     Raises:
-        TypeError: model is no torch.nn.Module.
+        TypeError: model is not a torch.nn.Module.
         ValueError: there is none.
     """
     if not isinstance(model, nn.Module):
@@ -91,7 +91,7 @@ def save_sla(model: nn.Module, path: str | Path) -> None:
     tensors, path = _checked(model), Path(path)
     if any(not (adapter.merged or adapter.disable_adapters) for adapter in _adapters(model)):
         raise ValueError(
-            "model must have the adapters in its SLA layers merged, so that a model without them can load the weights; "
+            "model must have the adapters in its SLA layers merged, or a model without them cannot load the weights; "
             "PEFT's merge_adapter() and diffusers' fuse_lora() merge them"
         )
     if path.exists():
@@ -113,7 +113,7 @@ def load_sla(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: a model with SLA layers.
-        path: what `save_sla` wrote, or another file that `read_checkpoint` and `load_sla_state_dict` take.
+        path: what `save_sla` wrote, or another file that `read_checkpoint` and `load_sla_state_dict` accept.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map, variant or role.
@@ -129,7 +129,7 @@ def load_sla(model: nn.Module, path: str | Path) -> None:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What is in a safetensors file, in a torch file, or in all files that an index of shards names.
 
-    Of a torch file, weights and plain values only: no code in a pickle runs.
+    From a torch file, it reads only weights and plain values: no code in a pickle runs.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -155,11 +155,11 @@ def load_sla_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None
 
     Args:
         model: a model with SLA layers.
-        state_dict: their weights and nothing else. One of a whole model goes through `split_sla_state_dict` first. Of
-            what SimpleTuner wrote, its "settings" are not read: they are arguments of the layers.
+        state_dict: their weights and nothing else. One of a whole model goes through `split_sla_state_dict` first. The
+            "settings" that SimpleTuner writes are not read: they are arguments of the layers.
 
     Raises:
-        TypeError: model is no module, or state_dict does not map names to tensors.
+        TypeError: model is not a module, or state_dict does not map names to tensors.
         ValueError: a weight is missing, left over, given twice, without values, quantised or of another shape (all are
             listed); or the model's weights cannot be written, as in `save_sla`.
     """
@@ -198,7 +198,7 @@ def load_sla_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None
 
 
 def _inside(module: Any) -> nn.Module:
-    """What computes inside wrappers of torch and PEFT; a module without any as it is."""
+    """What computes inside wrappers of torch and PEFT; a module without any is returned as it is."""
     held = module._modules
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _inside(module.module)
@@ -207,7 +207,7 @@ def _inside(module: Any) -> nn.Module:
     if "modules_to_save" in held and "original_module" in held:  # PEFT around a module that is trained whole
         active = () if module.disable_adapters else module.active_adapters
         return _inside(held["modules_to_save"][active[0]] if active else held["original_module"])
-    for name in (*_WRAPPERS, "base_layer"):  # the last is PEFT's, beside an adapter
+    for name in (*_WRAPPERS, "base_layer"):  # the last is PEFT's, next to an adapter
         if name in held:
             return _inside(held[name])
     return module
@@ -234,7 +234,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapters(model: nn.Module) -> list[Any]:
-    """PEFT's adapters beside weights of the SLA layers."""
+    """PEFT's adapters for weights of the SLA layers."""
     inside = (module for layer in sla_layers(model).values() for module in layer.modules())
     return [module for module in inside if "base_layer" in module._modules and hasattr(module, "merged")]
 
@@ -319,7 +319,7 @@ def _named_as_in(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, d
         if not isinstance(source, str) or isinstance(value, Mapping):
             raise TypeError(
                 f"state_dict must map names to tensors, got {type(value).__name__} for {source!r}; pass the part that "
-                "holds the weights alone"
+                "holds only weights"
             )
         plain = _INSERTED.sub("", source)
         if plain in _SHARED:
@@ -341,7 +341,7 @@ def _simple_tuner(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         return state_dict
     sets = state_dict["state"]
     if not isinstance(sets, Mapping) or len(sets) != 1:
-        raise ValueError(f"state_dict['state'] must hold one set of weights, got {sorted(sets)}; pass one set alone")
+        raise ValueError(f"state_dict['state'] must hold one set of weights, got {sorted(sets)}; pass just one set")
     return next(iter(sets.values()))
 
 
@@ -349,7 +349,7 @@ def _simple_tuner(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is in a file, and a safetensors file's metadata. An index of shards stands for all that it names."""
+    """What is in a file, and a safetensors file's metadata. An index of shards gives all that it names."""
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {path}; name the file in it, or the index of its shards")
     if not path.is_file():
@@ -364,7 +364,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"path must be an index of shards, {path} has no weight_map of names to files") from error
     if absent := [str(shard) for shard in shards if not shard.is_file()]:
-        raise FileNotFoundError(f"path must be the index of shards beside it, {path} names {', '.join(absent)}")
+        raise FileNotFoundError(f"path must be an index next to its shards, {path} names {', '.join(absent)}")
     return {name: value for shard in shards for name, value in _read_one(shard)[0].items()}, {}
 
 

@@ -8,7 +8,7 @@
 
 diffusers chooses its attention backends by names from a closed list, with no place for weights. An attention processor
 that is an `nn.Module` has one: its weights are part of the model, as `blocks.{i}.attn1.processor.proj_l.weight`.
-`from_pretrained` drops names it does not know, so that the added weights travel in a file of their own.
+`from_pretrained` drops names it does not know, so the added weights travel in a file of their own.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def install_sla(
         check_heads(attentions[0].heads, group)
         if len(chosen) < len(attentions):
             raise ValueError(
-                "layers must be None with a group: a dense layer would attend to its rank's tokens alone; "
+                "layers must be None with a group: a dense layer would attend only to its rank's tokens; "
                 f"got {len(chosen)} of {len(attentions)} layers"
             )
     new = []
@@ -168,7 +168,7 @@ def remove_sla(transformer: WanTransformer3DModel) -> None:
     """Puts back the processors that `install_sla` replaced, and with that the original model; drops SLA's weights.
 
     Raises:
-        TypeError: transformer is no `WanTransformer3DModel`.
+        TypeError: transformer is not a `WanTransformer3DModel`.
         ValueError: it has no SLA.
     """
     attentions = _self_attentions(transformer)
@@ -234,7 +234,7 @@ def _split(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -> list
             if not isinstance(attention.processor, _WanSelfAttention):
                 raise RuntimeError(
                     f"blocks.{number}.attn1 must keep SLA, since install_sla has split the tokens: "
-                    f"{type(attention.processor).__name__} would attend to this rank's alone; remove_sla ends the split"
+                    f"{type(attention.processor).__name__} would attend only to this rank's; remove_sla ends the split"
                 )
         return split_tokens(inputs[0], 1, group), *inputs[1:]  # (B, N, C)
 
@@ -259,7 +259,7 @@ _NO_RING = (
 
 
 class _WanSelfAttention(nn.Module):
-    """What Wan does around its self-attention; the attention itself is that of the class beside this one."""
+    """What Wan does around its self-attention; the attention itself is that of the other base class."""
 
     replaced: WanAttnProcessor
     group: dist.ProcessGroup | None

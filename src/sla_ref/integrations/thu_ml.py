@@ -35,9 +35,9 @@ class SparseLinearAttention(nn.Module):
     | "SLA-1", their branch of that name | all but the critical blocks | nothing |
     | "paper" | all but the critical blocks and the 10 % negligible ones | nothing |
 
-    Three things differ from their code. At least one block is critical, where theirs takes none on short sequences and
-    returns NaN. A zero denominator gives zero. Blocks are ranked in float32 or better, so that near-ties in half
-    precision may be decided otherwise.
+    Three things differ from their code. At least one block is critical, where theirs has none on short sequences and
+    returns NaN. A zero denominator gives zero. Blocks are ranked in float32 or better, so near-ties in half precision
+    may be decided otherwise.
 
     Args:
         head_dim: D, which q, k and v must have.
@@ -45,7 +45,7 @@ class SparseLinearAttention(nn.Module):
         feature_map: phi: "softmax", "elu", "relu", or a callable.
         BLKQ, BLKK: tokens per query block and per key block.
         use_bf16: whether to compute in bfloat16 or in float16, whatever the dtype of q.
-        tie_feature_map_qk: taken for their sake, without effect as in their code: these feature maps have no weights.
+        tie_feature_map_qk: accepted for compatibility, without effect as in their code: these maps have no weights.
         variant: whose mathematics, as in the table.
         backend: name of a backend, or None for what `sla_ref.set_backend` explains.
 
@@ -88,7 +88,7 @@ class SparseLinearAttention(nn.Module):
         self.init_weights_()
 
     def init_weights_(self) -> None:
-        """Proj to zero."""
+        """Sets Proj to zero."""
         nn.init.zeros_(self.proj_l.weight)
         nn.init.zeros_(self.proj_l.bias)
 

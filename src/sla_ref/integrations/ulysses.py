@@ -15,16 +15,16 @@
 Heads know nothing of each other, so each rank's attention is that of one process, for its heads. N need not be
 divisible by P: the first N mod P ranks have one token more.
 
-**Gradients.** The three functions are differentiated as what they are, so that backward on all ranks gives the
-derivative of the *sum* of all ranks' losses, each rank a part of it. DistributedDataParallel and FSDP average these
-parts. Behind `gather_tokens` every rank has the loss of one process, and the average over P times the same loss is
-that loss: wrapped in DDP or FSDP over all ranks, every parameter gets the gradient of one process, Proj and Hedgehog's
-weights too. Without a wrapper, average the gradients over the ranks yourself. All ranks of a group must be given the
-same data, noise and times.
+**Gradients.** The three functions are differentiated as what they are, so backward on all ranks gives the derivative of
+the *sum* of all ranks' losses, each rank a part of it. DistributedDataParallel and FSDP average these parts. Behind
+`gather_tokens` every rank has the loss of one process, and the average over P times the same loss is that loss: wrapped
+in DDP or FSDP over all ranks, every parameter gets the gradient of one process, Proj and Hedgehog's weights too.
+Without a wrapper, average the gradients over the ranks yourself. All ranks of a group must be given the same data,
+noise and times.
 
-**No ring.** A ring hands the keys around, so that a rank sees a part of them at a time. SLA ranks all key blocks of a
-query block before it knows the classes [Eq. 3], and normalises over all critical and over all marginal keys [Eq. 4]
-[Eq. 5]. None of this can be said of a part of the keys, so there is no ring here.
+**No ring.** A ring hands the keys around, and a rank sees a part of them at a time. SLA ranks all key blocks of a query
+block before it knows the classes [Eq. 3], and normalises over all critical and over all marginal keys [Eq. 4] [Eq. 5].
+None of this can be said of a part of the keys, so there is no ring here.
 
 **Who compares what.** A collective of unequal sizes never ends, so the ranks have to agree on shapes and dtypes first.
 That takes a small all-gather, for which the host waits. `split_tokens` makes one whenever it is called: it sees what
@@ -80,9 +80,9 @@ def ulysses_attention(
 
     Raises:
         TypeError, ValueError: a tensor has the wrong type, shape, dtype or device, attention returns another one or
-            none, group is no group of this process, or H is not divisible by P; the ranks disagree on shape or dtype,
-            or their tokens are not split as `split_tokens` does. In the last case all ranks raise the same error.
-            The ranks compare each shape once; the text at the top of this module says what that cannot find.
+            none, group is not a group of this process, or H is not divisible by P; the ranks disagree on shape or
+            dtype, or their tokens are not split as `split_tokens` does. In the last case all ranks raise the same
+            error. The ranks compare each shape once; the text at the top of this module says what that cannot find.
     """
     check_tensors(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):

@@ -26,7 +26,7 @@ class FullAttention(nn.Module):
 
 
 class SparseOnly(nn.Module):
-    """The critical blocks alone: SLA with everything else negligible, and no Proj."""
+    """Only the critical blocks: SLA with everything else negligible, and no Proj."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

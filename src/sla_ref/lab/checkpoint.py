@@ -17,7 +17,7 @@ from .. import files
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """A file of torch's, with its SHA-256 behind it: torch itself loads flipped bits without a word."""
+    """A torch file followed by its SHA-256: torch itself would load flipped bits silently."""
     buffer = io.BytesIO()  # not to the file at once: torch does not say why one cannot be written
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -32,7 +32,7 @@ def read_checkpoint(path: Path, own: dict[str, Any] | None = None, whole: bool =
     the rest must be built in the same way, too.
 
     Raises:
-        ValueError: the file is damaged, or the checkpoint of another run.
+        ValueError: the file is damaged, or is the checkpoint of another run.
     """
     content = path.read_bytes()
     content, digest = content[:-32], content[-32:]
@@ -74,7 +74,7 @@ def _check_form(place: str, found: Any, expected: Any) -> None:
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Drops the metrics of steps that a resumed run will take again and, with a warning, lines that are damaged."""
+    """Drops the metrics of steps that a resumed run will repeat and, with a warning, lines that are damaged."""
     lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else [""]
     kept, damaged = [], 0
     for line in lines[:-1] if not lines[-1] else lines:  # nothing follows the last line break, or half a line

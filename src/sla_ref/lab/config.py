@@ -1,4 +1,4 @@
-"""The options of a training run. They are written down here alone: the command line makes its flags of them."""
+"""The options of a training run. This is the only place that lists them: the command line makes its flags of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRECISIONS = ("float32", "bfloat16")
 def option(default: Any, help: str, *, least: int | None = None, most: int | None = None, decides: bool = True) -> Any:
     """A field of a dataclass that is a flag, too: `help` is its line in `--help`, `least` and `most` its limits.
 
-    With `decides=False` it has no say in what comes out of a run.
+    With `decides=False` it has no influence on what comes out of a run.
     """
     return dataclasses.field(default=default, compare=decides, metadata={"help": help, "least": least, "most": most})
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[..., None]]:
     """Gives a function tick(done, loss=None) that moves the bar.
 
-    Where the output is no terminal, a bar would not show: each loss is printed as a line instead.
+    Where the output is not a terminal, a bar would not show, and each loss is printed as a line instead.
     """
     bar = Progress(
         TextColumn("{task.description}", markup=False),

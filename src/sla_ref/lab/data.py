@@ -2,7 +2,7 @@
 
 The digits are the 1,797 images of 8 x 8 pixels that come with scikit-learn (UCI "Optical Recognition
 of Handwritten Digits", CC BY 4.0). Nothing is downloaded. Every fifth image is kept for the held-out
-clips, so that training and held-out clips never show the same image.
+clips: training and held-out clips never show the same image.
 
 A clip is a float32 tensor (frames, size, size) in [-1, 1]: -1 is empty background, 1 is full ink.
 """
@@ -54,7 +54,7 @@ class MovingDigits:
 
     def batch(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The next `count` clips (count, frames, size, size) and the digits that they show (count,), int64."""
-        # More is drawn than is used: these are the clips that the shipped weights and all measured figures are of.
+        # More is drawn than is used, to get the clips that the shipped weights and all measurements come from.
         chosen = torch.randint(len(self.images), (count, 2), generator=self.generator)[:, 0]
         draws = torch.rand(count, 2, 5, generator=self.generator)[:, 0, :4]
         drawn = (self.images[chosen], draws, self.labels[chosen])

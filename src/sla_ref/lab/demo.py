@@ -141,7 +141,7 @@ def run(
 
 
 def _look(inputs: list[tuple[Tensor, Tensor, Tensor]], console: Console) -> list[dict[str, float]]:
-    """What the paper saw in one map, for every layer by its query, key and value, mean over heads."""
+    """What the paper saw in one map, for the query, key and value of every layer, mean over heads."""
     layers = []
     with progress_bar(console, "looking at the attention maps", len(inputs)) as tick:
         for done, (query, key, _) in enumerate(inputs, start=1):
@@ -161,7 +161,7 @@ def _look(inputs: list[tuple[Tensor, Tensor, Tensor]], console: Console) -> list
 
 
 def _classes(config: ModelConfig, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> figures.Panel:
-    """The classes that SLA gives to every layer by its query and key."""
+    """The classes that SLA gives to every layer, from its query and key."""
     ratios = config.critical_ratio, config.negligible_ratio
     maps = [
         sla_ref.classify_blocks(query, key, *ratios, block_q=config.block, block_k=config.block).labels[0]
@@ -214,7 +214,7 @@ def _sample(models: dict[str, VideoTransformer], noise: Tensor, steps: int, cons
 
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Names on the left, figures on the right; whole, where rich would cut figures off in a narrow terminal."""
+    """Names on the left, numbers on the right; whole, where rich would cut numbers off in a narrow terminal."""
     table = Table(columns[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns[1:]:
         table.add_column(column, justify="right")

@@ -1,6 +1,6 @@
 """Several processes, one for each GPU: what the training loop asks of torch.distributed.
 
-torchrun starts the processes; each is a rank. A process that was started alone is rank 0 of 1, and nothing here
+torchrun starts the processes; each is a rank. A process started without torchrun is rank 0 of 1, and nothing here
 communicates then.
 """
 
@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-# What torchrun tells each process. One name alone may be a leftover in somebody's environment.
+# What torchrun tells each process. A single name may be a leftover in somebody's environment.
 LAUNCH = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(seconds=45)  # who waits longer for the other ranks gives up
+TIMEOUT = timedelta(seconds=45)  # a rank that waits longer for the others gives up
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -35,7 +35,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, and gives this one's device.
 
-    For a process alone, or one that has joined already, that is `device` as it is.
+    For a process without torchrun, or one that has joined already, that is `device` as it is.
 
     Raises:
         ValueError: device names one GPU, or there are more processes than GPUs.
@@ -66,7 +66,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def leave() -> None:
-    """Ends the communication; every rank at the same time. What follows, each does alone."""
+    """Ends the communication; every rank calls it at the same time. After that, each works by itself."""
     if dist.is_initialized():
         dist.barrier()  # nobody hangs up while another rank still listens
         dist.destroy_process_group()
@@ -109,7 +109,7 @@ def any_rank(said: bool) -> bool:
 
 
 def wrap(model: nn.Module, fsdp: bool) -> nn.Module:
-    """What to call in the model's place, so that gradients are averaged over the ranks.
+    """What to call in the model's place, to average gradients over the ranks.
 
     With `fsdp` the model's own parameters are cut up, too: call this before an optimizer is made.
 
@@ -118,7 +118,7 @@ def wrap(model: nn.Module, fsdp: bool) -> nn.Module:
     """
     if not dist.is_initialized():
         if fsdp:
-            raise ValueError("fsdp needs the processes that torchrun starts, got one that was started alone")
+            raise ValueError("fsdp needs the processes that torchrun starts, got one that was started without it")
         return model
     if not fsdp:
         return DistributedDataParallel(model)
@@ -135,7 +135,7 @@ def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The state of the model alone, likewise."""
+    """The state of the model, likewise."""
     return get_model_state_dict(model, options=WHOLE)
 
 
@@ -147,7 +147,7 @@ def load_whole_state(
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of this torchrun has failed before, so that one error is printed and not its echoes."""
+    """Whether no other process of this torchrun has failed before; only the first prints its error."""
     if not _launched():
         return True
     store, *_ = next(dist.rendezvous("env://"))

@@ -1,7 +1,7 @@
 """What a model is worth: measured on held-out clips with fixed noise and fixed times.
 
-Everything here is deterministic. The predictions of one model on one set are all it takes: their
-distance to the true velocity is the held-out loss, that to the teacher's predictions the distance.
+Everything here is deterministic. It needs only the predictions of one model on one set: their distance
+to the true velocity is the held-out loss, that to the teacher's predictions the distance.
 """
 
 from __future__ import annotations

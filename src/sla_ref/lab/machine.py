@@ -1,4 +1,4 @@
-"""Where and with what a figure was made."""
+"""Where and with what a result was made."""
 
 from __future__ import annotations
 

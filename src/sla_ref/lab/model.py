@@ -146,7 +146,7 @@ class VideoTransformer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
         self.out = nn.Linear(width, PATCH * PATCH)
-        # adaLN-zero: every gate starts at 0, so that each block starts as the identity.
+        # adaLN-zero: every gate starts at 0, which makes each block start as the identity.
         for layer in (self.time_projection, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

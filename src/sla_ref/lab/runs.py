@@ -1,8 +1,8 @@
 """The two long runs: training a teacher, and fine-tuning it with another attention.
 
 Each leaves a folder with `checkpoint.pt`, `metrics.jsonl` and, at the end, the weights in float16 with
-a card that holds the held-out loss of exactly these rounded weights. With several processes all of them train, and
-rank 0 does the rest alone.
+a card that holds the held-out loss of exactly these rounded weights. With several processes all of them train, and rank
+0 does the rest.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def finetune(
 ) -> Path:
     """Loads the weights `source`, swaps the attention, trains; returns the new weights file.
 
-    `changes` is what `with_attention` takes: attention, critical_ratio, negligible_ratio, block.
+    `changes` are those of `with_attention`: attention, critical_ratio, negligible_ratio, block.
     """
     teacher, _ = load_weights(source, device)
     return _run(with_attention(teacher, **changes), teacher, objective, config, out, console, clips)

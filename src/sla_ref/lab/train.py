@@ -75,13 +75,13 @@ def train(
 
     `tick(step, loss)` is called after each step; loss is None except where a metrics line is written.
     Without `config.resume`, `out` must be new or empty. With it, `out` must hold a checkpoint of the same recipe, model
-    and `about`, which names what else decides the outcome, the objective for one.
+    and `about`, which names what else decides the outcome, for example the objective.
 
     SIGINT (Ctrl-C) and SIGTERM, however often they come, let the step end and save a checkpoint; then KeyboardInterrupt
-    is raised, on every rank. In another thread than the main one, Python lets nobody listen to signals.
+    is raised, on every rank. This works only in the main thread, because Python handles signals nowhere else.
 
-    Parameters that want no gradient stay as they are. `rates` gives those with a certain part in their names a learning
-    rate of their own, in units of the others'.
+    Parameters that do not require a gradient stay as they are. `rates` gives those with a certain part in their names a
+    learning rate of their own, in units of the others'.
 
     With several processes `config.batch` is the sum of their shares. With `config.fsdp` they share out parameters and
     optimizer states too (FSDP2), else only the batch (DDP).
@@ -241,7 +241,7 @@ class Run:
         distributed.any_rank(False)  # no rank goes on, to resume from it perhaps, before the file is there
 
     def load(self, path: Path) -> None:
-        """Goes back to where a run of the same identity was saved; ValueError where the file is not of one."""
+        """Goes back to where a run of the same identity was saved; ValueError if the file does not belong to one."""
         state = read_checkpoint(path, self.state(), whole=distributed.rank() == 0)
         self.step, self.logged = state["step"], state["logged"]
         if not 0 <= self.logged <= self.step <= self.config.steps or self.step != state["scheduler"]["last_epoch"]:
@@ -250,7 +250,7 @@ class Run:
             try:
                 generator.set_state(state[name])
             except RuntimeError as error:
-                raise ValueError(f"checkpoint {path} is damaged: {name} is no generator's state") from error
+                raise ValueError(f"checkpoint {path} is damaged: {name} is not the state of a generator") from error
         distributed.load_whole_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.loss_sum.copy_(state["loss_sum"])

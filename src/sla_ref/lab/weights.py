@@ -25,11 +25,11 @@ STUDENT = SHIPPED / "sla.safetensors"
 
 
 class DamagedWeights(ValueError):
-    """The file is no weights file of this lab, or not the one that was written."""
+    """The file is not a weights file of this lab, or not the one that was written."""
 
 
 def round_to_half(model: VideoTransformer) -> None:
-    """Rounds the weights to what a file can hold, so that an evaluation speaks for the file."""
+    """Rounds the weights to what a file can hold; an evaluation is then one of the file."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.half())

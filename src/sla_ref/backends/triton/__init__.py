@@ -34,7 +34,7 @@ from torch import Tensor
 from ...block_map import BlockMap
 from ...protocol import Gradients, Inputs, Saved
 from . import linear, sparse
-from .labels import key_lists
+from .labels import read_labels
 from .launch import INTERPRETED, SIZES, Call
 from .linear import MarginalSums, linear_rows, state_of
 from .sparse import sparse_rows
@@ -112,11 +112,12 @@ def forward(inputs: Inputs) -> Saved:
     tiles = call.tiles("forward")
     with torch.cuda.device_of(query):
         tokens = (*tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys)), strided(call.phi_query))
-        lists, outputs = key_lists(block_map), (strided(out_sparse), strided(out_linear), lse)
+        call.lists = read_labels(block_map, call.state_dtype, backward=False)
+        outputs = (strided(out_sparse), strided(out_linear), lse)
         # The backward needs more memory than four tensors.
         for first, sums in MarginalSums(call, per_query_block=1, tensors=4):
             programs = sums.shape[0] * sums.shape[1] * (block_map.block_q // tiles.rows)
-            args = (*tokens, lists, sums, *outputs, inputs.scale)
+            args = (*tokens, call.lists.keys, sums, *outputs, inputs.scale)
             call.start(forward_kernel, tiles, programs, *args, first_head=first)
     return Saved(out_sparse, out_linear, lse)
 
@@ -125,7 +126,7 @@ def backward(
     grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
 ) -> Gradients:
     """Algorithm 2; arguments and result as in `sla_ref.protocol.Backend`."""
-    call = Call(inputs)
+    call = Call(inputs, grad_sparse, grad_linear, grad_lse, *saved)
 
     def empty(like: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(like.shape, dtype=dtype, device=like.device)
@@ -135,6 +136,7 @@ def backward(
     dphi_Q, dphi_K = empty(inputs.query, dphi_dtype), empty(inputs.key, dphi_dtype)
     dV = empty(inputs.value, dtype)
     with torch.cuda.device_of(inputs.query):
+        call.lists = read_labels(inputs.block_map, call.state_dtype, backward=True)
         linear.backward(call, grad_linear, dphi_Q, dphi_K, dV)
         if call.softmax:  # the gradient through phi is a part of query's and key's, in the same tensors
             sparse.backward(call, saved, grad_sparse, grad_lse, dphi_Q, dphi_K, dV)

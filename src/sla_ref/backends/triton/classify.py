@@ -7,6 +7,7 @@ fixing its bits one after the other, which takes less time than sorting a row.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,18 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .labels import IS_CRITICAL, IS_MARGINAL, IS_NEGLIGIBLE
-from .launch import columns_of, start
+from .launch import columns_of, layout, start
 from .tokens import strided
 
 LOWEST = tl.constexpr(-(2**63))  # int64's smallest number, which is also the value of its first bit
 
 
-@triton.jit(do_not_specialize=["num_heads", "length", "block"])
-def pool_kernel(tokens, pooled, num_heads, length, block, D, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit
+def pool_block(tokens, pooled, program, num_heads, length, block, D, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """The mean of the tokens of one block, D numbers of float64. [Eq. 2]"""
     num_blocks = tl.cdiv(length, block)
-    head = tl.program_id(0) // num_blocks
-    first = tl.program_id(0) % num_blocks * block
+    head = program // num_blocks
+    first = program % num_blocks * block
     end = tl.minimum(first + block, length)
     data = tokens.data + (head // num_heads).to(tl.int64) * tokens.batch + (head % num_heads).to(tl.int64) * tokens.head
     column = tl.arange(0, COLUMNS)
@@ -36,7 +37,21 @@ def pool_kernel(tokens, pooled, num_heads, length, block, D, COLUMNS: tl.constex
         tile = tl.load(data + row.to(tl.int64)[:, None] * tokens.token + column[None, :], mask=inside, other=0.0)
         total += tl.sum(tile.to(tl.float64), 0)
     mean = total / (end - first).to(tl.float64)  # [Eq. 2]
-    tl.store(pooled + tl.program_id(0).to(tl.int64) * D + column, mean, mask=column < D)
+    tl.store(pooled + program.to(tl.int64) * D + column, mean, mask=column < D)
+
+
+@triton.jit(do_not_specialize=["heads", "num_heads", "query_length", "key_length", "block_q", "block_k"])
+def pool_kernel(
+    query, key, pooled_query, pooled_key, heads, num_heads, query_length, key_length, block_q, block_k,
+    D, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program pools one block, those of query first."""
+    program = tl.program_id(0)
+    query_blocks = heads * tl.cdiv(query_length, block_q)
+    if program < query_blocks:
+        pool_block(query, pooled_query, program, num_heads, query_length, block_q, D, COLUMNS, ROWS)
+    else:
+        pool_block(key, pooled_key, program - query_blocks, num_heads, key_length, block_k, D, COLUMNS, ROWS)
 
 
 @triton.jit
@@ -76,21 +91,27 @@ def labels_kernel(scores, labels, num_key_blocks, num_critical, num_negligible, 
 def classify(query: Tensor, key: Tensor, num_critical: int, num_negligible: int, block_q: int, block_k: int) -> Tensor:
     """The labels (B, H, Tq, Tk) int8 that `sla_ref.classify_blocks` defines."""
     with torch.cuda.device_of(query):
-        scores = pool(query, block_q) @ pool(key, block_k).mT  # (B, H, Tq, Tk) [Eq. 2] [Alg. 1 L5]
-        labels = torch.empty(scores.shape, dtype=torch.int8, device=query.device)
-        num_key_blocks = scores.shape[-1]
+        pooled_query, pooled_key = pool(query, key, block_q, block_k)
+        scores = torch.bmm(pooled_query, pooled_key.mT)  # (B * H, Tq, Tk) [Eq. 2] [Alg. 1 L5]
+        _, num_query_blocks, num_key_blocks = scores.shape
+        shape = (*query.shape[:2], num_query_blocks, num_key_blocks)
+        labels = torch.empty(shape, dtype=torch.int8, device=query.device)
         width = triton.next_power_of_2(num_key_blocks)
-        sizes = (num_key_blocks, num_critical, num_negligible)
+        args = (scores, labels, num_key_blocks, num_critical, num_negligible, width)
         warps = min(max(width // 512, 1), 16)
-        start(labels_kernel, scores.numel() // num_key_blocks, scores, labels, *sizes, WIDTH=width, num_warps=warps)
+        start(labels_kernel, labels.numel() // num_key_blocks, *args, case=width, num_warps=warps)
     return labels
 
 
-def pool(tokens: Tensor, block: int) -> Tensor:
-    """The mean of each block, (B, H, T, D) float64; the last block may be partial."""
-    batch, heads, length, head_dim = tokens.shape
-    pooled = torch.empty(batch, heads, math.ceil(length / block), head_dim, dtype=torch.float64, device=tokens.device)
-    cut = {"COLUMNS": columns_of(head_dim), "ROWS": max(1, 8192 // columns_of(head_dim))}
-    sizes = (heads, length, min(block, length), head_dim)
-    start(pool_kernel, pooled.numel() // head_dim, strided(tokens), pooled, *sizes, **cut, num_warps=4)
-    return pooled
+def pool(query: Tensor, key: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """The mean of each block of both, (B * H, T, D) float64; the last block may be partial."""
+    batch, heads, query_length, head_dim = query.shape
+    lengths, blocks = (query_length, key.shape[2]), (min(block_q, query_length), min(block_k, key.shape[2]))
+    numbers = [math.ceil(length / block) for length, block in zip(lengths, blocks, strict=True)]
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": query.device}
+    pooled_query, pooled_key = (torch.empty(batch * heads, number, head_dim, **kind) for number in numbers)
+    args = (strided(query), strided(key), pooled_query, pooled_key, batch * heads, heads, *lengths, *blocks, head_dim)
+    cut = (columns_of(head_dim), max(1, 8192 // columns_of(head_dim)))
+    programs, case = batch * heads * sum(numbers), (layout(query), layout(key))
+    start(pool_kernel, programs, *args, *cut, case=case, num_warps=4)
+    return pooled_query, pooled_key

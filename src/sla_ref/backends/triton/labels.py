@@ -15,6 +15,7 @@ from .launch import start
 
 IS_CRITICAL, IS_MARGINAL, IS_NEGLIGIBLE = map(tl.constexpr, (CRITICAL, MARGINAL, NEGLIGIBLE))
 WEIGHTS_TILE = 32  # the weights are padded to multiples of this
+ROWS, COLUMNS = 8, 32  # query blocks and key blocks of a program
 
 
 class KeyLists(NamedTuple):
@@ -31,99 +32,128 @@ class QueryLists(NamedTuple):
     indices: Any
 
 
-@triton.jit(do_not_specialize=["num_out", "num_in", "out_stride", "in_stride", "capacity"])
-def lists_kernel(
-    labels, offsets, counts, indices, num_out, num_in, out_stride, in_stride, capacity,
-    OUT: tl.constexpr, IN: tl.constexpr,
-):  # fmt: skip
-    """The critical partners of OUT blocks, ascending: of query blocks along rows of the labels, of key blocks down it.
+class Lists(NamedTuple):
+    """All that a pass needs to know of the labels."""
 
-    A list begins where `offsets` says. Without them, one begins every `capacity` entries, and `counts` gets its length.
-    """
-    tiles = tl.cdiv(num_out, OUT)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    out = tl.program_id(0) % tiles * OUT + tl.arange(0, OUT)
-    labels += head * num_out * num_in
-    if offsets is not None:
-        place = tl.load(offsets + head * (num_out + 1) + out, mask=out < num_out, other=0)  # [OUT]
-    else:
-        place = out * capacity
-        capacity *= num_out  # of a head's lists together, as it is where they are packed
-    start = place
-    for first in range(0, num_in, IN):
-        inner = first + tl.arange(0, IN)
-        inside = (out < num_out)[:, None] & (inner < num_in)[None, :]
-        label = tl.load(labels + (out[:, None] * out_stride + inner[None, :] * in_stride), mask=inside, other=0)
-        critical = (label == IS_CRITICAL).to(tl.int32)  # [OUT, IN]
+    keys: KeyLists
+    queries: QueryLists | None  # for the backward
+    weights: Any  # the matrix that adds up states, (B * H, Tq, Tk) padded with zeros to whole tiles [Alg. 1 L12]
+
+
+class Side(NamedTuple):
+    """The labels of one head as query blocks see them, along rows, or as key blocks do, down columns."""
+
+    labels: Any
+    num_blocks: Any
+    num_partners: Any
+    block_stride: Any
+    partner_stride: Any
+
+
+# --- in kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_labels(side, block, partner):
+    """The labels of some blocks with some of their partners. # [BLOCKS, PARTNERS]"""
+    inside = (block < side.num_blocks)[:, None] & (partner < side.num_partners)[None, :]
+    place = block[:, None] * side.block_stride + partner[None, :] * side.partner_stride
+    return tl.load(side.labels + place, mask=inside, other=IS_NEGLIGIBLE)
+
+
+@triton.jit
+def count(side, block, CLASS: tl.constexpr, TILE: tl.constexpr):
+    """How many partners of a class each block has. # [BLOCKS]"""
+    number = tl.zeros(block.shape, tl.int32)
+    for first in range(0, side.num_partners, TILE):
+        label = load_labels(side, block, first + tl.arange(0, TILE))
+        number += tl.sum((label == CLASS).to(tl.int32), 1)
+    return number
+
+
+@triton.jit
+def write_lists(side, block, indices, place, TILE: tl.constexpr):
+    """The critical partners of each block, ascending, from its `place` on."""
+    for first in range(0, side.num_partners, TILE):
+        partner = first + tl.arange(0, TILE)
+        critical = (load_labels(side, block, partner) == IS_CRITICAL).to(tl.int32)  # [BLOCKS, TILE]
         slot = place[:, None] + tl.cumsum(critical, 1) - 1
-        partner = tl.broadcast_to(inner[None, :], (OUT, IN))
-        tl.store(indices + head * capacity + slot, partner, mask=critical == 1)
+        tl.store(indices + slot, tl.broadcast_to(partner[None, :], critical.shape), mask=critical == 1)
         place += tl.sum(critical, 1)
-    if counts is not None:
-        tl.store(counts + head * num_out + out, place - start, mask=out < num_out)
 
 
-@triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "padded_rows", "padded_columns"])
-def weights_kernel(
-    labels, weights, num_query_blocks, num_key_blocks, padded_rows, padded_columns,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of the matrix that adds up states: a power of two where the label is 0, else 0. [Alg. 1 L12]"""
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS).to(tl.int64)  # counts the padded rows of all heads
-    i = row % padded_rows
-    label_row = labels + ((row // padded_rows) * num_query_blocks + i) * num_key_blocks
-    weight_row = weights + row * padded_columns
-    count = tl.zeros([ROWS], tl.int32)
-    for first in range(0, num_key_blocks, TILE):
-        j = first + tl.arange(0, TILE)
-        inside = (i < num_query_blocks)[:, None] & (j < num_key_blocks)[None, :]
-        label = tl.load(label_row[:, None] + j[None, :], mask=inside, other=IS_NEGLIGIBLE)  # [ROWS, TILE]
-        count += tl.sum((label == IS_MARGINAL).to(tl.int32), 1)
-    weight = tl.exp2(-tl.floor(tl.log2(tl.maximum(count, 1).to(tl.float32))))  # [ROWS]
+@triton.jit
+def write_weights(rows, i, weights, padded_columns, TILE: tl.constexpr):
+    """Rows of the matrix that adds up states: a power of two where the label is 0, else 0. [Alg. 1 L12]"""
+    marginal = tl.maximum(count(rows, i, IS_MARGINAL, TILE), 1).to(tl.float32)
+    weight = tl.exp2(-tl.floor(tl.log2(marginal)))  # [ROWS]
     for first in range(0, padded_columns, TILE):
         j = first + tl.arange(0, TILE)
-        inside = (i < num_query_blocks)[:, None] & (j < num_key_blocks)[None, :]
-        label = tl.load(label_row[:, None] + j[None, :], mask=inside, other=IS_NEGLIGIBLE)  # the padding weighs nothing
-        tile = tl.where(label == IS_MARGINAL, weight[:, None], 0.0).to(weights.dtype.element_ty)  # [Alg. 1 L12]
-        tl.store(weight_row[:, None] + j[None, :], tile, mask=(j < padded_columns)[None, :])
+        tile = tl.where(load_labels(rows, i, j) == IS_MARGINAL, weight[:, None], 0.0)  # the padding weighs nothing
+        place = weights + (i[:, None] * padded_columns + j[None, :])
+        tl.store(place, tile.to(weights.dtype.element_ty), mask=(j < padded_columns)[None, :])
+
+
+@triton.jit
+def read_columns(labels, lists, head, first, Tq, Tk, capacity, COLUMNS: tl.constexpr, TILE: tl.constexpr):
+    """The query lists of COLUMNS key blocks. They are packed, so what the key blocks before have is counted too."""
+    before = Side(labels, Tq, first, Tk, 1)
+    start = tl.zeros([TILE], tl.int32)
+    for i in range(0, Tq, TILE):
+        start += count(before, i + tl.arange(0, TILE), IS_CRITICAL, COLUMNS)
+    columns = Side(labels, Tk, Tq, 1, Tk)
+    j = first + tl.arange(0, COLUMNS)
+    number = count(columns, j, IS_CRITICAL, TILE)
+    end = tl.sum(start, 0) + tl.cumsum(number, 0)
+    offsets = lists.offsets + head * (Tk + 1) + j
+    tl.store(offsets, end - number, mask=j < Tk)
+    tl.store(offsets + 1, end, mask=j == Tk - 1)
+    write_lists(columns, j, lists.indices + head * Tq * capacity, end - number, TILE)
+
+
+@triton.jit(do_not_specialize=["heads", "Tq", "Tk", "capacity", "padded_rows", "padded_columns"])
+def lists_kernel(
+    labels, lists, heads, Tq, Tk, capacity, padded_rows, padded_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program reads the labels of ROWS query blocks; further ones, in the backward, those of COLUMNS key blocks."""
+    program = tl.program_id(0)
+    row_strips = padded_rows // ROWS  # of a head
+    is_row = program < heads * row_strips
+    program = program if is_row else program - heads * row_strips
+    strips = row_strips if is_row else tl.cdiv(Tk, COLUMNS)
+    head = (program // strips).to(tl.int64)
+    strip = program % strips
+    labels += head * Tq * Tk
+    if is_row:
+        rows = Side(labels, Tq, Tk, Tk, 1)
+        i = strip * ROWS + tl.arange(0, ROWS)
+        tl.store(lists.keys.num_blocks + head * Tq + i, count(rows, i, IS_CRITICAL, TILE), mask=i < Tq)
+        write_lists(rows, i, lists.keys.indices + head * Tq * capacity, i * capacity, TILE)
+        write_weights(rows, i, lists.weights + head * padded_rows * padded_columns, padded_columns, TILE)
+    elif lists.queries is not None:
+        read_columns(labels, lists.queries, head, strip * COLUMNS, Tq, Tk, capacity, COLUMNS, TILE)
 
 
 # --- outside ---------------------------------------------------------------------------------------------------------
-# The lists are those that BlockMap makes, and the tests compare them; one kernel here takes the place of some ten of
-# torch's, which would be a tenth of a forward.
 
 
-def key_lists(block_map: BlockMap) -> KeyLists:
-    """The lists along rows, in one pass over the labels."""
+def read_labels(block_map: BlockMap, dtype: torch.dtype, *, backward: bool) -> Lists:
+    """The lists, which are those that BlockMap makes with many kernels of torch's, and weights of this dtype."""
     labels = block_map.labels.contiguous()
-    batch, heads, num_query_blocks, num_key_blocks = labels.shape
-    counts = torch.empty(batch, heads, num_query_blocks, dtype=torch.int32, device=labels.device)
-    indices = torch.empty(*counts.shape, block_map.max_critical, dtype=torch.int32, device=labels.device)
-    programs = batch * heads * math.ceil(num_query_blocks / 8)
-    sizes = (num_query_blocks, num_key_blocks, num_key_blocks, 1, block_map.max_critical)
-    start(lists_kernel, programs, labels, None, counts, indices, *sizes, OUT=8, IN=128, num_warps=4)
-    return KeyLists(counts, indices)
+    batch, heads, rows, columns = labels.shape
+    capacity, padded = block_map.max_critical, [math.ceil(n / WEIGHTS_TILE) * WEIGHTS_TILE for n in (rows, columns)]
 
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=labels.device)
 
-def query_lists(block_map: BlockMap) -> QueryLists:
-    """The lists down columns, in one pass over the labels."""
-    labels = block_map.labels.contiguous()
-    batch, heads, num_query_blocks, num_key_blocks = labels.shape
-    capacity = num_query_blocks * block_map.max_critical
-    indices = torch.empty(batch, heads, capacity, dtype=torch.int32, device=labels.device)
-    programs = batch * heads * math.ceil(num_key_blocks / 32)
-    sizes = (num_key_blocks, num_query_blocks, 1, num_key_blocks, capacity)
-    start(lists_kernel, programs, labels, block_map.q_offsets, None, indices, *sizes, OUT=32, IN=128, num_warps=4)
-    return QueryLists(block_map.q_offsets, indices)
-
-
-def marginal_weights(block_map: BlockMap, dtype: torch.dtype) -> Tensor:
-    """The matrix that adds up states, (B * H, Tq, Tk) padded with zeros to whole tiles. [Alg. 1 L12]"""
-    labels = block_map.labels.contiguous()
-    batch, heads, *blocks = labels.shape
-    padded = [math.ceil(n / WEIGHTS_TILE) * WEIGHTS_TILE for n in blocks]
-    weights = torch.empty(batch * heads, *padded, dtype=dtype, device=labels.device)
-    programs = batch * heads * padded[0] // 8
-    start(weights_kernel, programs, labels, weights, *blocks, *padded, ROWS=8, TILE=128, num_warps=4)
-    return weights
+    keys = KeyLists(empty(batch, heads, rows), empty(batch, heads, rows, capacity))
+    queries, programs = None, batch * heads * (padded[0] // ROWS)
+    if backward:
+        queries = QueryLists(empty(batch, heads, columns + 1), empty(batch, heads, rows * capacity))
+        programs += batch * heads * math.ceil(columns / COLUMNS)
+    lists = Lists(keys, queries, empty(batch * heads, *padded, dtype=dtype))
+    sizes = (batch * heads, rows, columns, capacity, *padded)
+    case = (labels.data_ptr() % 16, dtype, backward)
+    start(lists_kernel, programs, labels, lists, *sizes, ROWS, COLUMNS, 128, case=case, num_warps=4)
+    return lists

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from ...protocol import Inputs
 
@@ -28,11 +30,45 @@ class Launcher:
     @property
     def architecture(self) -> int:
         """90 for sm_90 and so on; 0 in the interpreter."""
-        return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+        if INTERPRETED:
+            return 0
+        driver = triton.runtime.driver.active
+        return _architecture(driver, driver.get_current_device())
 
-    def start(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        """Start a kernel on a grid of one axis: the others are limited to 65535 programs."""
-        kernel[(programs,)](*args, **options)
+    def start(self, kernel: Any, programs: int, *args: Any, case: Hashable = None, **options: Any) -> None:
+        """Start a kernel on a grid of one axis: the others are limited to 65535 programs.
+
+        `args` are all arguments of the kernel, in their order; `options` are for the compiler. `case` is a promise:
+        what Triton compiles for (dtypes, alignment, divisors of integers) is the same in all calls of that case. It
+        spares Triton the look at all arguments by which it finds what it has compiled, 15 to 30 microseconds of Python.
+        """
+        if case is None or INTERPRETED:
+            kernel[(programs,)](*args, **options)
+            return
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key = (kernel.fn, device, case, *options.values(), *map(type, args))
+        if (kept := _kept.get(key)) is None:
+            compiled = kernel[(programs,)](*args, **options)
+            if len(_kept) >= 4096:  # a program that never sees a length twice
+                _kept.clear()
+            _kept[key] = compiled.run, compiled.function, compiled.packed_metadata
+        else:  # the call with which Triton (3.6, 3.7) itself ends, without the hooks of its profiler
+            run, *binary = kept
+            run(programs, 1, 1, driver.get_current_stream(device), *binary, None, None, None, *args)
+
+
+_kept: dict[tuple, tuple] = {}  # what `start` has compiled
+
+
+@functools.cache
+def _architecture(driver: Any, device: int) -> int:
+    return driver.get_current_target().arch
+
+
+def layout(tensor: Tensor | None) -> Hashable:
+    """What Triton can see of a tensor, as a part of a case."""
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
 
 
 _launcher = Launcher()
@@ -115,8 +151,11 @@ class Plan(NamedTuple):
 class Call:
     """One forward or backward: what all of its kernels have in common."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        query, key, _, phi_query, phi_key, *_ = inputs
+    def __init__(self, inputs: Inputs, *others: Tensor | None) -> None:
+        """`others` are the tensors besides the inputs that kernels get and that were not made for this call."""
+        query, key, value, phi_query, phi_key, block_map, _ = inputs
+        tensors = (query, key, value, phi_query, phi_key, *others)
+        self.case = (block_map.block_q, block_map.block_k, *map(layout, tensors))
         self.inputs = inputs
         self.softmax = phi_query is None  # then the kernels read Q and K where they would read phi
         self.phi_query = query if phi_query is None else phi_query
@@ -126,23 +165,13 @@ class Call:
         # Features and their sums leave float16's range at both ends. tf32 has float16's precision and float32's range.
         self.tf32 = query.dtype == torch.float16
         self.state_dtype = torch.float32 if self.tf32 else query.dtype
+        self.lists: Any = None  # what the labels say: `labels.Lists`, once they are read
 
     def tiles(self, kernel: str) -> Tiles:
         """How this kernel is cut on the GPU in use."""
         block_map = self.inputs.block_map
-        if reads_shared_memory():
-            case = f"{kernel} {self.columns} x {block_map.block_q}"
-            names = [f"{case} sm_{_launcher.architecture}", case, f"{kernel} {self.columns}"]
-        else:
-            names = [f"{kernel} {self.columns} small", f"{kernel} small"]
-        tiles = next((_TILES[name] for name in names if name in _TILES), Tiles())
-        if self.inputs.query.element_size() == 4 and not INTERPRETED:
-            tiles = _EXACT
-        return tiles._replace(
-            rows=min(tiles.rows, block_map.block_q),
-            keys=min(tiles.keys, block_map.block_k),
-            features=min(tiles.features, self.columns),
-        )
+        exact = self.inputs.query.element_size() == 4 and not INTERPRETED
+        return _tiles(kernel, _launcher.architecture, self.columns, block_map.block_q, block_map.block_k, exact)
 
     def start(self, kernel: Any, tiles: Tiles, programs: int, *args: Any, first_head: int = 0) -> None:
         """Start a kernel on these arguments, SIZES and the plan."""
@@ -153,7 +182,20 @@ class Call:
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         if tiles.registers is not None:
             options["maxnreg"] = tiles.registers
-        _launcher.start(kernel, programs, *args, *sizes, plan, **options)
+        _launcher.start(kernel, programs, *args, *sizes, plan, case=(self.case, plan), **options)
+
+
+@functools.cache
+def _tiles(kernel: str, architecture: int, columns: int, block_q: int, block_k: int, exact: bool) -> Tiles:
+    if architecture in _LARGE_ARCHITECTURES:
+        case = f"{kernel} {columns} x {block_q}"
+        names = [f"{case} sm_{architecture}", case, f"{kernel} {columns}"]
+    else:
+        names = [f"{kernel} {columns} small", f"{kernel} small"]
+    tiles = _EXACT if exact else next((_TILES[name] for name in names if name in _TILES), Tiles())
+    return tiles._replace(
+        rows=min(tiles.rows, block_q), keys=min(tiles.keys, block_k), features=min(tiles.features, columns)
+    )
 
 
 def columns_of(head_dim: int) -> int:

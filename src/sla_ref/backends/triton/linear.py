@@ -22,10 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .labels import WEIGHTS_TILE, marginal_weights
+from .labels import WEIGHTS_TILE
 from .launch import INTERPRETED, SIZES, Call, start
 from .tokens import dot, for_linear, head_of, load_phi, load_slab, own_rows, phi_of, store, strided, to_tf32
 
+UNCUT = 0 if INTERPRETED else 2**26  # elements of states: more launches would cost more than 128 MiB are worth
 SMALLEST_DENOMINATOR = tl.constexpr(2.0**-96)  # as in the specification
 
 # --- parts of kernels ------------------------------------------------------------------------------------------------
@@ -172,24 +173,29 @@ def add_up(call: Call, weights: Tensor, states: Tensor, sums: Tensor) -> None:
     tile = 4096 if INTERPRETED else 128  # in the interpreter a program costs more than an element
     programs = heads * math.ceil(num_out / WEIGHTS_TILE) * math.ceil(size / tile)
     sizes = (num_out, num_in, *weights.stride())
-    cut = {"SIZE": size, "BLOCKS": WEIGHTS_TILE, "TILE": tile, "TF32": call.tf32}
-    start(sums_kernel, programs, weights, states, sums, *sizes, **cut, num_warps=4)
+    start(sums_kernel, programs, weights, states, sums, *sizes, size, WEIGHTS_TILE, tile, call.tf32, num_warps=4)
 
 
 def chunks_of_heads(call: Call, per_query_block: int, tensors: int) -> list[tuple[int, int]]:
-    """Cut the B * H heads, as (first, number), so that a chunk's states take the memory of `tensors` queries at most.
+    """Cut the B * H heads, as (first, number): a chunk's states take the memory of `tensors` queries at most.
 
-    A chunk has one state for each key block, and `per_query_block` for each query block.
+    A chunk has one state for each key block, and `per_query_block` for each query block. What `UNCUT` holds is not cut.
     """
     query, labels = call.inputs.query, call.inputs.block_map.labels
     num_states = labels.shape[3] + per_query_block * labels.shape[2]
-    size = min(call.heads, max(1, tensors * query.numel() // (num_states * (call.columns + 2) * call.columns)))
+    allowed = max(UNCUT, tensors * query.numel())
+    size = min(call.heads, max(1, allowed // (num_states * (call.columns + 2) * call.columns)))
     size = math.ceil(call.heads / math.ceil(call.heads / size))  # chunks of about one size
     return [(first, min(size, call.heads - first)) for first in range(0, call.heads, size)]
 
 
+def part(of_heads: Tensor, first: int, heads: int) -> Tensor:
+    """What belongs to some heads; a slice of all of them would be a microsecond's work for nothing."""
+    return of_heads if heads == len(of_heads) else of_heads[first : first + heads]
+
+
 class MarginalSums:
-    """H_i and Z_i of all query blocks, made anew for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
+    """H_i and Z_i of all query blocks, made again for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
 
     Arguments as for `chunks_of_heads`.
     """
@@ -198,7 +204,7 @@ class MarginalSums:
         query, labels = call.inputs.query, call.inputs.block_map.labels
         self.call, self.chunks = call, chunks_of_heads(call, per_query_block, tensors)
         self.keys = (strided(call.phi_key), strided(call.inputs.value))
-        self.weights = marginal_weights(call.inputs.block_map, call.state_dtype)
+        self.weights = call.lists.weights
         (_, heads), size = self.chunks[0], (call.columns + 2) * call.columns
         self.states = torch.empty(heads, labels.shape[3], size, dtype=call.state_dtype, device=query.device)
         self.sums = torch.empty(heads, labels.shape[2], size, dtype=call.state_dtype, device=query.device)
@@ -207,16 +213,16 @@ class MarginalSums:
         """The first head of each chunk, and the sums of its heads (heads, Tq, size of a state)."""
         tiles = self.call.tiles("states")
         for first, heads in self.chunks:
-            states, sums = self.states[:heads], self.sums[:heads]
+            states, sums = part(self.states, 0, heads), part(self.sums, 0, heads)
             self.call.start(states_kernel, tiles, heads * states.shape[1], *self.keys, states, first_head=first)
-            add_up(self.call, self.weights[first : first + heads], states, sums)
+            add_up(self.call, part(self.weights, first, heads), states, sums)
             yield first, sums
 
     def back(self, first: int, grad_sums: Tensor) -> Tensor:
         """The gradients of a chunk's states from those of its sums, in the place of the states. [Alg. 2 L14]"""
-        heads = len(grad_sums)
-        add_up(self.call, self.weights[first : first + heads].mT, grad_sums, self.states[:heads])
-        return self.states[:heads]
+        states = part(self.states, 0, len(grad_sums))
+        add_up(self.call, part(self.weights, first, len(grad_sums)).mT, grad_sums, states)
+        return states
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -315,7 +321,7 @@ def backward(call: Call, grad_linear: Tensor, dphi_Q: Tensor, dphi_K: Tensor, dV
     query_tiles, key_tiles = call.tiles("grad_sums"), call.tiles("grad_keys")
     for first, sums in sums_of:
         heads, num_query_blocks, _ = sums.shape
-        grad_sums = all_grad_sums[:heads]
+        grad_sums = part(all_grad_sums, 0, heads)
         programs = heads * num_query_blocks
         call.start(grad_sums_kernel, query_tiles, programs, *of_queries, sums, grad_sums, first_head=first)
         grad_states = sums_of.back(first, grad_sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...protocol import Saved
-from .labels import key_lists, query_lists
-from .launch import SIZES, Call, Tiles
+from .launch import SIZES, Call
 from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled
 
 LN_2 = tl.constexpr(math.log(2))
@@ -136,7 +136,7 @@ def dq_kernel(
     of_head = head.to(tl.int64) * query_length
     if grad_lse is not None:  # dS = P (dP - Ds) + P dL
         Ds -= tl.load(grad_lse + of_head + row, mask=row < query_length, other=0.0)
-    # Past the end lse reads as inf: exp2(S - inf) is no weight.
+    # Past the end lse reads as inf: exp2(S - inf) is 0.
     L = tl.load(lse + of_head + row, mask=row < query_length, other=float("inf")) * LOG2_E  # [ROWS]
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(scratch.L + place, L)
@@ -165,7 +165,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
-    Scores are held transposed, [KEYS, ROWS], so that each product reads its operands as they lie in memory.
+    Scores are held transposed, [KEYS, ROWS], since each product then reads its operands as they lie in memory.
     `grad_value` holds the linear branch's share already, where phi is softmax `grad_key` too; this adds to them.
     """
     ROWS: tl.constexpr = plan.ROWS
@@ -221,17 +221,18 @@ def backward(
     query, key, value, *_, block_map, scale = call.inputs
     *_, num_query_blocks, num_key_blocks = block_map.labels.shape
 
-    def inputs(tiles: Tiles) -> list[Any]:
-        return tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys), (grad_sparse, tiles.rows))
+    @functools.cache  # the two kernels may be cut alike
+    def inputs(rows: int, keys: int) -> list[Any]:
+        return tiled((query, rows), (key, keys), (value, keys), (grad_sparse, rows))
 
     shape = (call.heads, num_query_blocks * block_map.block_q)
     scratch = RowScratch(*torch.empty(2, *shape, dtype=torch.float32, device=query.device))
     tiles = call.tiles("dq")
     programs = call.heads * num_query_blocks * (block_map.block_q // tiles.rows)
     of_rows = (None if grad_lse is None else grad_lse.contiguous(), strided(saved.out_sparse), saved.lse.contiguous())
-    args = (*inputs(tiles), *of_rows, key_lists(block_map), scratch, strided(dQ), scale)
+    args = (*inputs(tiles.rows, tiles.keys), *of_rows, call.lists.keys, scratch, strided(dQ), scale)
     call.start(dq_kernel, tiles, programs, *args)
     tiles = call.tiles("dkdv")
     programs = call.heads * num_key_blocks * (block_map.block_k // tiles.keys)
-    args = (*inputs(tiles), query_lists(block_map), scratch, strided(dK), strided(dV), scale)
+    args = (*inputs(tiles.rows, tiles.keys), call.lists.queries, scratch, strided(dK), strided(dV), scale)
     call.start(dkdv_kernel, tiles, programs, *args)

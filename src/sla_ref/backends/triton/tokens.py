@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import INTERPRETED, columns_of, reads_shared_memory
 
+SHORT = 2**22  # elements of a tensor
 LOG2_E = tl.constexpr(math.log2(math.e))
 IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
@@ -184,18 +186,24 @@ def strided(tensor: Tensor) -> Tokens:
     Triton compiles one kernel for strides that are multiples of 16 and another for those that are not, and these may
     add up in another order. A view that would get another kernel than its contiguous copy is copied, for equal bits.
     """
-    _, heads, length, head_dim = tensor.shape
-    strides = _outer_strides(tensor.shape, tensor.stride())
-    contiguous = _outer_strides(tensor.shape, (heads * length * head_dim, length * head_dim, head_dim))
-    alike = all((a % 16 == 0, a == 1) == (b % 16 == 0, b == 1) for a, b in zip(strides, contiguous, strict=True))
-    dense = tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
-    if alike and dense and strides[2] < 2**24:  # beyond that a tile of 128 tokens would overflow the int32 inside it
+    strides, as_it_is = _outer_strides(tensor.shape, tensor.stride())
+    if as_it_is and tensor.data_ptr() % 16 == 0:
         return Tokens(tensor, *strides)
-    return Tokens(tensor.clone(memory_format=torch.contiguous_format), *contiguous)
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return Tokens(tensor, *_outer_strides(tensor.shape, tensor.stride())[0])
 
 
-def _outer_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True))
+@functools.lru_cache(4096)
+def _outer_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """The first three, 0 where they do not matter, and whether kernels can use them."""
+    _, heads, length, head_dim = shape
+    own, contiguous = (
+        tuple(0 if size == 1 else stride for size, stride in zip(shape[:3], outer, strict=True))
+        for outer in (strides[:3], (heads * length * head_dim, length * head_dim, head_dim))
+    )
+    alike = all((a % 16 == 0, a == 1) == (b % 16 == 0, b == 1) for a, b in zip(own, contiguous, strict=True))
+    # Between tokens 2^24 at most: beyond that a tile of 128 tokens would overflow the int32 inside it.
+    return own, alike and strides[3] == 1 and own[2] < 2**24
 
 
 def tiled(*tensors_and_rows: tuple[Tensor, int]) -> list[Any]:
@@ -212,9 +220,10 @@ def descriptors_fit(*tensors: Tensor) -> bool:
     """Whether to let the hardware read tiles of these tensors by descriptor (TMA).
 
     It needs rows on 16 bytes. It pays where matrix instructions read shared memory themselves; where their operands
-    come from registers, as on sm_120, it costs registers.
+    come from registers, as on sm_120, it costs registers. Python needs 8 microseconds more for a descriptor than for a
+    pointer, which short sequences do not win back.
     """
-    if INTERPRETED or not reads_shared_memory() or tensors[0].element_size() != 2:
+    if INTERPRETED or not reads_shared_memory() or tensors[0].element_size() != 2 or tensors[0].numel() < SHORT:
         return False
     return all(
         tensor.data_ptr() % 16 == 0

@@ -1,0 +1,60 @@
+"""Functions as operators of torch: compilers, torch.export and torch.func see the call and not what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def operator(name: str) -> Callable[[Callable], Any]:
+    """Decorator that makes a function the operator `sla_ref::name`; the function changes none of its arguments.
+
+    `torch.library.custom_op` does the same, but every call goes through more Python, which takes longer than the call.
+    """
+    qualified = f"sla_ref::{name}"
+
+    def define(function: Callable) -> Any:
+        def run(*arguments: Any) -> Any:
+            results = function(*arguments)
+            taken = {argument.data_ptr() for argument in arguments if isinstance(argument, Tensor)}
+            for result in (results,) if isinstance(results, Tensor) else results:
+                if result.data_ptr() in taken:
+                    raise RuntimeError(f"{qualified} must return new tensors, got an argument or one result twice")
+                taken.add(result.data_ptr())
+            return results
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(qualified, "default", run)
+        return getattr(torch.ops.sla_ref, name).default
+
+    return define
+
+
+def fold_into_batch(operator: Any) -> None:
+    """Let `torch.func.vmap` make its axis a part of the batch axis.
+
+    For an operator whose tensors, arguments and results, all have the batch as their first axis.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def fold(argument: Any, dim: int | None) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            if dim is None:  # the same for all samples
+                return argument.expand(info.batch_size, *argument.shape).flatten(0, 1)
+            return argument.movedim(dim, 0).flatten(0, 1)
+
+        def unfold(result: Tensor) -> Tensor:
+            return result.unflatten(0, (info.batch_size, -1))
+
+        results = operator(*map(fold, arguments, in_dims))
+        if isinstance(results, Tensor):
+            return unfold(results), 0
+        kind = type(results)  # tuple or list
+        return kind(map(unfold, results)), kind([0] * len(results))
+
+    torch.library.register_vmap(operator, rule)
