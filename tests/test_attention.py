@@ -132,7 +132,7 @@ def operator_arguments(*, inside: bool = False, dtype: torch.dtype = torch.float
     *tensors, block_map, scale = problem.inputs
     tensors[3:] = (None, None) if inside else tensors[3:]
     leaves = [tensor if tensor is None else tensor.requires_grad_() for tensor in tensors]
-    options = (block_map.max_critical, block_map.is_uniform, 8, 8, scale, "torch")
+    options = (block_map.max_critical, block_map.is_uniform, block_map.has_marginal, 8, 8, scale, "torch")
     return (*leaves, block_map.labels, *options)
 
 
@@ -247,8 +247,8 @@ def test_autocast_computes_as_if_the_inputs_had_its_dtype(dtype):
 
 def test_the_backward_runs_with_autocast_off():
     """The bits are the same whether or not forward and backward are called inside autocast."""
-    *tensors, labels_, C, uniform, block_q, block_k, scale, backend = operator_arguments()
-    arguments = [tensor.detach() for tensor in tensors], (labels_, C, uniform, block_q, block_k, scale, backend)
+    tensors, rest = operator_arguments()[:5], operator_arguments()[5:]
+    arguments = [tensor.detach() for tensor in tensors], rest
 
     def both() -> list[torch.Tensor]:
         saved = forward(*arguments[0], *arguments[1])

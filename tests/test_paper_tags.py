@@ -1,4 +1,4 @@
-"""docs/paper.md and the tags in the code say the same."""
+"""docs/paper.md, docs/paper-sla2.md and the tags in the code say the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def source_of(place: str) -> str:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
-    raise AssertionError(f"docs/paper.md names {place}, which does not exist")
+    raise AssertionError(f"the page names {place}, which does not exist")
 
 
 def test_the_table_is_read():
@@ -73,3 +73,36 @@ def test_the_tests_that_the_page_names_exist():
     named = set(re.findall(r"`(test_\w+\.py)`", page))
     assert len(named) >= 6
     assert [name for name in named if not (ROOT / "tests" / name).exists()] == []
+
+
+# --- SLA2 ------------------------------------------------------------------------------------------------------------
+
+SLA2_PAGE = (ROOT / "docs" / "paper-sla2.md").read_text(encoding="utf-8")
+SLA2_STEPS = {
+    tag: re.findall(r"`(\S+::\S+)`", where)
+    for tag, where in re.findall(r"^\| (SLA2 Eq\. \d+) .* \| ([^|]+) \|$", SLA2_PAGE, re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize("tag", SLA2_STEPS)
+def test_every_place_that_the_page_of_sla2_names_has_the_tag(tag: str):
+    assert SLA2_STEPS[tag], "every equation is somewhere"
+    for place in SLA2_STEPS[tag]:
+        assert f"[{tag}]" in source_of(place), f"{place} has no [{tag}]"
+
+
+def test_every_tag_of_sla2_in_the_code_is_on_its_page():
+    found = {
+        tag
+        for path in SOURCE.rglob("*.py")
+        for tag in re.findall(r"\[(SLA2 [^\]]+)\]", path.read_text(encoding="utf-8"))
+    }
+    assert found == set(SLA2_STEPS)
+
+
+def test_the_tests_that_the_page_of_sla2_names_exist():
+    named = re.findall(r"`(?:(test_\w+\.py)(?:::(\w+))?|(test_\w+))`", SLA2_PAGE)
+    assert len(named) > 12
+    for file, of_file, of_reference in named:
+        text = (ROOT / "tests" / (file or "test_reference_sla2.py")).read_text(encoding="utf-8")
+        assert f"def {of_file or of_reference}(" in text or (file and not of_file), (file, of_file, of_reference)

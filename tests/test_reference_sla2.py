@@ -217,6 +217,20 @@ def test_a_constant_lambda_gives_the_wrong_gradient():
     assert gradient(ported).sum(-1).abs().max() > 0.01
 
 
+def test_no_proj_of_an_exact_branch_is_full_attention():
+    """Equation 10: SLA's Proj would have to take back a share of the sparse branch, in each row another one."""
+    query, key, value, *proj = problem()
+    mask = expand(masks(query, key, *proj)["hard"])
+    sparse, exact = (reference_sla2.sparse_branch(query, key, value, m, SCALE) for m in (mask, 1 - mask))
+    alpha = reference_sla2.ideal_alpha(query, key, mask, SCALE)[..., None]
+    P2 = (SCALE * query @ key.mT).softmax(-1) * (1 - mask)
+    missing = F.scaled_dot_product_attention(query, key, value, scale=SCALE) - sparse
+    close(missing, P2 @ value + (alpha - 1) * sparse)
+    x = torch.cat([exact, torch.ones_like(alpha)], -1).flatten(0, 2)
+    best = torch.linalg.lstsq(x, missing.flatten(0, 2)).solution  # weight and bias, shared by the heads
+    assert (x @ best - missing.flatten(0, 2)).abs().max() > 0.01
+
+
 def test_one_alpha_for_each_query_block_cannot_be_the_ideal_one():
     """Algorithm 2's size of alpha, against Equation 13's: rows of one block differ in how much of them is critical."""
     query, key, value, *proj = problem()

@@ -216,6 +216,11 @@ def test_a_section_tells_how_long_its_pages_take(monkeypatch):
     assert html.endswith("</a>: 10 minutes</p>")
 
 
+def test_a_page_without_times_may_link_to_pages_of_its_own_folder():
+    text = "Next: [2. Mask classification](02_mask_classification.md)."
+    assert "02_mask" in markdown.markdown(text, extensions=[reading_times.makeExtension()])
+
+
 def test_folded_tables_take_no_time_and_code_takes_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(reading_times, "DOCS", tmp_path)
     page = "word " * 400 + "\n<details>\n" + "cell " * 9000 + "\n</details>\n```sh\n" + "line\n" * 30 + "```\n"

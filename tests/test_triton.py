@@ -57,11 +57,13 @@ FAULTS = {
     "Z is skipped": in_linear("states_kernel", "+ columns, z, plan)", "+ columns, 0 * z, plan)", "linear"),
     "h counts twice, z once": in_linear("states_kernel", "dot(tl.trans(phi)", "2 * dot(tl.trans(phi)", "linear"),
     "the weights of another block": in_linear("sums_kernel", "inner[None, :] *", "(inner ^ 1)[None, :] *", "linear"),
-    "phi(Q) H is not divided": in_linear("linear_rows", "O / denominator[:, None]", "O", "linear"),
+    "phi(Q) H is not divided": in_linear(
+        "linear_rows", "O * inverse_of(denominator, sums, plan)[:, None]", "O", "linear"
+    ),
     "the tail is not masked": in_sparse("scores", "    if PARTIAL:", "    if False:", "sparse"),
     "O is not rescaled": in_sparse("softmax_step", "run.O * shrink[:, None]", "run.O", "sparse"),
     "the largest score is not subtracted": in_sparse(
-        "softmax_step", "tl.maximum(run.m, tl.max(S, 1))", "tl.zeros_like(run.m)", "sparse", spread=100.0
+        "softmax_step", "tl.maximum(run.m, tl.max(S, 1) * scale)", "tl.zeros_like(run.m)", "sparse", spread=100.0
     ),
     "lse in base 2": in_sparse("sparse_rows", "tl.log2(l)) * LN_2", "tl.log2(l))", "lse"),
     "Ds is forgotten": in_sparse("dq_step", "(dP - rows.Ds[:, None])", "dP", "grad_query"),
@@ -74,9 +76,7 @@ FAULTS = {
     "dz is skipped": in_linear("grad_keys_kernel", "+ dz[None, :]", "", "grad_phi_key"),
 }
 DEFAULT_PHI_FAULTS = {  # where the kernels compute phi by themselves
-    "keys past the end have features": in_tokens(
-        "load_phi", "< phi.tokens.length", "< 2 * phi.tokens.length", "linear"
-    ),
+    "keys past the end have features": in_tokens("phi_of", "< head.length", "< 2 * head.length", "linear"),
     "features that are padding count": in_tokens("exponentials", "< head.D", "< 2 * head.D", "linear"),
     "the linear branch has float16's range": in_tokens(
         "for_linear",

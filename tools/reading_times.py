@@ -45,7 +45,8 @@ def with_times(section: str) -> str:
     parts = section.split("{minutes}")
     times = [in_words(PAGE.findall(part)) for part in parts[:-1]]
     text = "".join(part + time for part, time in zip(parts, [*times, ""], strict=True))
-    return text.replace("{hours}", in_words(PAGE.findall(section)))
+    # By a function, which runs only where there is something to fill in: links of other pages start in other folders.
+    return re.sub(r"\{hours\}", lambda _: in_words(PAGE.findall(section)), text)
 
 
 class _Times(Preprocessor):

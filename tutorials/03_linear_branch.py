@@ -289,6 +289,10 @@ assert left["Proj fitted"][3] > 0.9
 #
 # *Proj sees $O^l$ and not $\alpha$, so two rows that differ only in $\alpha$ get the same correction, which cannot be
 # right for both.*
+#
+# [12. How much each branch weighs](12_branch_weights.md) shows two such rows of this model, and what SLA2 does about
+# them. The fit of [Paper and released code](paper_vs_code.md#what-to-fine-tune) is measured on the very clip that it is
+# made on, and there Proj repairs something in the last layer too.
 
 # %%
 figure, panel = plt.subplots(figsize=(7, 3.3), layout="constrained")

@@ -444,4 +444,4 @@ with check_exercise(2, affordable_blocks):
 # the same blocks and with the same cost. Longer sequences make the linear branch cheap, and longer fine-tunes make it
 # useful.
 #
-# Next: [Experiments](../experiments.md)
+# Next: [12. How much each branch weighs](12_branch_weights.md)

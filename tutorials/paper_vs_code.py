@@ -4,7 +4,8 @@
 # The paper and the [authors' repository](https://github.com/thu-ml/SLA) do not describe one and the same computation,
 # and the repository has two branches that differ from each other. This page computes all three on one small problem.
 # Afterwards you know which blocks go where in each of them, when that matters, why a fresh layer's linear branch adds
-# nothing, and which parameters a fine-tune has to touch.
+# nothing, and which parameters a fine-tune has to touch. The last section sets SLA2, the authors' second paper, next to
+# the three.
 #
 # "SLA-1" is the branch of that name at commit 325cc75, "main" the branch main at d973e55. What is said about them was
 # read in their code. The functions below follow that code but are our own, on top of the
@@ -276,10 +277,12 @@ axes.legend(loc="upper center", ncols=2)
 plt.show()
 
 # %% [markdown]
-# The best Proj takes away only a part of the error. To reduce the rest, query, key and value have to change, and for
-# that all parameters have to be trained. This also answers the last question of issue 23: nothing in an end-to-end
-# fine-tune asks a layer to equal full attention. What the loss asks for is the prediction of the whole model. How far
-# the lab's shipped student is from its teacher there is in its card:
+# The best Proj takes away only a part of the error. It is fitted here to the clip that it is measured on; on other
+# clips it repairs less, and in the last layer next to nothing ([3. The linear
+# branch](03_linear_branch.md#it-compensates-it-does-not-approximate)). To reduce the rest, query, key and value have to
+# change, and for that all parameters have to be trained. This also answers the last question of issue 23: nothing in an
+# end-to-end fine-tune asks a layer to equal full attention. What the loss asks for is the prediction of the whole
+# model. How far the lab's shipped student is from its teacher there is in its card:
 
 # %%
 import json
@@ -293,10 +296,52 @@ with safe_open(STUDENT, framework="pt") as file:
 print(f"mean squared distance to the teacher's prediction: {card['distance']:.3g}")
 
 # %% [markdown]
+# ## SLA2
+#
+# [SLA2](https://arxiv.org/abs/2602.12675) has no released code, so only its text can be compared. It is the same
+# operator: its sparse branch is that of all three above, and its linear branch is that of SLA-1, over every block that
+# is not critical, normalised over these.
+
+# %%
+layer_of_sla2 = sla_ref.SLA2Attention(D, H, 0.10, **blocks).double()
+sparse, linear, alpha = layer_of_sla2.branches(query, key, value)
+assert torch.allclose(sparse, outputs["SLA-1"][0], rtol=0, atol=1e-12)
+assert torch.allclose(linear, outputs["SLA-1"][1], rtol=0, atol=1e-12)
+
+# %% [markdown]
+# The two methods differ in what they do with the branches. A weight $\alpha$ takes the place of Proj, $O = \alpha O^s +
+# (1 - \alpha) O^l$, and the choice of blocks can be learned. So a fresh layer is not its sparse branch, and weights of
+# one method do not fit the other. $\alpha$ starts at 0.9 in this package.
+
+# %%
+mixed = layer_of_sla2(query, key, value)
+assert torch.allclose(mixed, 0.9 * sparse + 0.1 * linear, rtol=0, atol=1e-6)
+assert (mixed - sparse).norm() > 0.01 * sparse.norm()
+
+learned = sla_ref.SLA2Attention(D, H, 0.10, router="learned", **blocks)
+for name, module in {"SLA": layer, "SLA2": layer_of_sla2, "SLA2, learned choice": learned}.items():
+    print(f"{name}: {', '.join(module.state_dict())}")
+assert not set(layer.state_dict()) & set(learned.state_dict())
+
+# %% [markdown]
+# | | paper (SLA) | SLA-1 | main | SLA2 |
+# |---|---|---|---|---|
+# | sparse branch | critical blocks | the same | the same | the same |
+# | linear branch | marginal blocks | all that are not critical | all blocks | all that are not critical |
+# | skipped | negligible blocks | nothing | nothing | nothing |
+# | added to the denominator | nothing | nothing | $10^{-5}$ | nothing |
+# | choice of blocks | means | means | means | learned maps of means |
+# | output | $O^s + \operatorname{Proj}(O^l)$ | the same | the same | $\alpha \, O^s + (1 - \alpha) \, O^l$ |
+# | here | the default | `negligible_ratio=0` | only in `thu_ml` | `SLA2Attention` |
+#
+# [SLA2 to code](../paper-sla2.md) has its equations, its slips and the choices that it leaves open; [12. How much each
+# branch weighs](12_branch_weights.md) says what a weight can do that Proj cannot.
+
+# %% [markdown]
 # ## Recap
 #
 # The paper and the two branches of the code differ in the classes, in the denominator and in how the keys are smoothed.
 # A fresh layer is its sparse branch, because Proj starts at zero. Training only Proj repairs a part of what is missing,
-# so a fine-tune trains all parameters.
+# so a fine-tune trains all parameters. SLA2 is the operator of SLA-1, with a weight in place of Proj.
 #
 # Next: [Numerics and guarantees](../numerics.md)

@@ -23,8 +23,18 @@ from .block_map import (
 )
 from .checks import FLOATS, check_layout, check_scale, check_tensors
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
-from .operators import fold_into_batch, operator
-from .protocol import Backend, Gradients, Inputs, Saved, check_gradients, check_saved
+from .operators import fold_into_batch, one_by_one, operator
+from .protocol import (
+    Backend,
+    Gradients,
+    Inputs,
+    Proj,
+    Saved,
+    SavedLayer,
+    check_gradients,
+    check_saved,
+    check_saved_layer,
+)
 
 
 class SLAOutput(NamedTuple):
@@ -132,14 +142,31 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, scale: float | None, back
 
 def attend(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, block_map: BlockMap) -> SLAOutput:
     """`sparse_linear_attention` with a feature map each for query and key, as a layer with learnable ones needs."""
+    *tensors, options = _arguments(prepared, phi_query, phi_key, block_map)
+    if torch.is_grad_enabled():
+        return SLAOutput(*_Attention.apply(*tensors, options))
+    return SLAOutput(*_forward(*tensors, *options))
+
+
+def attend_whole(
+    prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, block_map: BlockMap, proj: Proj
+) -> Tensor:
+    """The output of the layer, O = O^s + Proj(O^l), for a Proj that is a weight and a bias in query's dtype. [Eq. 6]"""
+    *tensors, labels, options = _arguments(prepared, phi_query, phi_key, block_map)
+    if torch.is_grad_enabled():
+        return _Layer.apply(*tensors, *proj, labels, options)[0]
+    return _layer(*tensors, *proj, labels, *options)[0]
+
+
+def _arguments(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, block_map: BlockMap) -> tuple[Any, ...]:
+    """Those of `_Attention`."""
     query, key, value, scale, backend = prepared
     _check_block_map(block_map, query, key)
     inside = phi_query is softmax and phi_key is softmax  # the default, which the operator computes by itself
-    options = (block_map.max_critical, block_map.is_uniform, block_map.block_q, block_map.block_k, scale, backend)
+    of_map = (block_map.max_critical, block_map.is_uniform, block_map.has_marginal)
+    options = (*of_map, block_map.block_q, block_map.block_k, scale, backend)
     features = (None, None) if inside else (_features(phi_query, query, "query"), _features(phi_key, key, "key"))
-    if torch.is_grad_enabled():
-        return SLAOutput(*_Attention.apply(query, key, value, *features, block_map.labels, options))
-    return SLAOutput(*_forward(query, key, value, *features, block_map.labels, *options))
+    return query, key, value, *features, block_map.labels, options
 
 
 def _check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
@@ -194,6 +221,11 @@ def run_backward(
     given = _with_phi(backend, inputs)
     gradients = backend.backward(grad_sparse, grad_linear, grad_lse, given, saved)
     check_gradients(gradients, given, backend)
+    return _through_softmax(gradients, inputs, given)
+
+
+def _through_softmax(gradients: Gradients, inputs: Inputs, given: Inputs) -> Gradients:
+    """The gradients of `inputs` from those of `given`, which has the softmax that `inputs` leaves to the operator."""
     if inputs.phi_query is not None or given.phi_query is None:
         return gradients
     return gradients._replace(
@@ -217,6 +249,32 @@ def _add_through_softmax(grad: Tensor, grad_phi: Tensor | None, phi: Tensor | No
     return (grad + phi * (grad_phi - (phi * grad_phi).sum(-1, keepdim=True))).to(grad.dtype)
 
 
+def run_forward_layer(backend: Backend, inputs: Inputs, proj: Proj) -> list[Tensor]:
+    """O and lse; and both branches, which the backward needs, where the backend does not add them itself. [Eq. 6]"""
+    if getattr(backend, "proj_inside", False):
+        given = _with_phi(backend, inputs)
+        saved = backend.forward_layer(given, proj)
+        check_saved_layer(saved, given, backend)
+        return [*saved]
+    sparse, linear, lse = run_forward(backend, inputs)
+    return [sparse + torch.nn.functional.linear(linear, *proj), lse, sparse, linear]
+
+
+def run_backward_layer(
+    backend: Backend, grad_out: Tensor, inputs: Inputs, proj: Proj, saved: list[Tensor]
+) -> tuple[Gradients, Proj]:
+    """The gradients of the inputs, as `run_backward` gives them, and of Proj. `saved` is what the forward returned."""
+    if getattr(backend, "proj_inside", False):
+        given = _with_phi(backend, inputs)
+        gradients, grad_proj = backend.backward_layer(grad_out, given, proj, SavedLayer(*saved))
+        check_gradients(gradients, given, backend)
+        return _through_softmax(gradients, inputs, given), grad_proj
+    _, lse, sparse, linear = saved
+    gradients = run_backward(backend, grad_out, grad_out @ proj.weight, None, inputs, Saved(sparse, linear, lse))
+    rows = grad_out.flatten(0, 2)
+    return gradients, Proj(rows.mT @ linear.flatten(0, 2), rows.sum(0))
+
+
 # --- the operator ----------------------------------------------------------------------------------------------------
 # Compilers take the two operators as they are. The two autograd functions around them hold the gradient, since
 # torch.func cannot transform one that is registered with an operator. Of a BlockMap only the labels and what was read
@@ -236,12 +294,14 @@ def _forward(
     labels: Tensor,
     max_critical: int,
     is_uniform: bool,
+    has_marginal: bool,
     block_q: int,
     block_k: int,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    block_map = trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], max_critical, is_uniform)
+    sizes = (block_q, block_k, query.shape[2], key.shape[2])
+    block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
     chosen = backends.choose(backend, query, block_map)
     with _no_autocast(query):
         return run_forward(chosen, Inputs(query, key, value, phi_query, phi_key, block_map, scale))
@@ -263,12 +323,14 @@ def _backward(
     labels: Tensor,
     max_critical: int,
     is_uniform: bool,
+    has_marginal: bool,
     block_q: int,
     block_k: int,
     scale: float,
     backend: str,
 ) -> list[Tensor]:
-    block_map = trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], max_critical, is_uniform)
+    sizes = (block_q, block_k, query.shape[2], key.shape[2])
+    block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
     chosen = backends.choose(backend, query, block_map)
     inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
     with _no_autocast(query):
@@ -310,7 +372,7 @@ class _Attention(torch.autograd.Function):
         phi_query: Tensor | None,
         phi_key: Tensor | None,
         labels: Tensor,
-        options: tuple[int, bool, int, int, float, str],
+        options: tuple[int, bool, bool, int, int, float, str],
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _forward(query, key, value, phi_query, phi_key, labels, *options)
 
@@ -357,7 +419,7 @@ class _Gradient(torch.autograd.Function):
         out_linear: Tensor,
         lse: Tensor,
         labels: Tensor,
-        options: tuple[int, bool, int, int, float, str],
+        options: tuple[int, bool, bool, int, int, float, str],
     ) -> tuple[Tensor, ...]:
         grads, inputs = (grad_sparse, grad_linear, grad_lse), (query, key, value, phi_query, phi_key)
         return tuple(_backward(*grads, *inputs, out_sparse, out_linear, lse, labels, *options))
@@ -371,3 +433,148 @@ class _Gradient(torch.autograd.Function):
         raise RuntimeError(
             "sparse_linear_attention has no second derivative: its gradient cannot be differentiated again"
         )
+
+
+# --- the whole layer as one operator ---------------------------------------------------------------------------------
+# Where Proj is nothing but a weight and a bias, a backend may add the branches itself, and need not keep them. The
+# operator is built as the one above.
+
+
+@operator("layer")
+def _layer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor | None,
+    phi_key: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    max_critical: int,
+    is_uniform: bool,
+    has_marginal: bool,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    sizes = (block_q, block_k, query.shape[2], key.shape[2])
+    block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
+    chosen = backends.choose(backend, query, block_map)
+    inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
+    with _no_autocast(query):
+        return run_forward_layer(chosen, inputs, Proj(weight.contiguous(), bias.contiguous()))
+
+
+@operator("layer_backward")
+def _layer_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_query: Tensor | None,
+    phi_key: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    out_sparse: Tensor | None,
+    out_linear: Tensor | None,
+    labels: Tensor,
+    max_critical: int,
+    is_uniform: bool,
+    has_marginal: bool,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    sizes = (block_q, block_k, query.shape[2], key.shape[2])
+    block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
+    chosen = backends.choose(backend, query, block_map)
+    inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
+    proj = Proj(weight.contiguous(), bias.contiguous())
+    saved = [tensor for tensor in (out, lse, out_sparse, out_linear) if tensor is not None]
+    with _no_autocast(query):
+        gradients, grad_proj = run_backward_layer(chosen, grad_out, inputs, proj, saved)
+    return [gradient.to(query.dtype) for gradient in (*gradients, *grad_proj) if gradient is not None]
+
+
+@torch.library.register_fake(_layer)
+def _(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
+    labels, max_critical, is_uniform, has_marginal, block_q, block_k, _, backend = rest[-8:]
+    sizes = (block_q, block_k, query.shape[2], key.shape[2])
+    block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
+    inside = getattr(backends.choose(backend, query, block_map), "proj_inside", False)
+    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    branches = [] if inside else [query.new_empty(query.shape), query.new_empty(query.shape)]
+    return [query.new_empty(query.shape), lse, *branches]
+
+
+@torch.library.register_fake(_layer_backward)
+def _(grad_out: Tensor, *rest: Any) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in rest[:7] if tensor is not None]
+
+
+one_by_one(_layer)
+one_by_one(_layer_backward)
+
+
+class _Layer(torch.autograd.Function):
+    """The output, and what else the forward keeps, differentiated by `_LayerGradient`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_query: Tensor | None,
+        phi_key: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        labels: Tensor,
+        options: tuple[int, bool, bool, int, int, float, str],
+    ) -> tuple[Tensor, ...]:
+        return tuple(_layer(query, key, value, phi_query, phi_key, weight, bias, labels, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, labels, options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for what is only kept
+        ctx.save_for_backward(*tensors, *output, *[None] * (4 - len(output)), labels)
+        ctx.options = options
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *rest: None) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 9
+        gradients = _LayerGradient.apply(grad_out, *ctx.saved_tensors, ctx.options)
+        *of_tokens, grad_weight, grad_bias = gradients
+        return *of_tokens, *[None] * (5 - len(of_tokens)), grad_weight, grad_bias, None, None
+
+
+class _LayerGradient(_Gradient):
+    """The gradients of query, key and value, of phi_query and phi_key if given, and of Proj's weight and bias."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_query: Tensor | None,
+        phi_key: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        out_sparse: Tensor | None,
+        out_linear: Tensor | None,
+        labels: Tensor,
+        options: tuple[int, bool, bool, int, int, float, str],
+    ) -> tuple[Tensor, ...]:
+        inputs, saved = (query, key, value, phi_query, phi_key, weight, bias), (out, lse, out_sparse, out_linear)
+        return tuple(_layer_backward(grad_out, *inputs, *saved, labels, *options))

@@ -108,7 +108,7 @@ def classify_blocks(
     check_block_size("block_k", block_k)
     num_critical, num_negligible = class_sizes(critical_ratio, negligible_ratio, num_blocks(key.shape[2], block_k))
     labels = normal(_labels(query.detach(), key.detach(), num_critical, num_negligible, block_q, block_k))
-    return trusted_map(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical, is_uniform=True)
+    return ranked_map(labels, block_q, block_k, query.shape[2], key.shape[2], num_critical, num_negligible)
 
 
 def class_sizes(critical_ratio: float, negligible_ratio: float, key_blocks: int) -> tuple[int, int]:
@@ -197,6 +197,8 @@ class BlockMap:
     """C, the largest number of critical blocks in a row, at least 1."""
     is_uniform: bool = field(init=False, repr=False)
     """Whether every query block is known to have exactly C critical blocks."""
+    has_marginal: bool = field(init=False, repr=False)
+    """False where no block is known to be marginal: there is no linear branch then."""
     _version: int | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -216,13 +218,14 @@ class BlockMap:
         if 0 in self.labels.shape:
             raise ValueError(f"labels must have no empty dimension, got shape {tuple(self.labels.shape)}")
         object.__setattr__(self, "labels", normal(self.labels))
-        least, most = self._count()
+        least, most, has_marginal = self._count()
         object.__setattr__(self, "max_critical", torch.sym_max(1, most))
         object.__setattr__(self, "is_uniform", least == self.max_critical)
+        object.__setattr__(self, "has_marginal", has_marginal)
         object.__setattr__(self, "_version", version(self.labels))
 
-    def _count(self) -> tuple[int, int]:
-        """Check what labels holds; the smallest and the largest number of critical blocks in a row."""
+    def _count(self) -> tuple[int, int, bool]:
+        """Check what labels holds; the fewest and the most critical blocks in a row, and if any block is marginal."""
         num_key_blocks = self.labels.shape[3]
         given = self.num_critical
         if given is not None:
@@ -231,10 +234,10 @@ class BlockMap:
             if not 0 <= given <= num_key_blocks:
                 raise ValueError(f"num_critical must be between 0 and the {num_key_blocks} key blocks, got {given}")
         if not readable(self.labels):
-            return (0, num_key_blocks) if given is None else (given, given)
+            return (0, num_key_blocks, True) if given is None else (given, given, True)
         counts = (self.labels == CRITICAL).sum(-1)
-        bounds = [*self.labels.aminmax(), *counts.aminmax()]
-        low, high, least, most = torch.stack([bound.long() for bound in bounds]).tolist()  # one wait for the device
+        bounds = [*self.labels.aminmax(), *counts.aminmax(), (self.labels == MARGINAL).any()]
+        low, high, least, most, marginal = torch.stack([bound.long() for bound in bounds]).tolist()  # one wait
         if low < NEGLIGIBLE or high > CRITICAL:
             raise ValueError(f"labels must hold only 1, 0 and -1, got values from {low} to {high}")
         if given is not None and not least == most == given:
@@ -242,7 +245,7 @@ class BlockMap:
                 f"num_critical must be the number of critical blocks in every row of labels, or None; got {given} for "
                 f"rows with {least} to {most}"
             )
-        return least, most
+        return least, most, bool(marginal)
 
     def require_unchanged(self) -> None:
         """Raise ValueError if labels was changed in place since: what was read then does not hold any more."""
@@ -320,22 +323,44 @@ class BlockMap:
 
 
 def trusted_map(
-    labels: Tensor, block_q: int, block_k: int, query_length: int, key_length: int, max_critical: int, is_uniform: bool
+    labels: Tensor,
+    block_q: int,
+    block_k: int,
+    query_length: int,
+    key_length: int,
+    max_critical: int,
+    is_uniform: bool,
+    has_marginal: bool,
 ) -> BlockMap:
     """A map of parts that are known to fit: nothing is checked and no data is read."""
     block_map = object.__new__(BlockMap)
     num_critical = max_critical if is_uniform else None
     sizes = block_q, block_k, query_length, key_length
-    values = (labels, *sizes, num_critical, max_critical, is_uniform, version(labels))
+    values = (labels, *sizes, num_critical, max_critical, is_uniform, has_marginal, version(labels))
     for name, value in zip(BlockMap.__dataclass_fields__, values, strict=True):
         object.__setattr__(block_map, name, value)  # the dataclass is frozen
     return block_map
 
 
+def ranked_map(
+    labels: Tensor,
+    block_q: int,
+    block_k: int,
+    query_length: int,
+    key_length: int,
+    num_critical: int,
+    num_negligible: int,
+) -> BlockMap:
+    """A trusted map whose rows all have these numbers of critical and negligible blocks."""
+    # Under a compiler the numbers may be symbols, and a graph would be tied to the answer.
+    has_marginal = torch.compiler.is_compiling() or bool(num_critical + num_negligible < labels.shape[3])
+    return trusted_map(labels, block_q, block_k, query_length, key_length, num_critical, True, has_marginal)
+
+
 def _parts(block_map: BlockMap) -> tuple[Any, ...]:
     """The arguments of `trusted_map`."""
     sizes = block_map.block_q, block_map.block_k, block_map.query_length, block_map.key_length
-    return block_map.labels, *sizes, block_map.max_critical, block_map.is_uniform
+    return block_map.labels, *sizes, block_map.max_critical, block_map.is_uniform, block_map.has_marginal
 
 
 def readable(labels: Tensor) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .block_map import BlockMap
-from .protocol import Inputs
+from .protocol import Inputs, Proj
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one program may have, by architecture."""
@@ -178,6 +178,10 @@ def _forward_and_backward(backend: Any, inputs: Inputs) -> None:
         inputs = inputs._replace(phi_query=None, phi_key=None)
         saved = backend.forward(inputs)
         backend.backward(inputs.query, inputs.query, None, inputs, saved)
+    if getattr(backend, "proj_inside", False):
+        weight = inputs.query[0, 0, : inputs.query.shape[-1]]
+        proj = Proj(weight, weight[0])
+        backend.backward_layer(inputs.query, inputs, proj, backend.forward_layer(inputs, proj))
 
 
 def _check_target(target: str) -> int:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .attention import attend, prepare
+from .attention import attend, attend_whole, prepare
 from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap
 from .checks import FLOATS, check_block_size, check_ratio
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
+from .protocol import Proj
 from .router import resolve_router
 
 PROJ_INITS = {"zero": nn.init.zeros_, "identity": nn.init.eye_}
@@ -130,6 +131,8 @@ class SparseLinearAttention(nn.Module):
         prepared = prepare(query, key, value, scale, self.backend)
         if block_map is None:
             block_map = self._classify(prepared.query, prepared.key)
+        if (proj := _weight_and_bias(self.proj_l, prepared.query)) is not None:
+            return attend_whole(prepared, self.phi_query, self.phi_key, block_map, proj)  # [Eq. 6]
         sparse, linear, _ = attend(prepared, self.phi_query, self.phi_key, block_map)
         return sparse + project(self.proj_l, linear).to(sparse.dtype)  # [Eq. 6]
 
@@ -159,3 +162,30 @@ class SparseLinearAttention(nn.Module):
             f"block_q={self.block_q}, block_k={self.block_k}, "
             f"feature_map={self.feature_map!r}, backend={self.backend!r}"
         )
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _weight_and_bias(proj_l: nn.Module, query: Tensor) -> Proj | None:
+    """What `proj_l` computes with on these tokens, in their dtype; None where only calling it gives what it does.
+
+    That is any other class than nn.Linear, such as an adapter's, a quantised or a parametrised one; hooks, its own or
+    those of all modules; a forward that was replaced; weights of another dtype than the tokens, where autocast does not
+    cast them; and weights that are no plain tensors.
+    """
+    if type(proj_l) is not nn.Linear or proj_l.bias is None or "forward" in vars(proj_l):
+        return None
+    if any(getattr(proj_l, hooks) or getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
+        return None
+    parts = proj_l.weight, proj_l.bias
+    if any(type(part) not in (nn.Parameter, Tensor) or part.shape[-1] != query.shape[-1] for part in parts):
+        return None
+    kind = query.device.type
+    if (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and query.dtype == torch.get_autocast_dtype(kind)
+    ):
+        return Proj(*(part.to(query.dtype) for part in parts))
+    return Proj(*parts) if all(part.dtype == query.dtype for part in parts) else None

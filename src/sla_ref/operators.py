@@ -58,3 +58,20 @@ def fold_into_batch(operator: Any) -> None:
         return kind(map(unfold, results)), kind([0] * len(results))
 
     torch.library.register_vmap(operator, rule)
+
+
+def one_by_one(operator: Any) -> None:
+    """Let `torch.func.vmap` run the operator once for each sample: for one with tensors that have no batch axis."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def pick(argument: Any, dim: int | None, sample: int) -> Any:
+            return argument if dim is None else argument.select(dim, sample)
+
+        samples = [
+            operator(*(pick(argument, dim, sample) for argument, dim in zip(arguments, in_dims, strict=True)))
+            for sample in range(info.batch_size)
+        ]
+        results = [torch.stack(tensors) for tensors in zip(*samples, strict=True)]
+        return results, [0] * len(results)
+
+    torch.library.register_vmap(operator, rule)

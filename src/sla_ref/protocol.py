@@ -1,7 +1,7 @@
 """What a backend is: one forward, one backward, and two questions it must answer.
 
 A backend is a module (or any object) with the attributes of `Backend`. It computes the two branches of SLA for a block
-map it is given; classification, feature maps, Proj and the final sum are not its business.
+map it is given. Classification is not its business; the feature map softmax, Proj and the final sum are, if it says so.
 
 Official implementation: thu-ml/SLA, branch SLA-1 at 325cc75, sparse_linear_attention/kernel.py, lines 380 to 491.
 """
@@ -72,8 +72,26 @@ class Gradients(NamedTuple):
     """(B, H, Nk, D), as phi_query's."""
 
 
+class Proj(NamedTuple):
+    """The learnable linear map of the layer, or the gradients of its two parts. [Eq. 6]"""
+
+    weight: Tensor
+    """(D, D), contiguous, the tokens' dtype; a gradient is float32 (float64 for float64 inputs)."""
+    bias: Tensor
+    """(D,), as the weight."""
+
+
+class SavedLayer(NamedTuple):
+    """What the forward of a whole layer returns, and all that its backward needs besides the inputs."""
+
+    out: Tensor
+    """O = O^s + Proj(O^l), (B, H, Nq, D), contiguous, the input's dtype. [Eq. 6]"""
+    lse: Tensor
+    """As in `Saved`."""
+
+
 class Backend(Protocol):
-    """The attributes of a backend: its name, whether it computes softmax, two questions and the two algorithms."""
+    """The attributes of a backend: its name, what else it computes, two questions and the two algorithms."""
 
     name: str
 
@@ -82,6 +100,12 @@ class Backend(Protocol):
 
     It then gets phi_query = phi_key = None in that case. For any other feature map, and for backends that say False,
     phi is computed outside and the gradient through it too.
+    """
+
+    proj_inside: bool
+    """Whether the backend has `forward_layer` and `backward_layer`, which compute the whole layer; False if missing.
+
+    For backends that say False, `attention.py` multiplies by Proj's weight and adds the branches.
     """
 
     def unavailable(self) -> str | None:
@@ -106,11 +130,25 @@ class Backend(Protocol):
         """
         ...
 
+    def forward_layer(self, inputs: Inputs, proj: Proj) -> SavedLayer:
+        """`forward`, Proj and the sum. [Eq. 6]"""
+        ...
+
+    def backward_layer(self, grad_out: Tensor, inputs: Inputs, proj: Proj, saved: SavedLayer) -> tuple[Gradients, Proj]:
+        """Algorithm 2 and the gradients of Proj, from the gradient of the layer's output, with any strides."""
+        ...
+
 
 def check_saved(saved: Saved, inputs: Inputs, backend: Backend) -> None:
     """Raise TypeError unless a forward returned what `Saved` says: type, shapes, dtypes, device, contiguous memory."""
     out, rows = _like(inputs.query), (tuple(inputs.query.shape[:3]), _sum_dtype(inputs))
     _check("forward", Saved, saved, [out, out, rows], inputs, backend)
+
+
+def check_saved_layer(saved: SavedLayer, inputs: Inputs, backend: Backend) -> None:
+    """The same for the forward of a whole layer."""
+    expected = [_like(inputs.query), (tuple(inputs.query.shape[:3]), _sum_dtype(inputs))]
+    _check("forward_layer", SavedLayer, saved, expected, inputs, backend)
 
 
 def check_gradients(gradients: Gradients, inputs: Inputs, backend: Backend) -> None:
@@ -128,7 +166,12 @@ def _sum_dtype(inputs: Inputs) -> torch.dtype:
 
 
 def _check(
-    function: str, kind: type[Saved | Gradients], result: object, expected: list, inputs: Inputs, backend: Backend
+    function: str,
+    kind: type[Saved | SavedLayer | Gradients],
+    result: object,
+    expected: list,
+    inputs: Inputs,
+    backend: Backend,
 ) -> None:
     where = f"backend {getattr(backend, 'name', backend)!r}: {function} must return"
     if not isinstance(result, kind):

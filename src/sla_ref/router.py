@@ -26,8 +26,8 @@ from .block_map import (
     normal,
     num_blocks,
     pool_blocks,
+    ranked_map,
     readable,
-    trusted_map,
 )
 from .checks import check_block_size, check_ratio, check_scale, check_tensors
 
@@ -195,7 +195,7 @@ class Router(nn.Module):
         sizes = (block_q, block_k, query.shape[2], key.shape[2])
         if self.top_p is None:
             labels = normal(labels_by_rank(scores, num_critical, num_negligible))
-            block_map = trusted_map(labels, *sizes, num_critical, is_uniform=True)
+            block_map = ranked_map(labels, *sizes, num_critical, num_negligible)
         else:
             shares = torch.softmax(scores / math.sqrt(query.shape[3]), dim=-1).sort(dim=-1, descending=True).values
             before = shares.cumsum(-1) - shares  # the share of all better blocks

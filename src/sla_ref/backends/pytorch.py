@@ -66,7 +66,7 @@ def _fitted(inputs: Inputs) -> Inputs:
     of = inputs.block_map
     block_q, block_k = min(of.block_q, of.query_length), min(of.block_k, of.key_length)
     lengths = of.query_length, of.key_length
-    fitted = trusted_map(of.labels, block_q, block_k, *lengths, of.max_critical, of.is_uniform)
+    fitted = trusted_map(of.labels, block_q, block_k, *lengths, of.max_critical, of.is_uniform, of.has_marginal)
     return inputs._replace(block_map=fitted)
 
 

@@ -16,6 +16,8 @@ What one query block i needs, picture of one head (Tq x Tk blocks; `#` critical,
     Its linear branch is the mirror image:      dH_i, dZ_i, dQ^phi per query block             `linear.grad_sums_kernel`
     weights^T @ (dH_i, dZ_i) gives the dh_j.    dK^phi, dV per key block                     `linear.grad_keys_kernel`
 
+With Proj inside, the linear branch runs on V W^T, and O is the sum of both branches and the bias. [Eq. 6]
+
 No kernel reads a pair of blocks that is not critical. Every output element is written by one program, sums have a fixed
 order and there are no atomics, so results repeat bit for bit. One-letter names are those of the glossary in
 `sla_ref.reference`.
@@ -26,22 +28,25 @@ weights of a block map, `sparse` and `linear` hold the two branches, and this pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...block_map import BlockMap
-from ...protocol import Gradients, Inputs, Saved
+from ...protocol import Gradients, Inputs, Proj, Saved, SavedLayer
 from . import linear, sparse
 from .labels import read_labels
 from .launch import INTERPRETED, SIZES, Call
 from .linear import MarginalSums, linear_rows, state_of
 from .sparse import sparse_rows
-from .tokens import head_of, load, own_rows, store, strided, tiled
+from .tokens import Head, head_of, load, load_slab, own_rows, store, strided, tiled
 
 name = "triton"
 softmax_inside = True
+proj_inside = True
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 128
@@ -80,67 +85,133 @@ def refuses(query: Tensor, block_map: BlockMap) -> str | None:
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query, key, value, phi_query, lists, sums, out_sparse, out_linear, lse, scale,
+    query, key, value, phi_query, lists, sums, bias, out, out_linear, lse, scale,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
-    """Both branches for ROWS rows of query block i. [Alg. 1 L7-L16]"""
+    """Both branches for ROWS rows of query block i. [Alg. 1 L7-L16]
+
+    `out` is O^s, or with Proj inside O; then there is no `out_linear`, and the sums are those of V W^T. [Eq. 6]
+    """
     ROWS: tl.constexpr = plan.ROWS
+    COLUMNS: tl.constexpr = plan.COLUMNS
     block, head, first = own_rows(first_head, query_length, plan.BLOCK_Q, ROWS)
     query = head_of(query, head, num_heads, query_length, plan)
     key = head_of(key, head, num_heads, key_length, plan)
     value = head_of(value, head, num_heads, key_length, plan)
+    out = head_of(out, head, num_heads, query_length, plan)
     listed = (first_head * tl.cdiv(query_length, plan.BLOCK_Q) + block).to(tl.int64)
     kv_indices = lists.indices + listed * capacity
-    Q = load(query, first, ROWS, plan.COLUMNS)
+    Q = load(query, first, ROWS, COLUMNS)
     O, L = sparse_rows(Q, key, value, kv_indices, tl.load(lists.num_blocks + listed), scale, plan)  # [Eq. 4]
-    store(head_of(out_sparse, head, num_heads, query_length, plan), first, 0, O)
+    if bias is not None:
+        column = tl.arange(0, COLUMNS)
+        O += tl.load(bias + column, mask=column < plan.D, other=0.0).to(tl.float32)[None, :]
+    store(out, first, 0, O)
     row = first + tl.arange(0, ROWS)
     tl.store(lse + head.to(tl.int64) * query_length + row, L, mask=row < query_length)
 
-    phi_query = head_of(phi_query, head, num_heads, query_length, plan)
-    O = linear_rows(phi_query, first, state_of(sums, block, plan), ROWS, plan)  # [Eq. 5]
-    store(head_of(out_linear, head, num_heads, query_length, plan), first, 0, O)
+    if sums is not None:
+        phi_query = head_of(phi_query, head, num_heads, query_length, plan)
+        O = linear_rows(phi_query, first, state_of(sums, block, plan), ROWS, plan)  # [Eq. 5]
+        if out_linear is None:  # O^s has waited in memory: the registers hold one branch at a time
+            tl.debug_barrier()
+            # It is contiguous. Said so, the compiler makes the addresses anew and need not keep them in registers.
+            out = Head(out.data, 0, 0, plan.D, query_length, plan.D)
+            O = O.to(out.data.dtype.element_ty).to(tl.float32)  # rounded, as Proj's result is outside
+            store(out, first, 0, O + load_slab(out, first, 0, ROWS, COLUMNS).to(tl.float32))  # [Eq. 6]
+        else:
+            store(head_of(out_linear, head, num_heads, query_length, plan), first, 0, O)
 
 
 def forward(inputs: Inputs) -> Saved:
     """Algorithm 1, lines 4 and 7 to 16; arguments and result as in `sla_ref.protocol.Backend`."""
-    call = Call(inputs)
+    query = inputs.query
+    make = torch.empty_like if inputs.block_map.has_marginal else torch.zeros_like
+    out_linear = make(query, memory_format=torch.contiguous_format)
+    out, lse = _forward(inputs, out_linear, None)
+    return Saved(out, out_linear, lse)
+
+
+def forward_layer(inputs: Inputs, proj: Proj) -> SavedLayer:
+    """The same with Proj and the sum: phi(Q) H W^T is linear in H, and H in V, so V W^T takes the place of V there."""
+    return SavedLayer(*_forward(inputs, None, proj))
+
+
+def _forward(inputs: Inputs, out_linear: Tensor | None, proj: Proj | None) -> tuple[Tensor, Tensor]:
+    """`out` and lse as `forward_kernel` writes them."""
+    weight, bias = proj or (None, None)
+    call = Call(inputs, weight, bias)
     query, key, value, block_map = inputs.query, inputs.key, inputs.value, inputs.block_map
-    out_sparse = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    out_linear = torch.empty_like(out_sparse)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     tiles = call.tiles("forward")
     with torch.cuda.device_of(query):
         tokens = (*tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys)), strided(call.phi_query))
         call.lists = read_labels(block_map, call.state_dtype, backward=False)
-        outputs = (strided(out_sparse), strided(out_linear), lse)
-        # The backward needs more memory than four tensors.
-        for first, sums in MarginalSums(call, per_query_block=1, tensors=4):
-            programs = sums.shape[0] * sums.shape[1] * (block_map.block_q // tiles.rows)
+        outputs = (bias, strided(out), None if out_linear is None else strided(out_linear), lse)
+        chunks: Iterable[tuple[int, int, Tensor | None]] = [(0, call.heads, None)]
+        if block_map.has_marginal:  # the backward needs more memory than four tensors
+            chunks = MarginalSums(call, weight, None, per_query_block=1, tensors=4)
+        for first, heads, sums in chunks:
+            programs = heads * block_map.labels.shape[2] * (block_map.block_q // tiles.rows)
             args = (*tokens, call.lists.keys, sums, *outputs, inputs.scale)
             call.start(forward_kernel, tiles, programs, *args, first_head=first)
-    return Saved(out_sparse, out_linear, lse)
+    return out, lse
 
 
 def backward(
     grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor | None, inputs: Inputs, saved: Saved
 ) -> Gradients:
     """Algorithm 2; arguments and result as in `sla_ref.protocol.Backend`."""
-    call = Call(inputs, grad_sparse, grad_linear, grad_lse, *saved)
+    gradients, _ = _backward(inputs, saved.out_sparse, saved.lse, grad_sparse, grad_linear, grad_lse, None)
+    return gradients
 
-    def empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty(like.shape, dtype=dtype, device=like.device)
 
-    dtype = inputs.query.dtype
+def backward_layer(grad_out: Tensor, inputs: Inputs, proj: Proj, saved: SavedLayer) -> tuple[Gradients, Proj]:
+    """The same from the gradient of O, and the gradients of Proj."""
+    gradients, grad_proj = _backward(inputs, saved.out, saved.lse, grad_out, grad_out, None, proj)
+    assert grad_proj is not None
+    return gradients, grad_proj
+
+
+def _backward(
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_linear: Tensor,
+    grad_lse: Tensor | None,
+    proj: Proj | None,
+) -> tuple[Gradients, Proj | None]:
+    """Both branches back; `out` as `forward_kernel` writes it, and with Proj inside both gradients are that of O."""
+    call = Call(inputs, out, lse, grad_out, grad_linear, grad_lse, *proj or ())
+    has_marginal, dtype = inputs.block_map.has_marginal, inputs.query.dtype
+    weight = row_Dl = grad_weight = None
+    if proj is not None:
+        weight, grad_weight = proj.weight, torch.zeros_like(proj.weight, dtype=torch.float32)
+    make = torch.empty if has_marginal else torch.zeros  # the sparse branch adds to what the linear one has left
+
+    def grad(like: Tensor, dtype: torch.dtype) -> Tensor:
+        return make(like.shape, dtype=dtype, device=like.device)
+
     dphi_dtype = dtype if call.softmax else torch.float32
-    dphi_Q, dphi_K = empty(inputs.query, dphi_dtype), empty(inputs.key, dphi_dtype)
-    dV = empty(inputs.value, dtype)
+    dphi_Q, dphi_K = grad(inputs.query, dphi_dtype), grad(inputs.key, dphi_dtype)
+    dV = grad(inputs.value, dtype)
     with torch.cuda.device_of(inputs.query):
         call.lists = read_labels(inputs.block_map, call.state_dtype, backward=True)
-        linear.backward(call, grad_linear, dphi_Q, dphi_K, dV)
+        if has_marginal:
+            if proj is not None:
+                rows = inputs.block_map.labels.shape[2] * inputs.block_map.block_q
+                row_Dl = torch.empty(call.heads, rows, dtype=torch.float32, device=dV.device)
+            linear.backward(call, grad_linear, weight, row_Dl, dphi_Q, dphi_K, dV)
+            if proj is not None:
+                grad_weight = linear.grad_weight(call, dV)
         if call.softmax:  # the gradient through phi is a part of query's and key's, in the same tensors
-            sparse.backward(call, saved, grad_sparse, grad_lse, dphi_Q, dphi_K, dV)
-            return Gradients(dphi_Q, dphi_K, dV, None, None)
-        dQ, dK = empty(inputs.query, dtype), empty(inputs.key, dtype)  # the states of the linear branch are gone by now
-        sparse.backward(call, saved, grad_sparse, grad_lse, dQ, dK, dV)
-        return Gradients(dQ, dK, dV, dphi_Q, dphi_K)
+            dQ, dK = dphi_Q, dphi_K
+        else:
+            dQ, dK = grad(inputs.query, dtype), grad(inputs.key, dtype)  # the states of the linear branch are gone now
+        grad_bias = sparse.backward(call, out, lse, grad_out, grad_lse, dQ, dK, dV, proj, row_Dl)
+    gradients = Gradients(dQ, dK, dV, *(None, None) if call.softmax else (dphi_Q, dphi_K))
+    if grad_weight is None or grad_bias is None:
+        return gradients, None
+    return gradients, Proj(grad_weight, grad_bias)

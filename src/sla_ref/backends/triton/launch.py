@@ -114,7 +114,6 @@ _TILES = {
     # matrix instructions that read their operands from shared memory: sm_90, sm_100
     "grad_sums 64 x 128": Tiles(warps=8),
     # the same, D over 64: whole rows at a time, so that softmax computes its exponentials once
-    "states 128": Tiles(registers=128),
     "forward 128": Tiles(features=128),
     "grad_sums 128": Tiles(features=128, warps=8),
     "grad_keys 128": Tiles(features=128, warps=8),

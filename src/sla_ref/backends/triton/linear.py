@@ -24,9 +24,22 @@ from torch import Tensor
 
 from .labels import WEIGHTS_TILE
 from .launch import INTERPRETED, SIZES, Call, start
-from .tokens import dot, for_linear, head_of, load_phi, load_slab, own_rows, phi_of, store, strided, to_tf32
+from .tokens import (
+    dot,
+    for_linear,
+    head_of,
+    load_phi,
+    load_slab,
+    own_rows,
+    phi_of,
+    store,
+    strided,
+    to_tf32,
+    weight_slab,
+)
 
 UNCUT = 0 if INTERPRETED else 2**26  # elements of states: more launches would cost more than 128 MiB are worth
+PARTS = tl.constexpr(16)  # of a head's keys, in the gradient of Proj's weight
 SMALLEST_DENOMINATOR = tl.constexpr(2.0**-96)  # as in the specification
 
 # --- parts of kernels ------------------------------------------------------------------------------------------------
@@ -51,18 +64,13 @@ def z_slab(feature, plan: tl.constexpr):
 
 
 @triton.jit
-def finite(x):
-    """1 where x is a number, 0 where it is NaN or infinite."""
-    return (tl.abs(x.to(tl.float32)) < float("inf")).to(tl.int32)
-
-
-@triton.jit
-def sound(denominator, sums, plan: tl.constexpr):
-    """The denominators phi(Q_i) Z_i: 0 in a query block without marginal block, NaN if one of them is bad. # [ROWS]"""
+def inverse_of(denominator, sums, plan: tl.constexpr):
+    """1 / (phi(Q_i) Z_i): 0 where there is no marginal block or nothing to divide by, NaN if one is bad. # [ROWS]"""
     blocks = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS).to(tl.float32)
     bad = tl.load(sums + (plan.COLUMNS + 1) * plan.COLUMNS + 1).to(tl.float32)
-    denominator = tl.where(tl.abs(denominator) < SMALLEST_DENOMINATOR, 0.0, denominator)
-    return tl.where(bad > 0, float("nan"), tl.where(blocks > 0, denominator, 0.0))
+    denominator = tl.where(blocks > 0, denominator, 0.0)
+    inverse = tl.where(tl.abs(denominator) < SMALLEST_DENOMINATOR, 0.0, 1 / denominator)
+    return tl.where(bad > 0, float("nan"), inverse)
 
 
 @triton.jit
@@ -88,8 +96,18 @@ def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
         Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
         denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
         O = dot(phi, H, O, plan.TF32)
-    denominator = sound(denominator, sums, plan)
-    return tl.where((denominator == 0)[:, None], 0.0, O / denominator[:, None])  # [Alg. 1 L16]
+    return O * inverse_of(denominator, sums, plan)[:, None]  # [Alg. 1 L16]
+
+
+@triton.jit
+def projected(value, weight, first, column, ROWS: tl.constexpr, WIDTH: tl.constexpr, plan: tl.constexpr):
+    """Some features of V W^T for ROWS keys: the values as Proj leaves them. # [ROWS, WIDTH]"""
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for feature in tl.range(0, plan.COLUMNS, plan.FEATURES, num_stages=1):
+        V = load_slab(value, first, feature, ROWS, plan.FEATURES)
+        W = weight_slab(weight, column, feature, WIDTH, plan.FEATURES, plan)
+        acc = dot(V, tl.trans(W), acc)
+    return acc
 
 
 # --- states and their sums -------------------------------------------------------------------------------------------
@@ -97,9 +115,13 @@ def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def states_kernel(
-    phi_key, value, states, first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr
-):
-    """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4]"""
+    phi_key, value, weight, projected_value, states,
+    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+):  # fmt: skip
+    """h_j = phi(K_j)^T V_j and z_j, for one key block. [Alg. 1 L4]
+
+    With Proj inside, V_j W^T takes the place of V_j. It is kept where there is a place for it.
+    """
     COLUMNS: tl.constexpr = plan.COLUMNS
     block, head, first = own_rows(first_head, key_length, plan.BLOCK_K, plan.BLOCK_K)
     phi_key = head_of(phi_key, head, num_heads, key_length, plan)
@@ -111,18 +133,23 @@ def states_kernel(
     z = tl.sum(phi.to(tl.float32), 0)  # [COLUMNS] [Alg. 1 L4]
     # The product that adds states up cannot leave a block out: 0 * NaN is NaN. So what a NaN or Inf has spoilt counts
     # as zero, and the block as bad; the query blocks that it is marginal to turn their rows into NaN.
-    good = tl.min(finite(z), 0)
-    z = tl.where(good == 1, z, 0.0)
+    spoilt = tl.sum(z * 0.0, 0)  # 0, or NaN: no other number is left of a NaN or Inf
+    z = tl.where(spoilt == 0, z, 0.0)
     store_state(state + COLUMNS * COLUMNS + columns, z, plan)
     for column in range(0, COLUMNS, plan.FEATURES):
-        V = load_slab(value, first, column, plan.BLOCK_K, plan.FEATURES)  # [BLOCK_K, FEATURES]
-        good = tl.minimum(good, tl.min(tl.min(finite(V), 1), 0))
-        h = tl.where(
-            good == 1, dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32), 0.0
-        )  # [COLUMNS, FEATURES] [Alg. 1 L4]
+        if weight is None:
+            V = load_slab(value, first, column, plan.BLOCK_K, plan.FEATURES)  # [BLOCK_K, FEATURES]
+        else:
+            V = projected(value, weight, first, column, plan.BLOCK_K, plan.FEATURES, plan)
+            if projected_value is not None:
+                store(head_of(projected_value, head, num_heads, key_length, plan), first, column, V)
+        spoilt += tl.sum(tl.sum(V.to(tl.float32) * 0.0, 1), 0)
+        h = dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32)  # [COLUMNS, FEATURES] [Alg. 1 L4]
+        h = tl.where(spoilt == 0, h, 0.0)
         place = columns[:, None] * COLUMNS + (column + tl.arange(0, plan.FEATURES))[None, :]
         store_state(state + place, h, plan)
-    counts = tl.where(columns == 0, 1, tl.where(columns == 1, 1 - good, 0)).to(tl.float32)
+    bad = tl.where(spoilt == 0, 0.0, 1.0)
+    counts = tl.where(columns == 0, 1.0, tl.where(columns == 1, bad, 0.0))
     store_state(state + (COLUMNS + 1) * COLUMNS + columns, counts, plan)
 
 
@@ -197,26 +224,30 @@ def part(of_heads: Tensor, first: int, heads: int) -> Tensor:
 class MarginalSums:
     """H_i and Z_i of all query blocks, made again for a chunk of heads at a time. [Alg. 1 L4] [Alg. 1 L13]
 
-    Arguments as for `chunks_of_heads`.
+    Arguments as for `chunks_of_heads`. With Proj's weight they are those of V W^T, which is left in `projected`, if
+    given.
     """
 
-    def __init__(self, call: Call, per_query_block: int, tensors: int) -> None:
+    def __init__(
+        self, call: Call, weight: Tensor | None, projected: Tensor | None, per_query_block: int, tensors: int
+    ) -> None:
         query, labels = call.inputs.query, call.inputs.block_map.labels
         self.call, self.chunks = call, chunks_of_heads(call, per_query_block, tensors)
-        self.keys = (strided(call.phi_key), strided(call.inputs.value))
+        kept = None if projected is None else strided(projected)
+        self.keys = (strided(call.phi_key), strided(call.inputs.value), weight, kept)
         self.weights = call.lists.weights
         (_, heads), size = self.chunks[0], (call.columns + 2) * call.columns
         self.states = torch.empty(heads, labels.shape[3], size, dtype=call.state_dtype, device=query.device)
         self.sums = torch.empty(heads, labels.shape[2], size, dtype=call.state_dtype, device=query.device)
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """The first head of each chunk, and the sums of its heads (heads, Tq, size of a state)."""
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The first head of each chunk, how many there are, and their sums (heads, Tq, size of a state)."""
         tiles = self.call.tiles("states")
         for first, heads in self.chunks:
             states, sums = part(self.states, 0, heads), part(self.sums, 0, heads)
             self.call.start(states_kernel, tiles, heads * states.shape[1], *self.keys, states, first_head=first)
             add_up(self.call, part(self.weights, first, heads), states, sums)
-            yield first, sums
+            yield first, heads, sums
 
     def back(self, first: int, grad_sums: Tensor) -> Tensor:
         """The gradients of a chunk's states from those of its sums, in the place of the states. [Alg. 2 L14]"""
@@ -230,7 +261,7 @@ class MarginalSums:
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_sums_kernel(
-    phi_query, grad_linear, grad_phi_query, sums, grad_sums,
+    phi_query, grad_linear, grad_phi_query, row_Dl, sums, grad_sums,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dQ^phi, or its share of dQ where phi is softmax, dH_i and dZ_i for query block i. [Alg. 2 L3-L5]"""
@@ -253,8 +284,7 @@ def grad_sums_kernel(
         phi = load_phi(phi_rows, feature, ROWS, plan.FEATURES, plan).to(tl.float32)  # [ROWS, FEATURES]
         denominator += tl.sum(phi * Z[None, :], 1)
         along += tl.sum(phi * dot(dO, tl.trans(H), None, plan.TF32), 1)
-    denominator = sound(denominator, sums, plan)
-    inverse = tl.where(denominator == 0, 0.0, 1 / denominator)  # no gradient through a row that is zero by definition
+    inverse = inverse_of(denominator, sums, plan)  # no gradient through a row that is zero by definition
     # This is rowsum(dO * O) with an O that is not rounded. Where few features hold a row, dphi is a small difference.
     Dl = along * inverse  # [ROWS] [Alg. 2 L2]
     for feature in range(0, COLUMNS, plan.FEATURES):
@@ -266,6 +296,8 @@ def grad_sums_kernel(
         # dx = phi (dphi - phi . dphi), and phi . dphi = 0: O^l is the same for a longer phi(Q).
         dphi *= weight if plan.SOFTMAX else inverse[:, None]
         store(grad_phi_query, first, feature, dphi)
+        if row_Dl is not None:  # here: a store between the loops would have H loaded, and phi computed, once more
+            tl.store(row_Dl + block.to(tl.int64) * ROWS + tl.arange(0, ROWS), Dl)
 
         weight_tile = for_linear(weight, grad_linear, plan)
         dH = dot(tl.trans(weight_tile), dO, None, plan.TF32)  # [FEATURES, COLUMNS] [Alg. 2 L3]
@@ -281,7 +313,10 @@ def grad_keys_kernel(
     phi_key, value, grad_phi_key, grad_value, grad_states,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
-    """dK^phi (its share of dK where phi is softmax) and the share of dV for key block j. [Alg. 2 L16] [Alg. 2 L17]"""
+    """dK^phi (its share of dK where phi is softmax) and the share of dV for key block j. [Alg. 2 L16] [Alg. 2 L17]
+
+    With Proj inside, `value` is V W^T, in the place where its gradient goes.
+    """
     KEYS: tl.constexpr = plan.BLOCK_K
     COLUMNS: tl.constexpr = plan.COLUMNS
     block, head, first = own_rows(first_head, key_length, KEYS, KEYS)
@@ -312,18 +347,69 @@ def grad_keys_kernel(
     store(head_of(grad_value, head, num_heads, key_length, plan), first, 0, dV)
 
 
-def backward(call: Call, grad_linear: Tensor, dphi_Q: Tensor, dphi_K: Tensor, dV: Tensor) -> None:
-    """Fill dphi_Q and dphi_K (with a share of dQ and dK where phi is softmax), and dV with this branch's share."""
-    sums_of = MarginalSums(call, per_query_block=2, tensors=2)
+@triton.jit(do_not_specialize=SIZES)
+def grad_weight_kernel(
+    grad_value, value, partial,
+    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+):  # fmt: skip
+    """A part of the gradient of Proj's weight: FEATURES rows of dV^T V, over each PARTS-th tile of a head's keys.
+
+    dV is the share of V W^T. The parts are added up outside, in an order that depends on the sizes alone.
+    """
+    FEATURES: tl.constexpr = plan.FEATURES
+    COLUMNS: tl.constexpr = plan.COLUMNS
+    SLABS: tl.constexpr = COLUMNS // FEATURES
+    program = tl.program_id(0)
+    head = program // (PARTS * SLABS)
+    feature = program % SLABS * FEATURES
+    grad_value = head_of(grad_value, head, num_heads, key_length, plan)
+    value = head_of(value, head, num_heads, key_length, plan)
+    acc = tl.zeros([FEATURES, COLUMNS], tl.float32)
+    start = program // SLABS % PARTS * plan.KEYS
+    for step in range(tl.cdiv(key_length - start, PARTS * plan.KEYS)):
+        first = start + step * (PARTS * plan.KEYS)
+        dV = load_slab(grad_value, first, feature, plan.KEYS, FEATURES)  # [KEYS, FEATURES]
+        V = load_slab(value, first, 0, plan.KEYS, COLUMNS)  # [KEYS, COLUMNS]
+        acc = dot(tl.trans(dV), V, acc)
+    row = program.to(tl.int64) // SLABS * COLUMNS + feature + tl.arange(0, FEATURES)
+    tl.store(partial + (row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]), acc)
+
+
+def grad_weight(call: Call, dV: Tensor) -> Tensor:
+    """The gradient of Proj's weight from the linear branch's share of dV: the sum of dV^T V. # (D, D) float32"""
+    value, tiles = call.inputs.value, call.tiles("grad_weight")
+    shape = (call.heads * PARTS.value, call.columns, call.columns)
+    partial = torch.empty(shape, dtype=torch.float32, device=value.device)
+    programs = len(partial) * (call.columns // tiles.features)
+    call.start(grad_weight_kernel, tiles, programs, strided(dV), strided(value), partial)
+    return partial.sum(0)[: value.shape[-1], : value.shape[-1]]
+
+
+def backward(
+    call: Call,
+    grad_linear: Tensor,
+    weight: Tensor | None,
+    row_Dl: Tensor | None,
+    dphi_Q: Tensor,
+    dphi_K: Tensor,
+    dV: Tensor,
+) -> None:
+    """Fill dphi_Q and dphi_K (with a share of dQ and dK where phi is softmax), and dV with this branch's share.
+
+    With Proj's weight, `grad_linear` is the gradient of Proj(O^l), and dV gets the share of V W^T. D^l is left in
+    `row_Dl`, (B * H, Tq * block_q) float32, where there is one. [Alg. 2 L2]
+    """
+    sums_of = MarginalSums(call, weight, None if weight is None else dV, per_query_block=2, tensors=2)
     all_grad_sums = torch.empty_like(sums_of.sums)
     of_queries = tuple(map(strided, (call.phi_query, grad_linear, dphi_Q)))
-    of_keys = (*sums_of.keys, strided(dphi_K), strided(dV))
+    values = call.inputs.value if weight is None else dV
+    of_keys = tuple(map(strided, (call.phi_key, values, dphi_K, dV)))
     query_tiles, key_tiles = call.tiles("grad_sums"), call.tiles("grad_keys")
-    for first, sums in sums_of:
-        heads, num_query_blocks, _ = sums.shape
+    for first, heads, sums in sums_of:
         grad_sums = part(all_grad_sums, 0, heads)
-        programs = heads * num_query_blocks
-        call.start(grad_sums_kernel, query_tiles, programs, *of_queries, sums, grad_sums, first_head=first)
+        programs = heads * sums.shape[1]
+        args = (*of_queries, None if row_Dl is None else row_Dl[first:], sums, grad_sums)
+        call.start(grad_sums_kernel, query_tiles, programs, *args, first_head=first)
         grad_states = sums_of.back(first, grad_sums)
         programs = heads * grad_states.shape[1]
         call.start(grad_keys_kernel, key_tiles, programs, *of_keys, grad_states, first_head=first)

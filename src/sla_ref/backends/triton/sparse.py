@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...protocol import Saved
+from ...protocol import Proj
 from .launch import SIZES, Call
-from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled
+from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled, weight_slab
 
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -36,7 +36,7 @@ class Running(NamedTuple):
 
     O: Any  # not divided by l yet, [ROWS, COLUMNS]
     l: Any  # each row's sum, [ROWS]
-    m: Any  # each row's maximum of Q K^T, not scaled, [ROWS]
+    m: Any  # each row's maximum in base 2, [ROWS]
 
 
 @triton.jit
@@ -44,9 +44,9 @@ def softmax_step(run, Q, key, value, first_key, scale, PARTIAL: tl.constexpr, pl
     """Take KEYS more keys of a critical block into the softmax. [Eq. 4]"""
     K = load(key, first_key, plan.KEYS, plan.COLUMNS)  # [KEYS, COLUMNS]
     S = scores(Q, K, first_key, key.length, PARTIAL)  # [ROWS, KEYS] [Alg. 1 L9]
-    m = tl.maximum(run.m, tl.max(S, 1))
-    P = tl.exp2((S - m[:, None]) * scale)  # exactly 1 for the largest score, which a fused S * scale - m misses
-    shrink = tl.exp2((run.m - m) * scale)
+    m = tl.maximum(run.m, tl.max(S, 1) * scale)
+    P = tl.exp2(S * scale - m[:, None])  # one instruction; what rounding m costs is the same factor in P and in l
+    shrink = tl.exp2(run.m - m)
     l = run.l * shrink + tl.sum(P, 1)  # [Alg. 1 L10]
     V = load(value, first_key, plan.KEYS, plan.COLUMNS)  # [KEYS, COLUMNS]
     O = dot(P.to(V.dtype), V, run.O * shrink[:, None])  # [Alg. 1 L11]
@@ -74,8 +74,8 @@ def sparse_rows(Q, key, value, kv_indices, num_blocks, scale, plan: tl.constexpr
         first_key = tl.load(kv_indices + step // STEPS) * plan.BLOCK_K + step % STEPS * plan.KEYS
         run = softmax_step(run, Q, key, value, first_key, scale, True, plan)
     l = tl.where(run.l == 0, 1.0, run.l)  # no critical block: sparse = 0, lse = -inf
-    L = tl.where(run.l == 0, float("-inf"), (run.m * scale + tl.log2(l)) * LN_2)
-    return run.O / l[:, None], L  # [Alg. 1 L16]
+    L = tl.where(run.l == 0, float("-inf"), (run.m + tl.log2(l)) * LN_2)
+    return run.O * (1 / l)[:, None], L  # [Alg. 1 L16]
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -114,12 +114,13 @@ def dq_step(dQ, rows, key, value, first_key, scale, PARTIAL: tl.constexpr, plan:
 
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    query, key, value, grad_sparse, grad_lse, out_sparse, lse, lists, scratch, grad_query, scale,
-    first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
+    query, key, value, grad_sparse, grad_lse, out_sparse, lse, bias, grad_bias, row_Dl, lists, scratch, grad_query,
+    scale, first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dQ for ROWS rows of query block i, along its list of critical key blocks. [Alg. 2 L12]
 
     Where phi is softmax, `grad_query` holds the linear branch's share already; this adds to it.
+    With Proj inside, `out_sparse` is O, and D^s is what D^l leaves of rowsum(dO (O - b)).
     """
     ROWS: tl.constexpr = plan.ROWS
     COLUMNS: tl.constexpr = plan.COLUMNS
@@ -131,7 +132,13 @@ def dq_kernel(
 
     dO = load(head_of(grad_sparse, head, num_heads, query_length, plan), first, ROWS, COLUMNS)
     O = load_slab(head_of(out_sparse, head, num_heads, query_length, plan), first, 0, ROWS, COLUMNS)
-    Ds = tl.sum(dO.to(tl.float32) * O.to(tl.float32), 1)  # [ROWS] [Alg. 2 L2]
+    O = O.to(tl.float32)
+    if bias is not None:
+        column = tl.arange(0, COLUMNS)
+        O -= tl.load(bias + column, mask=column < plan.D, other=0.0).to(tl.float32)[None, :]
+        part = tl.program_id(0).to(tl.int64) * COLUMNS + column
+        tl.store(grad_bias + part, tl.sum(dO.to(tl.float32), 0))  # added up outside
+    Ds = tl.sum(dO.to(tl.float32) * O, 1)  # [ROWS] [Alg. 2 L2]
     row = first + tl.arange(0, ROWS)
     of_head = head.to(tl.int64) * query_length
     if grad_lse is not None:  # dS = P (dP - Ds) + P dL
@@ -139,6 +146,8 @@ def dq_kernel(
     # Past the end lse reads as inf: exp2(S - inf) is 0.
     L = tl.load(lse + of_head + row, mask=row < query_length, other=float("inf")) * LOG2_E  # [ROWS]
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if row_Dl is not None:
+        Ds -= tl.load(row_Dl + place)
     tl.store(scratch.L + place, L)
     tl.store(scratch.Ds + place, Ds)
 
@@ -160,13 +169,14 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
-    query, key, value, grad_sparse, lists, scratch, grad_key, grad_value, scale,
+    query, key, value, grad_sparse, weight, lists, scratch, grad_key, grad_value, scale,
     first_head, num_heads, query_length, key_length, capacity, plan: tl.constexpr,
 ):  # fmt: skip
     """dK and the sparse branch's share of dV for KEYS keys of block j, down its list of query blocks. [Alg. 2 L10-L12]
 
     Scores are held transposed, [KEYS, ROWS], since each product then reads its operands as they lie in memory.
     `grad_value` holds the linear branch's share already, where phi is softmax `grad_key` too; this adds to them.
+    With Proj inside, that share is the gradient of V W^T, so it is multiplied by W.
     """
     ROWS: tl.constexpr = plan.ROWS
     KEYS: tl.constexpr = plan.KEYS
@@ -207,7 +217,12 @@ def dkdv_kernel(
     if plan.SOFTMAX:
         dK += load_slab(grad_key, first_key, 0, KEYS, COLUMNS).to(tl.float32)
     store(grad_key, first_key, 0, dK)
-    dV += load_slab(grad_value, first_key, 0, KEYS, COLUMNS).to(tl.float32)
+    if weight is None:
+        dV += load_slab(grad_value, first_key, 0, KEYS, COLUMNS).to(tl.float32)
+    else:
+        for feature in tl.range(0, COLUMNS, plan.FEATURES, num_stages=1):
+            share = load_slab(grad_value, first_key, feature, KEYS, plan.FEATURES)
+            dV = dot(share, weight_slab(weight, feature, 0, plan.FEATURES, COLUMNS, plan), dV)
     store(grad_value, first_key, 0, dV)
 
 
@@ -215,24 +230,52 @@ def dkdv_kernel(
 
 
 def backward(
-    call: Call, saved: Saved, grad_sparse: Tensor, grad_lse: Tensor | None, dQ: Tensor, dK: Tensor, dV: Tensor
-) -> None:
-    """Fill dQ and dK, or add to them where phi is softmax, and add to dV."""
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    dQ: Tensor,
+    dK: Tensor,
+    dV: Tensor,
+    proj: Proj | None = None,
+    row_Dl: Tensor | None = None,
+) -> Tensor | None:
+    """Fill dQ and dK, or add to them where phi is softmax, and add to dV.
+
+    `out` is O^s. With Proj inside it is O, and the result is the gradient of the bias, (D,) float32; `row_Dl` is what
+    the linear branch has left, if there is one.
+    """
     query, key, value, *_, block_map, scale = call.inputs
     *_, num_query_blocks, num_key_blocks = block_map.labels.shape
 
     @functools.cache  # the two kernels may be cut alike
     def inputs(rows: int, keys: int) -> list[Any]:
-        return tiled((query, rows), (key, keys), (value, keys), (grad_sparse, rows))
+        return tiled((query, rows), (key, keys), (value, keys), (grad_out, rows))
 
     shape = (call.heads, num_query_blocks * block_map.block_q)
     scratch = RowScratch(*torch.empty(2, *shape, dtype=torch.float32, device=query.device))
     tiles = call.tiles("dq")
     programs = call.heads * num_query_blocks * (block_map.block_q // tiles.rows)
-    of_rows = (None if grad_lse is None else grad_lse.contiguous(), strided(saved.out_sparse), saved.lse.contiguous())
-    args = (*inputs(tiles.rows, tiles.keys), *of_rows, call.lists.keys, scratch, strided(dQ), scale)
+    weight = bias = grad_bias = None
+    if proj is not None:
+        bias, grad_bias = proj.bias, torch.empty(programs, call.columns, dtype=torch.float32, device=query.device)
+        weight = None if row_Dl is None else proj.weight
+    of_rows = (None if grad_lse is None else grad_lse.contiguous(), strided(out), lse.contiguous())
+    args = (
+        *inputs(tiles.rows, tiles.keys),
+        *of_rows,
+        bias,
+        grad_bias,
+        row_Dl,
+        call.lists.keys,
+        scratch,
+        strided(dQ),
+        scale,
+    )
     call.start(dq_kernel, tiles, programs, *args)
     tiles = call.tiles("dkdv")
     programs = call.heads * num_key_blocks * (block_map.block_k // tiles.keys)
-    args = (*inputs(tiles.rows, tiles.keys), call.lists.queries, scratch, strided(dK), strided(dV), scale)
+    args = (*inputs(tiles.rows, tiles.keys), weight, call.lists.queries, scratch, strided(dK), strided(dV), scale)
     call.start(dkdv_kernel, tiles, programs, *args)
+    return None if grad_bias is None else grad_bias.sum(0)[: query.shape[-1]]

@@ -123,6 +123,15 @@ def store(head, first, feature, tile):
     tl.store(pointers, tile.to(head.data.dtype.element_ty), mask=slab_mask(head, first, feature, ROWS, FEATURES))
 
 
+@triton.jit
+def weight_slab(weight, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr, plan: tl.constexpr):
+    """A part of Proj's weight, (D, D) from input to output features; zero beyond D. # [ROWS, WIDTH]"""
+    row = row + tl.arange(0, ROWS)
+    column = column + tl.arange(0, WIDTH)
+    mask = (row < plan.D)[:, None] & (column < plan.D)[None, :]
+    return tl.load(weight + (row[:, None] * plan.D + column[None, :]), mask=mask, other=0.0)
+
+
 # --- phi -------------------------------------------------------------------------------------------------------------
 
 
@@ -132,15 +141,14 @@ class Phi(NamedTuple):
     tokens: Any
     first: Any
     top: Any  # the row's maximum, [ROWS]
-    share: Any  # 1 / the row's sum of exponentials, [ROWS]
+    share: Any  # 1 / the row's sum of exponentials, 0 for a token that does not exist, [ROWS]
 
 
 @triton.jit
 def exponentials(head, first, feature, top, ROWS: tl.constexpr, FEATURES: tl.constexpr):
     """exp(x - top) of some features of some tokens, 0 for a feature that is padding. # [ROWS, FEATURES]"""
-    x = load_slab(head, first, feature, ROWS, FEATURES).to(tl.float32)
-    x = tl.where((feature + tl.arange(0, FEATURES) < head.D)[None, :], x, float("-inf"))
-    return tl.exp2((x - top[:, None]) * LOG2_E)
+    x = load_slab(head, first, feature, ROWS, FEATURES).to(tl.float32) * LOG2_E - (top * LOG2_E)[:, None]
+    return tl.exp2(tl.where((feature + tl.arange(0, FEATURES) < head.D)[None, :], x, float("-inf")))
 
 
 @triton.jit
@@ -153,6 +161,7 @@ def phi_of(head, first, ROWS: tl.constexpr, plan: tl.constexpr):
         x = load_slab(head, first, 0, ROWS, COLUMNS).to(tl.float32)
         top = tl.max(tl.where((tl.arange(0, COLUMNS) < plan.D)[None, :], x, float("-inf")), 1)
         share = 1 / tl.sum(exponentials(head, first, 0, top, ROWS, COLUMNS), 1)
+        share = tl.where(first + tl.arange(0, ROWS) < head.length, share, 0.0)
     return Phi(head, first, top, share)
 
 
@@ -161,7 +170,6 @@ def load_phi(phi, feature, ROWS: tl.constexpr, FEATURES: tl.constexpr, plan: tl.
     """Some features of phi, 0 for tokens that do not exist. # [ROWS, FEATURES]"""
     if plan.SOFTMAX:
         tile = exponentials(phi.tokens, phi.first, feature, phi.top, ROWS, FEATURES) * phi.share[:, None]
-        tile = tl.where((phi.first + tl.arange(0, ROWS) < phi.tokens.length)[:, None], tile, 0.0)
     else:
         tile = load_slab(phi.tokens, phi.first, feature, ROWS, FEATURES)
     return for_linear(tile, phi.tokens, plan)
