@@ -202,10 +202,10 @@ def roofline(result: dict[str, Any]) -> Figure:
             if kernel in floors and floors[kernel].flop:
                 point = floors[kernel].flop / floors[kernel].bytes, floors[kernel].flop / measured[kernel] / 1e6
                 axes.plot(*point, MARKERS[number], color=COLOURS[number], markersize=7)
-                left = kernel in ("dq_kernel", "grad_keys_kernel")  # whose right side is taken
-                how: dict[str, Any] = {"ha": "right" if left else "left", "va": "center"}
-                away = (-8 if left else 8, 0)
-                axes.annotate(kernel.removesuffix("_kernel"), point, away, textcoords="offset points", **how)
+                places = {"dq_kernel": (-8, 0, "right"), "grad_keys_kernel": (0, -12, "center")}
+                *away, side = places.get(kernel, (8, 0, "left"))
+                name = kernel.removesuffix("_kernel")
+                axes.annotate(name, point, away, textcoords="offset points", ha=side, va="center")
     axes.set(
         xscale="log", yscale="log", xlabel="operations for each byte that must move", ylabel="TFLOP/s", ylim=(50, 1300)
     )

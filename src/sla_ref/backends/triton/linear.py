@@ -366,7 +366,8 @@ def grad_weight_kernel(
     value = head_of(value, head, num_heads, key_length, plan)
     acc = tl.zeros([FEATURES, COLUMNS], tl.float32)
     start = program // SLABS % PARTS * plan.KEYS
-    for step in range(tl.cdiv(key_length - start, PARTS * plan.KEYS)):
+    # Not pipelined, for the reason that `linear_rows` gives.
+    for step in tl.range(tl.cdiv(key_length - start, PARTS * plan.KEYS), num_stages=1):
         first = start + step * (PARTS * plan.KEYS)
         dV = load_slab(grad_value, first, feature, plan.KEYS, FEATURES)  # [KEYS, FEATURES]
         V = load_slab(value, first, 0, plan.KEYS, COLUMNS)  # [KEYS, COLUMNS]
