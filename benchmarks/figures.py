@@ -202,8 +202,8 @@ def roofline(result: dict[str, Any]) -> Figure:
             if kernel in floors and floors[kernel].flop:
                 point = floors[kernel].flop / floors[kernel].bytes, floors[kernel].flop / measured[kernel] / 1e6
                 axes.plot(*point, MARKERS[number], color=COLOURS[number], markersize=7)
-                places = {"dq_kernel": (-8, 0, "right"), "grad_keys_kernel": (0, -12, "center")}
-                *away, side = places.get(kernel, (8, 0, "left"))
+                places = {"dq_kernel": ((-8, 0), "right"), "grad_keys_kernel": ((0, -12), "center")}
+                away, side = places.get(kernel, ((8, 0), "left"))
                 name = kernel.removesuffix("_kernel")
                 axes.annotate(name, point, away, textcoords="offset points", ha=side, va="center")
     axes.set(

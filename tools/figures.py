@@ -1,4 +1,4 @@
-"""Python-Markdown extension: puts an SVG of docs/experiments/ into the page itself, with the page's text colour as ink.
+"""Python-Markdown extension: puts an SVG of docs/experiments/ or docs/performance/ into the page itself, in the colour of its text.
 
 In Markdown it is an ordinary image, which also shows elsewhere; there its ink is a grey for light and dark.
 """
@@ -13,7 +13,7 @@ from markdown.preprocessors import Preprocessor
 from tools.build_tutorials import for_page
 
 DOCS = Path(__file__).parents[1] / "docs"
-IMAGE = re.compile(r"^!\[([^\]]*)\]\((experiments/[\w.-]+\.svg)\)$")
+IMAGE = re.compile(r"^!\[([^\]]*)\]\(((?:experiments|performance)/[\w.-]+\.svg)\)$")
 INK = "#7d8590"  # as in experiments/figures.py
 BEFORE_HTML_BLOCKS = 26
 

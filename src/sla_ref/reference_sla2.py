@@ -150,5 +150,5 @@ def block_means_alpha(query: Tensor, key: Tensor, mask: Tensor, block_k: int, sc
 
 
 def combine(sparse: Tensor, linear: Tensor, alpha: Tensor) -> Tensor:
-    """O = alpha O^s + (1 - alpha) O^l; `alpha` broadcasts to (B, H, Nq). [SLA2 Eq. 12] [SLA2 Eq. 13]"""
+    """O = alpha O^s + (1 - alpha) O^l; `alpha` broadcasts to (B, H, Nq). [SLA2 Eq. 12], [SLA2 Eq. 13]"""
     return alpha[..., None] * sparse + (1 - alpha[..., None]) * linear
