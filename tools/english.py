@@ -40,7 +40,7 @@ PATTERNS = {
     "gradient by": _pattern(r"gradients? (?:of (?:the )?\S+ )?by (?:the|both|all|(?-i:\$?[A-Z]))", 0),
     "taken": _pattern("not taken|takes? (?:any|all|only|every)", 0),
     "held against": _pattern("(?:hold|holds|held) against", 0),
-    "every figure": _pattern("every figure|has the figures", 1),
+    "every figure": _pattern("every figure|has the figures", 0),
 }
 
 

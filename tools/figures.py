@@ -1,4 +1,4 @@
-"""Python-Markdown extension: puts an SVG of docs/experiments/ or docs/performance/ into the page itself, in the colour of its text.
+"""Python-Markdown extension: puts an SVG of docs/experiments/ or docs/performance/ into the page, in its text colour.
 
 In Markdown it is an ordinary image, which also shows elsewhere; there its ink is a grey for light and dark.
 """
