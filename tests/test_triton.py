@@ -61,7 +61,9 @@ FAULTS = {
     ),
     "lse in base 2": in_sparse("sparse_rows", "tl.log2(l)) * LN_2", "tl.log2(l))", "lse"),
     "Ds is forgotten": in_sparse("dq_step", "(dP - rows.Ds[:, None])", "dP", "grad_query"),
-    "the gradient of lse is forgotten": in_sparse("dq_kernel", "Ds -= tl.load(grad_lse", "_ = tl.load(grad_lse", "grad_query"),
+    "the gradient of lse is forgotten": in_sparse(
+        "dq_kernel", "Ds -= tl.load(grad_lse", "_ = tl.load(grad_lse", "grad_query"
+    ),
     "scale is forgotten in dK": in_sparse("dkdv_kernel", "dK *= scale", "dK *= 1", "grad_key"),
     "dV is overwritten": in_sparse("dkdv_kernel", "dV += load_slab(", "_ = load_slab(", "grad_value"),
     "one query block too few": in_sparse("dkdv_kernel", "- start) * STEPS", "- start) * STEPS - 1", "grad_key"),
