@@ -143,7 +143,7 @@ def states_kernel(
             V = projected(value, weight, first, column, plan.BLOCK_K, plan.FEATURES, plan)
             if projected_value is not None:
                 store(head_of(projected_value, head, num_heads, key_length, plan), first, column, V)
-        spoilt += tl.sum(tl.sum(V.to(tl.float32) * 0.0, 1), 0)
+        spoilt += tl.sum(V.to(tl.float32) * 0.0)
         h = dot(tl.trans(phi), for_linear(V, value, plan), None, plan.TF32)  # [COLUMNS, FEATURES] [Alg. 1 L4]
         h = tl.where(spoilt == 0, h, 0.0)
         place = columns[:, None] * COLUMNS + (column + tl.arange(0, plan.FEATURES))[None, :]
