@@ -115,7 +115,7 @@ def forward_kernel(
         O = linear_rows(phi_query, first, state_of(sums, block, plan), ROWS, plan)  # [Eq. 5]
         if out_linear is None:  # O^s has waited in memory: the registers hold one branch at a time
             tl.debug_barrier()
-            # It is contiguous. Told so, the compiler computes the addresses a second time and keeps no registers for them.
+            # It is contiguous. Told so, the compiler computes the addresses again and keeps no registers for them.
             out = Head(out.data, 0, 0, plan.D, query_length, plan.D)
             O = O.to(out.data.dtype.element_ty).to(tl.float32)  # rounded, as Proj's result is outside
             store(out, first, 0, O + load_slab(out, first, 0, ROWS, COLUMNS).to(tl.float32))  # [Eq. 6]
