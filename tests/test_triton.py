@@ -57,9 +57,7 @@ FAULTS = {
     "Z is skipped": in_linear("states_kernel", "+ columns, z, plan)", "+ columns, 0 * z, plan)", "linear"),
     "h counts twice, z once": in_linear("states_kernel", "dot(tl.trans(phi)", "2 * dot(tl.trans(phi)", "linear"),
     "the weights of another block": in_linear("sums_kernel", "inner[None, :] *", "(inner ^ 1)[None, :] *", "linear"),
-    "phi(Q) H is not divided": in_linear(
-        "linear_rows", "O * inverse_of(denominator, sums, plan)[:, None]", "O", "linear"
-    ),
+    "phi(Q) H is not divided": in_linear("linear_rows", ", O) * inverse[:, None]", ", O)", "linear"),
     "the tail is not masked": in_sparse("scores", "    if PARTIAL:", "    if False:", "sparse"),
     "O is not rescaled": in_sparse("softmax_step", "run.O * shrink[:, None]", "run.O", "sparse"),
     "the largest score is not subtracted": in_sparse(

@@ -96,7 +96,8 @@ def linear_rows(phi_query, first, sums, ROWS: tl.constexpr, plan: tl.constexpr):
         Z = tl.load(sums + z_slab(feature, plan)).to(tl.float32)  # [FEATURES]
         denominator += tl.sum(phi.to(tl.float32) * Z[None, :], 1)
         O = dot(phi, H, O, plan.TF32)
-    return O * inverse_of(denominator, sums, plan)[:, None]  # [Alg. 1 L16]
+    inverse = inverse_of(denominator, sums, plan)
+    return tl.where((inverse == 0)[:, None], 0.0, O) * inverse[:, None]  # [Alg. 1 L16]
 
 
 @triton.jit
