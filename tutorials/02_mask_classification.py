@@ -47,7 +47,7 @@ print(f"{N} tokens in {T} blocks of {BLOCK}: {T * T} pairs per head")
 # $$P_c = \operatorname{softmax}\left(\frac{\operatorname{pool}(Q) \operatorname{pool}(K)^\top}{\sqrt{D}}\right)
 # \in \mathbb{R}^{T_q \times T_k}.$$
 #
-# That costs $b^2$ times less than all scores. This is more than a random guess. Dot products are linear, so the score
+# That costs $b^2$ times less than all scores, and it is more than a random guess: dot products are linear, so the score
 # of two means is the mean of all $b^2$ scores of the tile.
 
 # %%
@@ -323,7 +323,7 @@ plt.show()
 # %% [markdown]
 # In the left head 5 % of the blocks hold most of the attention, and sparse attention would do. In the right head it
 # takes far more, and the other blocks cannot be ignored. The [linear branch](03_linear_branch.md) is for them. The
-# negligible tenth, on the other hand, loses between nothing and a few per cent, always less than its share.
+# negligible tenth, on the other hand, holds between nothing and a few per cent, always less than its share.
 
 # %%
 lost = torch.stack(

@@ -135,8 +135,8 @@ show_source(sparse.softmax_step, sparse.scores)
 
 # %% [markdown]
 # The interpreter lets us put a function of our own in its place, which calls the original and looks at what it returns.
-# Row 3 of query block 3 is to have the history that a plain softmax over the keys so far gives. We compare $l$ and the
-# size of $O$, which are what they are in any base; how the package scales $m$ is its own affair.
+# We follow row 3 of query block 3. After each step, $l$ and the size of $O$ have to be those of a plain softmax over
+# the keys so far. Both are the same in any base; $m$ is not, so we leave it out.
 
 
 # %%
@@ -475,8 +475,8 @@ print(total.item())
 assert total.item() == 100
 
 # %% [markdown]
-# The interpreter calls it right, because there is never more than one program. No run in it can find a race, however
-# often it is repeated.
+# In the interpreter the result is right, because programs run one after the other. No run in it can find a race,
+# however often it is repeated.
 #
 # This package had one, and not even in its source. Look at the loop in `linear_rows`. Its
 # $\phi(Q)$ tile goes two ways: into the sum for the denominator and into the product with $H$. In the first version
@@ -486,12 +486,13 @@ assert total.item() == 100
 # and blocks of 64, the same forward gave other bits when it was repeated. `num_stages=1` in the `tl.range` of that loop
 # turns the pipeline off there. [Performance](../performance.md) says what has been run on which GPU.
 #
-# What it teaches:
+# What this teaches:
 #
 # - What the interpreter confirms is the mathematics. What a GPU runs is the compiler's version of it.
 # - Repeating a run and comparing bits is a sharp test, for kernels that promise to repeat. An error bound may not see a
 #   few stale numbers. Where atomics add floats, bits may differ anyway and the test says nothing.
-# - A small case may never lose a race. The test for this one (`tests/test_triton.py`) needs a GPU and 32,760 tokens.
+# - A small case may never lose a race. The test for this one needs a GPU and 32,760 tokens
+#   (`tests/test_kernel_backends.py`).
 # - The flaw could be read in the compiled code, as a wait for all products *but one* before the fetch.
 #   `tests/test_compiled.py` reads it there, without a GPU.
 #

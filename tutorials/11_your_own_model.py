@@ -33,7 +33,7 @@ HEAD_DIM = WIDTH // HEADS
 #
 # The task is to restore old film. A clip shows a moving digit, one of those that come with scikit-learn, in four frames
 # of 16 x 16 pixels. The model gets a clip with noise and a wrong exposure: everything is brighter or darker by a random
-# amount, another one for each clip. It has to return the clean clip.
+# amount, which differs from clip to clip. It has to return the clean clip.
 #
 # The task needs both kinds of attention. A few places nearby, in this frame and the next, tell where the digit is. The
 # exposure has to be found from all tokens together, since each knows it only through noise.
@@ -356,17 +356,17 @@ print(against("SLA from identity", "SLA, 1 block"), "with another start of Proj"
 # | $\phi$ | softmax; `Softmax(4.0)` in long runs | both changes: 0.0517 after 1,600 steps, against 0.0566 |
 # | what to train | everything | 0.1333 with only Proj, against 0.0671 |
 # | target | your own loss | 0.0661 towards the teacher's output, which costs its forward |
-# | learning rate | half the training's peak | 0.0706, 0.0671 and 0.0666 at 1/3, 1 and 3 times 0.001 |
+# | learning rate | half the training's peak, there 0.002 | 0.0706, 0.0671 and 0.0666 at 1/3, 1 and 3 times 0.001 |
 # | steps | as many as you can afford | 0.0887 after 50, 0.0798 after 100, 0.0671 after 400, 0.0527 after 3,200 |
 #
 # **What quality to expect.** The fine-tuned models did not come back to the teacher, which had 0.0389 there. SLA was
 # better than sparse-only attention with the same critical blocks, by 0.0017 after 400 steps and by 0.0066 after 3,200.
-# It was worse than sparse-only attention with three times as many, which had 0.0550 after 400 steps; with both changes,
-# of Proj and of $\phi$, it passed that after 1,600 steps, 0.0517 against 0.0528.
+# It was worse than sparse-only attention with three times as many, which had 0.0550 after 400 steps. With both changes,
+# of Proj and of $\phi$, it was ahead of that too after 1,600 steps, with 0.0517 against 0.0528.
 #
-# **What the layer does not do.** It supports no mask, causal or other, and no dropout on weights, and each query must
-# have the head dimension of its key. [Numerics](../numerics.md#what-is-not-supported) lists the rest. Cross-attention
-# to a short text has nothing to save; leave it as it is.
+# **What the layer does not do.** It supports no mask, causal or other, and no dropout on attention weights. Query, key
+# and value must have the same head dimension. [Numerics](../numerics.md#what-is-not-supported) lists the rest.
+# Cross-attention to a short text has nothing to save; leave it as it is.
 #
 # ## Exercises
 #
