@@ -125,7 +125,7 @@ _TILES = {
     "dkdv small": Tiles(warps=8),
     "dq small": Tiles(keys=32),
     "grad_sums small": Tiles(features=32, warps=8),
-    "states 128 small": Tiles(features=32, stages=3),
+    "states 128 small": Tiles(stages=3, registers=168),
     "forward 128 small": Tiles(keys=32, warps=8),
     "grad_keys 128 small": Tiles(warps=8),
     "grad_sums 128 small": Tiles(features=32, warps=8),
