@@ -77,6 +77,7 @@ def sentences() -> list[str]:
     floors = figures.of_main_problem(GPU)[0]
     rates = [floors[f"{kernel}_kernel"].flop / times[f"{kernel}_kernel"] / 1e6 for kernel in ("forward", "dq", "dkdv")]
     dense_rate = 4 * shape[1] * shape[2] ** 2 * shape[3] / sdpa["forward"] / 1e9
+    backward_rate = 2.5 * dense_rate * sdpa["forward"] / (sdpa["forward_backward"] - sdpa["forward"])
     forward, backward = rounded("forward", 128), rounded("forward_backward", 128)
     sparse = GPU["sparse_only"]
     return [
@@ -92,7 +93,7 @@ def sentences() -> list[str]:
         f"{GPU['parity']['cases']} cases of `sla_ref.testing` ({GPU['parity']['checks']:,} checks",
         f"reaches {sparse['128x64']['tflops']:.0f} TFLOP/s with blocks of 128 x 64, and "
         f"{sparse['64x64']['tflops']:.0f} with 64 x 64",
-        f"cuDNN reaches {dense_rate:.0f} TFLOP/s in the forward",
+        f"cuDNN reaches {dense_rate:.0f} TFLOP/s in the forward and {backward_rate:.0f} in the backward",
         f"reach {min(rates):.0f} to {max(rates):.0f}",
     ]
 
