@@ -206,7 +206,8 @@ _agreed: WeakKeyDictionary[dist.ProcessGroup | None, _Agreed] = WeakKeyDictionar
 def _lengths(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None) -> list[int]:
     """The size of `dim` on each rank; the ranks compare if this shape is new."""
     _ranks(group)
-    agreed = _agreed.get(group or dist.group.WORLD)
+    world = group or dist.group.WORLD
+    agreed = None if world is None else _agreed.get(world)
     shape = (tensor.dtype, tensor.shape, dim) if isinstance(tensor, Tensor) else ()
     if agreed is not None and shape in agreed.lengths:
         return agreed.lengths[shape]
