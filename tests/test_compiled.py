@@ -34,7 +34,7 @@ def in_its_own_process(code: str, *arguments: str, **variables: str):
 
 
 @of_triton
-# D 128 needs the most registers and shared memory; of D 64, an architecture with large and one with small shared memory.
+# D 128 needs most registers and shared memory. D 64: one architecture with large and one with small shared memory.
 @pytest.mark.parametrize(
     ("target", "head_dim"), [*((target, "128") for target in compiled.TARGETS), ("sm_90", "64"), ("sm_120", "64")]
 )
