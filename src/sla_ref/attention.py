@@ -153,6 +153,8 @@ def attend_whole(
 ) -> Tensor:
     """The output of the layer, O = O^s + Proj(O^l), for a Proj that is a weight and a bias in query's dtype. [Eq. 6]"""
     *tensors, labels, options = _arguments(prepared, phi_query, phi_key, block_map)
+    if torch.compiler.is_compiling():  # which does not follow a function that gets one tensor as two arguments
+        tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     if torch.is_grad_enabled():
         return _Layer.apply(*tensors, *proj, labels, options)[0]
     return _layer(*tensors, *proj, labels, *options)[0]
