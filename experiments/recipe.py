@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sla_ref
 from sla_ref.analysis import attention_flops
 from sla_ref.feature_maps import Softmax
-from sla_ref.lab.arms import LinearOnly, SparseOnly
+from sla_ref.lab.arms import LinearOnly, SparseOnly, sla, sla2
 from sla_ref.lab.evaluate import attention_cost
 from sla_ref.lab.model import PATCH, ModelConfig, VideoTransformer, with_attention
 
@@ -85,44 +85,15 @@ class Reordered(nn.Module):
         return torch.empty_like(out).index_copy(2, self.order, out)
 
 
-def tile_order(frames: int, side: int, tile: tuple[int, int, int]) -> Tensor:
-    """The indices of the tokens (frames * side^2,) in the order of their tiles of frames, rows and columns."""
-    time, rows, columns = tile
-    grid = torch.arange(frames * side * side)
-    grid = grid.view(frames // time, time, side // rows, rows, side // columns, columns)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten()
-
-
 def _sla(recipe: Recipe, config: ModelConfig) -> nn.Module:
-    sla = sla_ref.SparseLinearAttention(
-        config.head_dim,
-        config.critical_ratio,
-        config.negligible_ratio,
-        block_q=config.block,
-        block_k=config.block,
-        feature_map=_feature_map(recipe),
-        proj_init="zero" if recipe.proj == "zero" else "identity",
-    )
-    sla.proj_l.requires_grad_(recipe.proj != "absent")
-    return sla
+    start = "zero" if recipe.proj == "zero" else "identity"
+    layer = sla(config, feature_map=_feature_map(recipe), proj_init=start)
+    layer.get_submodule("proj_l").requires_grad_(recipe.proj != "absent")
+    return layer
 
 
 def _sla2(recipe: Recipe, config: ModelConfig) -> nn.Module:
-    assert config.alpha is not None and config.router is not None
-    sla2 = sla_ref.SLA2Attention(
-        config.head_dim,
-        config.heads,
-        config.critical_ratio,
-        alpha=config.alpha,
-        router=config.router,
-        query_length=config.tokens if config.alpha == "block" else None,
-        proj=recipe.proj == "identity",
-        block_q=config.block,
-        block_k=config.block,
-        feature_map=_feature_map(recipe),
-    )
-    sla2.get_submodule("router").requires_grad_(False)  # `fine_tuning.trained` has a stage for it
-    return sla2
+    return sla2(config, feature_map=_feature_map(recipe), proj=recipe.proj == "identity")
 
 
 def _feature_map(recipe: Recipe) -> str | Softmax:
@@ -159,7 +130,8 @@ def build(recipe: Recipe, teacher: VideoTransformer, setting: Setting, seed: int
         if recipe.attention in CORES:
             attention.core = CORES[recipe.attention](recipe, student.config)
         if recipe.tiles:
-            order = tile_order(setting.frames, setting.size // PATCH, setting.tile)
+            side = setting.size // PATCH
+            order = sla_ref.cube_order(setting.frames, side, side, setting.tile)
             attention.core = Reordered(attention.get_submodule("core"), order)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and recipe.trained in name)

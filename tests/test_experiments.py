@@ -19,7 +19,7 @@ from experiments.attention_maps import noisy_clips
 from experiments.centroids import Centroids
 from experiments.fine_tuning import find_teacher, fine_tune, losses, trained
 from experiments.mixing import error_of_rows
-from experiments.recipe import Recipe, build, tile_order
+from experiments.recipe import Recipe, build
 from experiments.report import DOCS, fill, report
 from experiments.run import RESULTS, read_lines, run
 from experiments.setting import QUICK, SETTINGS, Context, Experiment
@@ -214,7 +214,7 @@ def test_proj_alone_leaves_the_rest_as_it_was(context, teacher, objective):
 
 
 def test_tiles_are_blocks_of_neighbours_and_do_not_matter_where_all_is_critical(teacher):
-    order = tile_order(4, 4, (2, 2, 2))
+    order = sla_ref.cube_order(4, 4, 4, (2, 2, 2))
     assert order[:8].tolist() == [0, 1, 4, 5, 16, 17, 20, 21]
     assert sorted(order.tolist()) == list(range(64))
     setting = replace(QUICK, tile=(2, 2, 2))  # its order is not its own inverse

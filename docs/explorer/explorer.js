@@ -85,6 +85,7 @@
 
   /** A link of the page, the back button or a typed address: what has no "=" is a heading of the page. */
   function followAddress() {
+    clearTimeout(writing); // what was set before must not be written over the address that came since
     if (location.hash && !location.hash.includes("=")) return;
     state = read(location.hash);
     update();

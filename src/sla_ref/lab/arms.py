@@ -7,7 +7,7 @@ Each arm is a module that takes query, key, value (B, H, N, D) and returns (B, H
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,13 +60,15 @@ class LinearPlusSparse(nn.Module):
         return self.sparse(query, key, value) + self.linear(query, key, value)
 
 
-def _sla(config: ModelConfig) -> nn.Module:
+def sla(config: ModelConfig, **options: Any) -> nn.Module:
+    """The layer; `options` are those of `sla_ref.SparseLinearAttention` that a configuration lacks."""
     ratios = config.critical_ratio, config.negligible_ratio
-    return sla_ref.SparseLinearAttention(config.head_dim, *ratios, block_q=config.block, block_k=config.block)
+    blocks = {"block_q": config.block, "block_k": config.block}
+    return sla_ref.SparseLinearAttention(config.head_dim, *ratios, **blocks, **options)
 
 
-def _sla2(config: ModelConfig) -> nn.Module:
-    """Its router is frozen, as all but stage 1 of its training wants it (`layers.for_stage_1`)."""
+def sla2(config: ModelConfig, **options: Any) -> nn.Module:
+    """SLA2's layer. Its router is frozen, as all but stage 1 of its training wants it (`layers.for_stage_1`)."""
     assert config.alpha is not None and config.router is not None
     layer = sla_ref.SLA2Attention(
         config.head_dim,
@@ -77,6 +79,7 @@ def _sla2(config: ModelConfig) -> nn.Module:
         query_length=config.tokens if config.alpha == "block" else None,
         block_q=config.block,
         block_k=config.block,
+        **options,
     )
     layer.get_submodule("router").requires_grad_(False)
     return layer
@@ -84,8 +87,8 @@ def _sla2(config: ModelConfig) -> nn.Module:
 
 ARMS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "full": lambda config: FullAttention(),
-    "sla": _sla,
-    "sla2": _sla2,
+    "sla": sla,
+    "sla2": sla2,
     "sparse": SparseOnly,
     "linear": lambda config: LinearOnly(),
     "l+s": LinearPlusSparse,

@@ -218,7 +218,7 @@ def chunks_of_heads(call: Call, per_query_block: int, tensors: int) -> list[tupl
 
 
 def part(of_heads: Tensor, first: int, heads: int) -> Tensor:
-    """What belongs to some heads; a slice of all of them would be a microsecond's work for nothing."""
+    """What belongs to some heads; a slice of all of them would be work for nothing."""
     return of_heads if heads == len(of_heads) else of_heads[first : first + heads]
 
 

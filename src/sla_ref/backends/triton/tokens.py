@@ -228,8 +228,8 @@ def descriptors_fit(*tensors: Tensor) -> bool:
     """Whether to let the hardware read tiles of these tensors by descriptor (TMA).
 
     It needs rows on 16 bytes. It pays where matrix instructions read shared memory themselves; where their operands
-    come from registers, as on sm_120, it costs registers. Python needs 8 microseconds more for a descriptor than for a
-    pointer, which short sequences do not win back.
+    come from registers, as on sm_120, it costs registers. Python needs longer for a descriptor than for a pointer,
+    which short sequences do not win back.
     """
     if INTERPRETED or not reads_shared_memory() or tensors[0].element_size() != 2 or tensors[0].numel() < SHORT:
         return False
