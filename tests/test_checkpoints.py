@@ -240,6 +240,43 @@ def test_split_takes_a_whole_models_checkpoint_apart():
     assert_loaded(model)
 
 
+def sla2(**changes) -> sla_ref.SLA2Attention:
+    """A layer with weights that are anywhere but at their start."""
+    layer = sla_ref.SLA2Attention(D, 2, **changes)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": "head"},
+        {"alpha": "token", "router": "learned", "proj": True, "feature_map": "hedgehog"},
+        {"alpha": "block", "query_length": 200},
+        {"alpha": "block_means", "router": "learned"},
+        {"alpha": "ideal"},  # no weights at all
+    ],
+)
+def test_the_weights_of_sla2(tmp_path, options):
+    model, fresh = (nn.ModuleDict({"mlp": nn.Linear(D, D), "attention": sla2(**options)}) for _ in range(2))
+    assert len(checkpoints.sla_parameters(model)) == len(list(model["attention"].parameters()))
+    added, rest = checkpoints.split_sla_state_dict(model.state_dict())
+    assert set(added) == {name for name in model.state_dict() if name.startswith("attention.")}
+    assert set(rest) == {"mlp.weight", "mlp.bias"}
+    path = tmp_path / "sla.safetensors"
+    checkpoints.save_sla(model, path)
+    checkpoints.load_sla(fresh, path)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in added.items())
+    for name in added.keys() - {"attention.phi_query.weight", "attention.phi_key.weight"}:
+        *place, last = name.split(".")
+        module = fresh.get_submodule(".".join(place))
+        whole, module._parameters[last] = module._parameters[last], nn.Parameter(torch.ones(3))
+        with pytest.raises(ValueError, match=r"must hold attention\..* whole and as it was made, .* got {'.*\(3,\)"):
+            checkpoints.save_sla(fresh, tmp_path / "sharded.safetensors")
+        module._parameters[last] = whole
+
+
 def test_split_knows_the_weights_of_hedgehog():
     added, rest = checkpoints.split_sla_state_dict(Model("hedgehog").state_dict())
     assert {name.split(".")[-2] for name in added} == {"proj_l", "phi_query", "phi_key"}
@@ -411,6 +448,36 @@ def test_load_wants_the_mathematics_of_the_file(tmp_path):
     checkpoints.save_sla(layer, tmp_path / "main.safetensors")
     with pytest.raises(ValueError, match=r"must have variant 'main' in its SLA layers, as .* says, got 'paper'"):
         checkpoints.load_sla(sla_ref.SparseLinearAttention(D), tmp_path / "main.safetensors")
+
+
+def test_sla_and_sla2_do_not_load_each_others_files(tmp_path):
+    """Not even where their weights have the same names, and where a file says nothing."""
+    proj = {"alpha": "block_means", "proj": True}
+    layers = {"paper": sla_ref.SparseLinearAttention(D), "sla2": sla2(**proj)}
+    for variant, layer in layers.items():
+        checkpoints.save_sla(layer, tmp_path / variant)
+    state = layers["paper"].state_dict()
+    assert state.keys() == layers["sla2"].state_dict().keys()
+    save_file(state, tmp_path / "unnamed")
+    torch.save(state, tmp_path / "theirs.pt")
+    checkpoints.save_sla(sla2(alpha="ideal", proj=True), tmp_path / "ideal")
+    bound = {"alpha": "block", "query_length": 128}
+    checkpoints.save_sla(sla2(**bound), tmp_path / "bound")
+    for layer, name, message in (
+        (layers["paper"], "sla2", r"must have variant 'sla2' in its SLA layers, as .* says, got 'paper'"),
+        (layers["sla2"], "paper", r"must have variant 'paper' in its SLA layers, as .* says, got 'sla2'"),
+        (layers["sla2"], "unnamed", r"must have SLA's own layers for .*, which names no variant, got variant 'sla2'"),
+        (layers["sla2"], "theirs.pt", r"must have SLA's own layers for"),
+        (layers["sla2"], "ideal", r"must have alpha 'ideal' in its SLA layers, as .* says, got 'block_means'"),
+        (sla2(alpha="block", query_length=120), "bound", "must have alpha 'block of 64 of 128 tokens' in"),
+    ):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(ValueError, match=message):
+            checkpoints.load_sla(layer, tmp_path / name)
+        assert all(torch.equal(value, before[each]) for each, value in layer.state_dict().items())
+    for name in ("paper", "unnamed", "theirs.pt"):
+        checkpoints.load_sla(layers["paper"], tmp_path / name)
+    checkpoints.load_sla(sla2(**bound), tmp_path / "bound")
 
 
 class Bomb:

@@ -9,6 +9,7 @@ Known names of Proj, each with `.weight` and `.bias`, i a block's number:
 | FastVideo | `blocks.{i}.attn1.attn_impl.proj_l` |
 | SimpleTuner's `sla_attention.pt` | `proj_l`, one for all layers |
 
+SLA2's alpha and router have only our names: the layer's place with `alpha_logit`, `alpha_weight` or `router.scores.`.
 `net.`, `model.` and `module.` may come first, and the names that torch's wrappers insert anywhere. A model may be
 wrapped by torch or by PEFT. Everything is checked before anything is copied: on an error the model is as it was.
 """
@@ -24,9 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..block_map import num_blocks
 from ..feature_maps import FeatureMap, Softmax
 from ..files import whole
 from ..module import SparseLinearAttention
+from ..router import LearnedScores
+from ..sla2 import SLA2Attention
 from . import thu_ml
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")  # torch's, by what they hold
@@ -35,7 +39,10 @@ _FRONT = re.compile(r"^(?:(?:net|model|module)\.)+(?=blocks\.)")
 _FOREIGN = re.compile(
     r"^blocks\.(\d+)\.(?:self_attn\.attn_op\.local_attn|attn1\.attn_impl)\.(proj_l\.(?:weight|bias))$"
 )
-_ADDED = re.compile(r"(?:^|\.)(?:proj_l\.(?:weight|bias)$|(?:phi_query|phi_key|feature_map(?:_[qk])?)\.)")
+_ADDED = re.compile(
+    r"(?:^|\.)(?:(?:proj_l\.(?:weight|bias)|alpha_(?:logit|weight))$"
+    r"|(?:phi_query|phi_key|feature_map(?:_[qk])?|router\.scores)\.)"
+)
 _SHARED = ("proj_l.weight", "proj_l.bias")
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -43,7 +50,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 ROLES = ("transformer", "transformer_2")
 """The names of a pipeline's transformers. Wan 2.2 has two, for much and for little noise."""
 
-Layer = SparseLinearAttention | thu_ml.SparseLinearAttention
+Layer = SparseLinearAttention | SLA2Attention | thu_ml.SparseLinearAttention
 
 
 def sla_layers(model: nn.Module) -> dict[str, Layer]:
@@ -108,18 +115,25 @@ def save_sla(model: nn.Module, path: str | Path) -> None:
 def load_sla(model: nn.Module, path: str | Path) -> None:
     """Copies the weights of a file into the SLA layers of a model.
 
-    The layers must have the feature map, the variant and the role that the weights were trained with, where the file
-    says so. Ratios and block sizes may differ: they are choices of each run.
+    The layers must have the feature map, the variant, SLA2's form of alpha and the role that the weights were trained
+    with, where the file says so. A file that names no variant counts as SLA's, and layers of SLA2 are refused. Ratios
+    and block sizes may differ: they are choices of each run.
 
     Args:
         model: a model with SLA layers.
         path: what `save_sla` wrote, or another file that `read_checkpoint` and `load_sla_state_dict` accept.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map, variant or role.
+        FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map, variant, form of
+            alpha or role.
     """
-    state_dict, metadata = _read(Path(path))
-    for setting, here in _settings(model).items():
+    (state_dict, metadata), settings = _read(Path(path)), _settings(model)
+    if "variant" not in metadata and "sla2" in settings["variant"]:
+        raise ValueError(
+            f"model must have SLA's own layers for {path}, which names no variant, got variant 'sla2'; if the weights "
+            "are SLA2's, load_sla_state_dict accepts them, and split_sla_state_dict takes them out of a whole model's"
+        )
+    for setting, here in settings.items():
         here = here or ROLES[0]
         if (there := metadata.get(setting, here)) != here:
             raise ValueError(f"model must have {setting} {there!r} in its SLA layers, as {path} says, got {here!r}")
@@ -250,13 +264,15 @@ def _checked(model: nn.Module) -> dict[str, Tensor]:
         if offloading is not None and offloading.group.offload_to_disk_path is not None:
             raise ValueError("model must hold its weights, got one that enable_group_offload keeps on disk")
     for name, layer in sla_layers(model).items():
-        proj = f"{name}.proj_l.".lstrip(".")
-        got = {each.removeprefix(proj): tuple(t.shape) for each, t in tensors.items() if each.startswith(proj)}
-        if got != (wanted := {"weight": (layer.head_dim, layer.head_dim), "bias": (layer.head_dim,)}):
-            raise ValueError(
-                f"model must hold {proj[:-1]} whole and as it was made, {wanted}, got {got}; FSDP1 and DeepSpeed shard "
-                "weights, quantisation and parametrisation change them"
-            )
+        for part, wanted in _shapes(layer).items():
+            place = f"{name}.{part}".lstrip(".")
+            inside = (each for each in tensors if each == place or each.startswith(f"{place}."))
+            got = {each.removeprefix(place)[1:]: tuple(tensors[each].shape) for each in inside}
+            if got != wanted:
+                raise ValueError(
+                    f"model must hold {place} whole and as it was made, {wanted}, got {got}; FSDP1 and DeepSpeed shard "
+                    "weights, quantisation and parametrisation change them"
+                )
     for name, tensor in tensors.items():
         plain = type(tensor.data) is Tensor or hasattr(tensor, "full_tensor")
         if not plain or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
@@ -264,12 +280,33 @@ def _checked(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _shapes(layer: Layer) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Those of the weights that a layer is made with: of a module by their names in it, of a parameter as ""."""
+    dim = layer.head_dim
+    shapes = {} if layer.proj_l is None else {"proj_l": {"weight": (dim, dim), "bias": (dim,)}}
+    if isinstance(getattr(getattr(layer, "router", None), "scores", None), LearnedScores):
+        shapes |= {f"router.scores.{each}": {"weight": (dim, dim)} for each in ("proj_q", "proj_k")}
+    if isinstance(layer, SLA2Attention):
+        if layer.query_length is not None:
+            shapes["alpha_logit"] = {"": (layer.heads, num_blocks(layer.query_length, layer.block_q))}
+        elif layer.alpha in ("head", "token"):
+            shapes["alpha_logit"] = {"": (layer.heads,)}
+        if layer.alpha == "token":
+            shapes["alpha_weight"] = {"": (layer.heads, dim)}
+    return shapes
+
+
 def _settings(model: nn.Module) -> dict[str, str]:
     """What the weights belong to, as text; the role is empty where `install_sla` was given none."""
     found: dict[str, set[str]] = {}
     for layer in sla_layers(model).values():
         found.setdefault("feature_map", set()).add(_name_of(layer.feature_map))
-        found.setdefault("variant", set()).add(str(getattr(layer, "variant", "paper")))
+        if isinstance(layer, SLA2Attention):
+            found.setdefault("variant", set()).add("sla2")
+            bound = f" of {layer.block_q} of {layer.query_length} tokens" if layer.alpha == "block" else ""
+            found.setdefault("alpha", set()).add(layer.alpha + bound)
+        else:
+            found.setdefault("variant", set()).add(str(getattr(layer, "variant", "paper")))
         if hasattr(layer, "role"):
             found.setdefault("role", set()).add(str(layer.role or ""))
     return {setting: ", ".join(sorted(values)) for setting, values in found.items()}
