@@ -98,7 +98,7 @@ def installed(options) -> WanTransformer3DModel:
 
 @pytest.mark.parametrize("alpha", [None, *ALPHAS])
 def test_every_block_critical_is_the_original(alpha):
-    """SLA2's alpha is 1 in rows without marginal blocks, wherever training has left it. "block" is bound to 60 tokens."""
+    """SLA2's alpha is 1 in rows without marginal blocks, whatever was learned. "block" is bound to 60 tokens."""
     model = transformer()
     expected = run(model)
     if alpha is None:

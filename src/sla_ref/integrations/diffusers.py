@@ -139,8 +139,8 @@ def install_sla(
         raise ValueError("layers must hold at least one number, got none")
     if variant not in _VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, _VARIANTS))}, got {variant!r}")
-    given: dict[str, Any] = {"negligible_ratio": negligible_ratio, "proj_init": None if proj_init == "zero" else proj_init}
-    given |= {"alpha": alpha, "router": router, "query_length": query_length, "proj": proj}
+    given: dict[str, Any] = {"negligible_ratio": negligible_ratio, "alpha": alpha, "router": router, "proj": proj}
+    given |= {"query_length": query_length, "proj_init": None if proj_init == "zero" else proj_init}
     options = {name: value for name, value in given.items() if value is not None}
     for name, value in options.items():
         if name not in _VARIANTS[variant]:
