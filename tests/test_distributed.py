@@ -337,17 +337,27 @@ def test_the_benchmark_measures_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "arguments", "message"),
+    ("arguments", "message"),
     [
-        (3, ["--tiny"], "heads must be divisible by the ranks of the group, which share them out, got 2 on 3 ranks"),
-        (1, [], "there is no GPU here; --tiny rehearses on the CPU"),
-        (1, ["--tiny", "--json", BENCHMARK], "--json must name a new file"),
+        ([], "there is no GPU here; --tiny rehearses on the CPU"),
+        (["--tiny", "--json", str(BENCHMARK)], "--json must name a new file"),
+        (["--tiny"], "torchrun must start this program"),
     ],
 )
-def test_the_benchmark_refuses_before_any_work(processes, arguments, message):
-    session = torchrun(BENCHMARK, *arguments, processes=processes)
+def test_the_benchmark_refuses_before_any_work(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), *arguments])
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(BENCHMARK), run_name="__main__")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_benchmark_refuses_ranks_that_cannot_share_the_heads():
+    session = torchrun(BENCHMARK, "--tiny", processes=3)
     assert session.returncode == 1
-    assert message in session.stderr
+    assert "heads must be divisible by the ranks of the group, which share them out, got 2 on 3 ranks" in session.stderr
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
