@@ -10,7 +10,7 @@ import pytest
 
 from experiments.run import RESULTS
 from experiments.setting import SETTINGS
-from experiments.values import read_results, spread_of, values_of
+from experiments.values import cases_of, read_results, spread_of, values_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = " ".join((ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8").split())
@@ -32,9 +32,7 @@ def sentences() -> list[str]:
     teacher, full, untrained, same, more = losses(
         "main", "teacher", "full attention", "SLA, swapped in, not trained", "sparse only, 5 %", "sparse only, 15 %"
     )
-    proj, everything, towards = losses(
-        "recipes", "Proj alone, flow loss", "everything, flow loss", "everything, towards the teacher"
-    )
+    proj, _, everything, towards = losses("recipes", *cases_of(LINES["recipes n1024"]))
     zero, identity, zero_long, identity_long = losses(
         "ablation-proj", "Proj: zero", "Proj: identity", "Proj: zero, 1600 steps", "Proj: identity, 1600 steps"
     )

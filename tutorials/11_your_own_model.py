@@ -343,9 +343,10 @@ print(against("SLA from identity", "SLA, 1 block"), "with another start of Proj"
 #
 # ## Settings to start from
 #
-# This lesson's model is a toy. [Fine-tune your model](../fine-tune.md) has settings to start from, each next to what was
-# measured with the lab's video transformer and to what the paper did. Two of its lines matter most: train all
-# parameters, and start Proj at the identity. It also says what a training step of Wan costs, and what quality to expect.
+# This lesson's model is a toy. [Fine-tune your model](../fine-tune.md) has settings to start from, and next to each of
+# them what was measured with the lab's video transformer and what the paper did. Two settings matter most: train all
+# parameters, and start Proj at the identity. The page also says what a training step of Wan costs, and what quality to
+# expect.
 #
 # **What the layer does not do.** It supports no mask, causal or other, and no dropout on attention weights. Query, key
 # and value must have the same head dimension. [Numerics](../numerics.md#what-is-not-supported) lists the rest.
