@@ -1,6 +1,6 @@
-"""Two processes compute what one does: the lab's training under DDP and FSDP2, Ulysses by itself and in Wan.
+"""Several processes compute what one does: the lab's training under DDP and FSDP2, Ulysses by itself and in Wan.
 
-torchrun starts tests/ranks.py three times, on the CPU with gloo: what came out is compared here with one process.
+torchrun starts tests/ranks.py four times, on the CPU with gloo: what came out is compared here with one process.
 """
 
 from __future__ import annotations
@@ -168,6 +168,20 @@ def test_wan_on_two_ranks_is_wan_on_one(split, name, options, inputs):
     for each in split[0]:
         found = {key: value for key, value in each[name].items() if not key.startswith("input")}
         close(found, {key: value for key, value in expected.items() if not key.startswith("input")}, **tolerance)
+
+
+@pytest.mark.long
+@needs_wan
+def test_pairs_of_ranks_split_the_tokens_of_a_clip_each(tmp_path):
+    """Four ranks. Every parameter gets the mean of both clips' gradients, the gradient of a batch of two."""
+    session = torchrun(ROOT / "tests" / "ranks.py", "mesh", tmp_path, processes=4)
+    assert session.returncode == 0, session.stderr
+    clips = [ranks.outcome(ranks.Wan(), *(each[i : i + 1] for each in ranks.latents())) for i in (0, 1)]
+    mean = {name: (clips[0][name] + clips[1][name]) / 2 for name in clips[0] if not name.startswith(("input", "out"))}
+    for rank in range(4):
+        for found in torch.load(tmp_path / f"mesh-{rank}.pt").values():
+            expected = mean | {"out": clips[rank // 2]["out"]}
+            close({name: found[name] for name in expected}, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
