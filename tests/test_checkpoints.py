@@ -194,7 +194,7 @@ def test_a_file_of_adapters_has_no_proj():
     lora = {f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": torch.ones(D, D) for part in ("down", "up")}
     added, rest = checkpoints.split_sla_state_dict(lora)
     assert not added and rest == lora
-    refused(Model(), lora, r"missing: blocks.0.attention.proj_l.weight; .*, and load_lora_adapter of diffusers loads a")
+    refused(Model(), lora, r"missing: blocks.0.attention.proj_l.weight; .*; load_lora_weights of diffusers' pipelines")
 
 
 def test_split_knows_the_weights_of_hedgehog():

@@ -192,8 +192,9 @@ def load_sla_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None
         faults.append(
             f"left over: {other[0]} and {len(other) - 1} more of other layers; split_sla_state_dict takes SLA's "
             "weights out of a whole model's"
-            + (", and load_lora_adapter of diffusers loads a LoRA" if any(".lora_" in name for name in other) else "")
         )
+        if any(".lora_" in name for name in other):
+            faults.append("load_lora_weights of diffusers' pipelines loads a LoRA")
     if faults:
         raise ValueError("state_dict must hold exactly the weights of the model's SLA layers; " + "; ".join(faults))
     for tensor, value in copies.items():
