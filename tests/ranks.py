@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -192,6 +193,7 @@ def split(folder: Path) -> None:
     rank = dist.get_rank()
     for name in ("same", f"own-{rank}"):
         save_sla(model, folder / f"{name}.safetensors")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "dcp")
     with torch.no_grad():
         for parameter in sla_parameters(model):
             parameter.zero_()

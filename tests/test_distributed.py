@@ -133,6 +133,7 @@ def test_files_of_weights_that_fsdp_has_sharded(folder, split):
     added = checkpoints.split_sla_state_dict(expected)[0]
     for name in ("same", "own-0", "own-1"):
         close(checkpoints.read_checkpoint(folder / f"{name}.safetensors"), added)
+    close(checkpoints.read_checkpoint(folder / "dcp"), {f"model.{name}": value for name, value in expected.items()})
     for each in split[0]:
         close(each["loaded"], expected)
         close(each["loaded again"], expected)

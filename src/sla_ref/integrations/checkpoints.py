@@ -5,18 +5,19 @@ Known names of Proj, each with `.weight` and `.bias`, i a block's number:
 | whose | name |
 |---|---|
 | ours | the layer's place in the model, as `blocks.{i}.attn1.processor.proj_l` in a Wan transformer of diffusers |
-| thu-ml/TurboDiffusion | `blocks.{i}.self_attn.attn_op.local_attn.proj_l` |
-| FastVideo | `blocks.{i}.attn1.attn_impl.proj_l` |
+| thu-ml/TurboDiffusion | `blocks.{i}.self_attn.attn_op.local_attn.proj_l`, in training after `net.` or `net_ema.` |
+| FastVideo | `blocks.{i}.attn1.attn_impl.proj_l`, in training after `model.` or `roles.{role}.transformer.` |
 | SimpleTuner's `sla_attention.pt` | `proj_l`, one for all layers |
+| PEFT, where Proj is one of its `modules_to_save` | ours after `base_model.model.` |
 
 SLA2's alpha and router have only our names: the layer's place with `alpha_logit`, `alpha_weight` or `router.scores.`.
-`net.`, `model.` and `module.` may come first, and the names that torch's wrappers insert anywhere. A model may be
-wrapped by torch or by PEFT. Everything is checked before anything is copied: on an error the model is as it was.
+These prefixes, `module.` and `transformer.` may come before any of the names, and those that torch's wrappers insert
+anywhere. A model may be wrapped by torch or by PEFT. Everything is checked before anything is copied: on an error the
+model is as it was.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,10 +33,23 @@ from ..module import SparseLinearAttention
 from ..router import LearnedScores
 from ..sla2 import SLA2Attention
 from . import thu_ml
+from .checkpoint_files import read_checkpoint, read_with_metadata
+
+__all__ = [
+    "ROLES",
+    "Layer",
+    "load_sla",
+    "load_sla_state_dict",
+    "read_checkpoint",
+    "save_sla",
+    "sla_layers",
+    "sla_parameters",
+    "split_sla_state_dict",
+]
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")  # torch's, by what they hold
 _INSERTED = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
-_FRONT = re.compile(r"^(?:(?:net|model|module)\.)+(?=blocks\.)")
+_FRONT = re.compile(r"^(?:(?:net|net_ema|model|module|transformer|base_model|roles\.\w+)\.)+(?=blocks\.)")
 _FOREIGN = re.compile(
     r"^blocks\.(\d+)\.(?:self_attn\.attn_op\.local_attn|attn1\.attn_impl)\.(proj_l\.(?:weight|bias))$"
 )
@@ -45,7 +59,6 @@ _ADDED = re.compile(
 )
 _SHARED = ("proj_l.weight", "proj_l.bias")
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 ROLES = ("transformer", "transformer_2")
 """The names of a pipeline's transformers. Wan 2.2 has two, for much and for little noise."""
@@ -96,10 +109,11 @@ def save_sla(model: nn.Module, path: str | Path) -> None:
     from safetensors.torch import save
 
     tensors, path = _checked(model), Path(path)
-    if any(not (adapter.merged or adapter.disable_adapters) for adapter in _adapters(model)):
+    if any(adapter.merged == adapter.disable_adapters for adapter in _adapters(model)):
         raise ValueError(
-            "model must have the adapters in its SLA layers merged, or a model without them cannot load the weights; "
-            "PEFT's merge_adapter() and diffusers' fuse_lora() merge them"
+            "model must have the adapters in its SLA layers merged and enabled, or unmerged and disabled: otherwise a "
+            "model without them would not compute the same with these weights; PEFT's merge_adapter() and diffusers' "
+            "fuse_lora() merge them"
         )
     if path.exists():
         raise FileExistsError(f"path must name a new file, {path} exists")
@@ -127,7 +141,7 @@ def load_sla(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map, variant, form of
             alpha or role.
     """
-    (state_dict, metadata), settings = _read(Path(path)), _settings(model)
+    (state_dict, metadata), settings = read_with_metadata(path), _settings(model)
     if "variant" not in metadata and "sla2" in settings["variant"]:
         raise ValueError(
             f"model must have SLA's own layers for {path}, which names no variant, got variant 'sla2'; if the weights "
@@ -137,19 +151,10 @@ def load_sla(model: nn.Module, path: str | Path) -> None:
         here = here or ROLES[0]
         if (there := metadata.get(setting, here)) != here:
             raise ValueError(f"model must have {setting} {there!r} in its SLA layers, as {path} says, got {here!r}")
-    load_sla_state_dict(model, state_dict)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is in a safetensors file, in a torch file, or in all files that an index of shards names.
-
-    From a torch file, it reads only weights and plain values: no code in a pickle runs.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a folder or one shard of several, is damaged, or holds more than weights and plain values.
-    """
-    return _read(Path(path))[0]
+    try:
+        load_sla_state_dict(model, state_dict)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}; the state_dict is that of {path}") from error
 
 
 def split_sla_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -202,6 +207,8 @@ def load_sla_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None
             f"left over: {other[0]} and {len(other) - 1} more of other layers; split_sla_state_dict takes SLA's "
             "weights out of a whole model's"
         )
+        if any(".lora_" in name for name in other):
+            faults.append("load_lora_weights of diffusers' pipelines loads a LoRA")
     if faults:
         raise ValueError("state_dict must hold exactly the weights of the model's SLA layers; " + "; ".join(faults))
     for tensor, value in copies.items():
@@ -380,48 +387,3 @@ def _simple_tuner(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(sets, Mapping) or len(sets) != 1:
         raise ValueError(f"state_dict['state'] must hold one set of weights, got {sorted(sets)}; pass just one set")
     return next(iter(sets.values()))
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is in a file, and a safetensors file's metadata. An index of shards gives all that it names."""
-    if path.is_dir():
-        raise ValueError(f"path must be a file, got the folder {path}; name the file in it, or the index of its shards")
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a file with weights, there is none at {path}")
-    if _SHARD.search(path.stem):
-        raise ValueError(f"path must be a whole checkpoint, {path} is one shard of it; name its index, *.index.json")
-    if not path.name.endswith(".index.json"):
-        return _read_one(path)
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = [path.parent / name for name in sorted(set(names.values()))]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"path must be an index of shards, {path} has no weight_map of names to files") from error
-    if absent := [str(shard) for shard in shards if not shard.is_file()]:
-        raise FileNotFoundError(f"path must be an index next to its shards, {path} names {', '.join(absent)}")
-    return {name: value for shard in shards for name, value in _read_one(shard)[0].items()}, {}
-
-
-def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    with path.open("rb") as file:
-        head = file.read(9)
-        # Eight bytes of length, then JSON. Torch files are zip archives. Either may have any name.
-        if head[8:] != b"{" and (path.suffix.lower() != ".safetensors" or head.startswith(b"PK")):
-            file.seek(0)
-            try:
-                return torch.load(file, map_location="cpu", weights_only=True), {}
-            except Exception:  # torch and pickle raise a dozen kinds for a bad file, and advise to run the code in it
-                raise ValueError(
-                    f"path must hold weights and plain values only; {path} could not be read: it is damaged, holds "
-                    "code, or is neither a safetensors nor a torch file"
-                ) from None
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path must be a whole safetensors file, {path} is damaged: {error}") from error
