@@ -14,8 +14,9 @@ torchrun starts one process for each GPU. They talk through NCCL, or through glo
   together, so a run with one process (`--nproc-per-node 1`) gives the times to compare with.
 - wan: a step of the whole Wan2.1-1.3B at 480p as in `benchmarks/wan.py`, but with all weights in bfloat16. "one" is one
   clip on one GPU. DDP and FSDP2 train on a clip for each rank, Ulysses on one clip for all ranks, with DDP for the
-  gradients. "losses" are those of the first two steps, averaged over the ranks; "losses_of_one" are what one GPU has
-  for the same clips, whose gradients it adds up. Wants diffusers.
+  gradients. "losses" are those of the first two steps, averaged over the ranks. Ulysses should have those of "one",
+  DDP and FSDP2 those of "one, all clips", where one GPU adds up the gradients of all clips. The prediction for FSDP2
+  gathers all weights twice, but those outside the blocks are gathered once. Wants diffusers.
 
 "sent_mb" is what one forward and backward sends to other ranks, counted at the collectives, next to what
 `benchmarks/traffic.py` predicts, in 10^6 bytes. A part that fails is recorded as its error; the others still run.
@@ -121,11 +122,11 @@ def parity(one: dict[str, Callable[[], Any]], several: dict[str, Callable[[], An
 
 
 def lab(tiny: bool) -> dict[str, Any]:
-    wrappers = {"DDP": False, "FSDP2": True}
-    return {name: attempt(lambda fsdp=fsdp: lab_step(tiny, fsdp)) for name, fsdp in wrappers.items()}
+    """The lab's model."""
+    return {name: attempt(partial(lab_arm, tiny, fsdp)) for name, fsdp in (("DDP", False), ("FSDP2", True))}
 
 
-def lab_step(tiny: bool, fsdp: bool) -> dict[str, Any]:
+def lab_arm(tiny: bool, fsdp: bool) -> dict[str, Any]:
     ranks, clock = dist.get_world_size(), Clock()
     batch = ranks if tiny else BATCH // ranks * ranks
     sizes = {"frames": 4, "size": 16, "width": 32, "depth": 2} if tiny else {}
@@ -137,10 +138,12 @@ def lab_step(tiny: bool, fsdp: bool) -> dict[str, Any]:
 
 
 def of_slowest(step: Callable[[], object], clock: Clock, turns: int) -> dict[str, float]:
+    """Time and memory of a step, on the rank that needs most."""
     return {name: slowest(value, clock) for name, value in clock.cost(step, turns).items()}
 
 
 def wan(tiny: bool) -> dict[str, Any]:
+    """The whole Wan2.1-1.3B. For each arm, the seeds of the clips that this rank trains on."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     clips = {"one": [0], "DDP": [rank], "FSDP2": [rank], "Ulysses": [0]}
     found = {arm: attempt(partial(wan_arm, tiny, arm, each)) for arm, each in clips.items()}
@@ -149,7 +152,7 @@ def wan(tiny: bool) -> dict[str, Any]:
 
 
 def wan_arm(tiny: bool, arm: str, clips: list[int], timed: bool = True) -> dict[str, Any]:
-    """What an arm costs; `clips` are the seeds of those that this rank trains on."""
+    """The first losses of an arm, what its step costs, and what it sends."""
     from wan import Wan, training_step
 
     gc.collect()  # the arm before: wrapped modules refer to themselves
