@@ -374,14 +374,11 @@ def test_the_benchmark_records_ranks_that_cannot_share_the_heads(figures):
 def test_the_benchmark_trains_wan_on_two_ranks(figures):
     found = figures["wan"]
     assert found.keys() == {"one", "DDP", "FSDP2", "Ulysses", "one, all clips"}
-    # bfloat16 gradients of which each rank has a part, Ulysses', are added up in another order.
-    for name, one, rel in (
-        ("DDP", "one, all clips", 5e-4),
-        ("FSDP2", "one, all clips", 5e-4),
-        ("Ulysses", "one", 1e-3),
-    ):
-        assert found[name]["step"] > 0
-        assert found[name]["losses"] == pytest.approx(found[one]["losses"], rel=rel)
+    assert all(found[name]["step"] > 0 for name in ("one", "DDP", "FSDP2", "Ulysses"))
+    # A first step with the gradients of one rank instead of all changes the second loss by more than this.
+    assert found["DDP"]["losses"] == pytest.approx(found["one, all clips"]["losses"], rel=5e-4)
+    assert found["FSDP2"]["losses"] == pytest.approx(found["one, all clips"]["losses"], rel=5e-4)
+    assert found["Ulysses"]["losses"] == pytest.approx(found["one"]["losses"], rel=1e-3)
     for name in ("DDP", "Ulysses"):
         assert found[name]["sent_mb"] == pytest.approx(found[name]["predicted_mb"])
     # FSDP2 gathers the weights outside the blocks once, not twice. In this small model they are many.
