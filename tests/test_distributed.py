@@ -375,8 +375,8 @@ def test_the_benchmark_trains_wan_on_two_ranks(figures):
     found = figures["wan"]
     assert found.keys() == {"one", "DDP", "FSDP2", "Ulysses", "one, all clips"}
     assert all(found[name]["step"] > 0 for name in ("one", "DDP", "FSDP2", "Ulysses"))
-    # Only roughly: all is bfloat16, and Adam turns a rounding of a tiny gradient into a step. That each parameter gets the
-    # right gradient is tested above.
+    # Only roughly: all is bfloat16, and Adam turns the rounding of a tiny gradient into a step. Tests above compare
+    # gradients.
     for name, one in (("DDP", "one, all clips"), ("FSDP2", "one, all clips"), ("Ulysses", "one")):
         assert found[name]["losses"] == pytest.approx(found[one]["losses"], rel=1e-2), name
     for name in ("DDP", "Ulysses"):
