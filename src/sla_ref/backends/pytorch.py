@@ -243,7 +243,7 @@ class _Linear(NamedTuple):
     marginal: Tensor
     """(G, Tq, Tk): 1 where the label is 0, else 0."""
     phi_Q: Tensor
-    """(G, Tq, block_q, D)"""
+    """(G, Tq, block_q, D), 0 for query blocks without a marginal block."""
     phi_K: Tensor
     """(G, Tk, block_k, D)"""
     V_1: Tensor
@@ -272,7 +272,8 @@ def _linear_states(inputs: Inputs) -> Iterator[tuple[slice, _Linear]]:
             V_1 = F.pad(V[heads], (0, 1), value=1.0)
             hz = phi_K[heads].mT @ V_1  # (G, Tk, D, D + 1) [Alg. 1 L4]
             HZ = _sum_over(marginal[heads], hz)  # [Alg. 1 L13]
-            yield heads, _Linear(marginal[heads], phi_Q[heads], phi_K[heads], V_1, HZ)
+            none = ~marginal[heads].any(-1)[..., None, None]  # their linear is 0 by definition, and 0 * NaN is NaN
+            yield heads, _Linear(marginal[heads], phi_Q[heads].masked_fill(none, 0.0), phi_K[heads], V_1, HZ)
 
 
 def _sum_over(member: Tensor, states: Tensor) -> Tensor:
