@@ -97,6 +97,11 @@ def test_scores_of_minus_infinity_in_the_first_tile(backend: ModuleType, device:
     torch.testing.assert_close(saved.out_sparse, weights @ inputs.value[:, :, 16:])
 
 
+def test_the_largest_score_may_be_in_any_tile(backend: ModuleType, device: str) -> None:
+    """Scores differ by hundreds: what is rescaled to any but the largest score so far overflows."""
+    assert_right(backend, make(device, **SMALLER | {"labels": "critical", "spread": 20.0}))
+
+
 def test_scores_far_below_zero(backend: ModuleType, device: str) -> None:
     """There exp(0 - lse) overflows: a key past the end, whose score would be 0, must not be counted in any gradient."""
     problem = make(device, **SMALLER | {"labels": "critical"})
