@@ -83,7 +83,7 @@ def test_a_bad_number_goes_where_the_maths_puts_it(backend_name: str, bad: float
     Head 0 has a bad key, head 1 a bad value. With more features than keys in a block, the torch backend adds up the
     states of one head at a time.
     """
-    problem = testing.make_problem(query_length=96, head_dim=24, block_q=16, block_k=16, device=device)
+    problem = testing.make_problem(query_length=64, head_dim=24, block_q=16, block_k=16, device=device)
     labels = problem.inputs.block_map.labels
     classes = [[set(column.tolist()) for column in labels[0, h].T] for h in range(2)]
     block = [of_head.index({-1, 0, 1}) for of_head in classes]  # a key block that is of each class to some query block

@@ -20,6 +20,7 @@ import ast
 import copy
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -37,10 +38,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "src/sla_ref"
 LISTED = ROOT / "tools" / "mutants.toml"
 TESTS = {
-    "reference": "reference block_map backends",
+    "reference": "reference block_map",
     "reference_sla2": "reference_sla2",
-    "block_map": "block_map attention compile",
-    "attention": "attention module layer backends compile",
+    "block_map": "block_map attention",
+    "attention": "attention module layer",
     "feature_maps": "module attention",
     "module": "module layer attention",
     "sla2": "sla2",
@@ -57,6 +58,9 @@ TESTS = {
 
 SELECTED = "not triton and not numba"  # the tests of kernels, in an interpreter, say little about these modules
 PATIENCE, MORE = 4, 30.0  # a mutant may take so many times as long as the tests without one, and so many seconds more
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch"])  # its import takes as long as many a run of tests
 
 Name = tuple[str, ...]
 """What a mutant is called by, wherever in its function it is: module, function, the lines before and after."""
@@ -212,35 +216,43 @@ def copy_of_the_tree(to: Path) -> None:
 
 def run_tests(module: str, tree: Path, limit: float | None = None) -> tuple[str, float]:
     """What came out, "passed", "too slow" or the line of a test that failed, and the seconds that it took."""
-    files = [f"tests/test_{name}.py" for name in TESTS[module].split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", "-k", SELECTED, *files]
-    # Without bytecode files: that of a mutant could be taken for the next, made in the same second.
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    environment |= {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    started = time.perf_counter()
-    # In a session of its own, to end with all processes that it may have started.
-    process = subprocess.Popen(
-        command,
-        cwd=tree,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        start_new_session=True,
-    )
+    started, log = time.perf_counter(), tree / "pytest.log"
+    process = PROCESSES.Process(target=_pytest, args=(module, tree, log))
+    process.start()
     try:
-        text, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        return "too slow", time.perf_counter() - started
+        process.join(limit)
     finally:
-        with suppress(ProcessLookupError):
+        slow = process.exitcode is None
+        with suppress(ProcessLookupError):  # nothing is left
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.returncode not in (0, 1, 2, 4):  # passed; a test failed; what is tested, or conftest.py, does not load
-        raise RuntimeError(f"pytest ended with {process.returncode}:\n{text}")
+        process.join()
+    if slow:
+        return "too slow", time.perf_counter() - started
+    text = log.read_text(encoding="utf-8")
+    if process.exitcode not in (0, 1, 2, 4):  # passed; a test failed; what is tested, or conftest.py, does not load
+        raise RuntimeError(f"pytest ended with {process.exitcode}:\n{text}")
     failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    result = "passed" if process.returncode == 0 else (failed or text.strip().splitlines()[-1:])[0][:200]
+    result = "passed" if process.exitcode == 0 else (failed or text.strip().splitlines()[-1:])[0][:200]
     return result, time.perf_counter() - started
+
+
+def _pytest(module: str, tree: Path, log: Path) -> None:
+    """The tests of a module, in a process of their own and with their output in a file."""
+    os.setsid()  # to end with all processes that a test may start
+    os.chdir(tree)
+    with log.open("w", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.path.insert(0, str(tree / "src"))
+    os.environ["PYTHONPATH"] = str(tree / "src")
+    # No bytecode: that of a mutant could be taken for the next one's, which is made in the same second.
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+    import pytest
+
+    files = [f"tests/test_{name}.py" for name in TESTS[module].split()]
+    code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-k", SELECTED, *files])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def run(mutants: Iterable[Mutant], out: Path) -> None:
@@ -295,6 +307,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="begin with those that survived before")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.jsonl", help="where the lines go")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     mutants, uncatchable, found = in_order(options.seed, options.module or TESTS), listed(), results(options.out)
     chosen = [mutant for mutant in mutants if options.again and found.get(mutant.name) == "passed"]
     chosen += [mutant for mutant in mutants if mutant.name not in found]
