@@ -264,7 +264,8 @@ def run(mutants: Iterable[Mutant], out: Path) -> None:
         copy_of_the_tree(tree)
         for mutant in mutants:
             module = mutant.name[0]
-            path, source = tree / PACKAGE / f"{module}.py", source_of(module)
+            path = tree / PACKAGE / f"{module}.py"
+            source = path.read_text(encoding="utf-8")
             if module not in clean:
                 result, clean[module] = run_tests(module, tree)
                 if result != "passed":
