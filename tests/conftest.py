@@ -2,6 +2,7 @@
 
 Without a GPU, Triton runs in its interpreter and Numba in its simulator: same kernels, no hardware. The header of the
 run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another).
+`pytest --long` runs those as well that take long and vary what another test checks: more targets, sizes or starts.
 
 What a test sees does not depend on where it runs: not on the variables that decide how programs print, not on the
 tests before it.
@@ -13,6 +14,7 @@ import os
 import random
 import signal
 import tempfile
+import zlib
 
 import hypothesis
 import pytest
@@ -40,6 +42,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported, so before anything imports it
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # the same for numba
 
+from simulators import let_numba_wait_at_barriers, patch_triton_once_a_launch  # noqa: E402
+
 from sla_ref import backends  # noqa: E402
 
 # One thread, unless asked: test processes side by side share the cores, and spinning threads would fight for them.
@@ -53,6 +57,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 BACKENDS = tuple(backends.list_backends())
+USABLE = [name for name, reason in backends.list_backends().items() if reason is None]
+if DEVICE == "cpu" and "triton" in USABLE:
+    patch_triton_once_a_launch()
+if DEVICE == "cpu" and "numba" in USABLE:
+    let_numba_wait_at_barriers()
 WITHOUT_GPU = {"triton": "in its interpreter, on the CPU", "numba": "in its simulator, on the CPU"}
 
 
@@ -60,6 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend", choices=(*BACKENDS, "all"), help="run only the tests of this backend (all: of every backend)"
     )
+    parser.addoption("--long", action="store_true", help="run the tests marked as long, too")
     parser.addoption(
         "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in another order"
     )
@@ -67,6 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backend(name): the test is about this backend")
+    config.addinivalue_line("markers", "long: the test runs with --long only")
     asked = config.getoption("--backend")
     if asked not in (None, "all") and (reason := backends.list_backends()[asked]) is not None:
         raise pytest.UsageError(f"--backend={asked}: {reason}")
@@ -82,8 +93,7 @@ def pytest_report_header() -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend_name" in metafunc.fixturenames:
-        usable = [name for name, reason in backends.list_backends().items() if reason is None]
-        marked = [pytest.param(name, marks=pytest.mark.backend(name)) for name in usable]
+        marked = [pytest.param(name, marks=pytest.mark.backend(name)) for name in USABLE]
         metafunc.parametrize("backend_name", marked)
 
 
@@ -92,19 +102,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         random.Random(seed).shuffle(items)
         first = {item.path: place for place, item in reversed(list(enumerate(items)))}
         items.sort(key=lambda item: first[item.path])  # what the tests of a file share is made once
-    asked = config.getoption("--backend")
-    if asked is None:
-        return
-    names = {item: {mark.args[0] for mark in item.iter_markers("backend")} for item in items}
-    chosen = [item for item in items if (names[item] if asked == "all" else asked in names[item])]
+    chosen = [item for item in items if config.getoption("--long") or item.get_closest_marker("long") is None]
+    if (asked := config.getoption("--backend")) is not None:
+        names = {item: {mark.args[0] for mark in item.iter_markers("backend")} for item in chosen}
+        chosen = [item for item in chosen if (names[item] if asked == "all" else asked in names[item])]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Every test draws the same numbers, whichever tests ran before it; so do the fixtures that it sets up."""
+    """Every test draws the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef):
+    """So does every fixture, and what it draws changes nothing for the test, which may find it made for another."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(fixturedef.argname.encode()))
+        return (yield)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Two processes compute what one does: the lab's training under DDP and FSDP2, Ulysses by itself and in Wan.
+"""Several processes compute what one does: the lab's training under DDP and FSDP2, Ulysses by itself and in Wan.
 
-torchrun starts tests/ranks.py three times, on the CPU with gloo: what came out is compared here with one process.
+torchrun starts tests/ranks.py four times, on the CPU with gloo: what came out is compared here with one process.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def split(folder):
 @pytest.fixture(scope="module")
 def trained(folder):
     """The runs of two ranks, one of which goes on from a run of one process, and how the session ended."""
-    with pytest.raises(KeyboardInterrupt):
-        ranks.training(folder, "resumed", tick=ranks.interrupt_at(3))
+    for name in ("resumed", "sla2 resumed"):
+        with pytest.raises(KeyboardInterrupt):
+            ranks.training(folder, name, tick=ranks.interrupt_at(3))
     session = torchrun(ROOT / "tests" / "ranks.py", "trained", folder)
     assert session.returncode == 0, session.stderr
     return torch.load(folder / "trained.pt"), session
@@ -132,6 +133,7 @@ def test_files_of_weights_that_fsdp_has_sharded(folder, split):
     added = checkpoints.split_sla_state_dict(expected)[0]
     for name in ("same", "own-0", "own-1"):
         close(checkpoints.read_checkpoint(folder / f"{name}.safetensors"), added)
+    close(checkpoints.read_checkpoint(folder / "dcp"), {f"model.{name}": value for name, value in expected.items()})
     for each in split[0]:
         close(each["loaded"], expected)
         close(each["loaded again"], expected)
@@ -150,6 +152,8 @@ def test_gathering_sends_back_the_sum_of_all_ranks_gradients(split):
         ("wan, time per token", {}, {"per_token": True}),
         ("wan, main", {"negligible_ratio": None, "variant": "main"}, {}),
         ("wan, fsdp and checkpointing", {}, {}),
+        ("wan, sla2", ranks.PER_TOKEN, {}),
+        ("wan, sla2, fsdp and checkpointing", ranks.PER_BLOCK, {}),
         ("wan, taken out", None, {}),
         ("wan, replaced and taken out", None, {}),
     ],
@@ -168,6 +172,20 @@ def test_wan_on_two_ranks_is_wan_on_one(split, name, options, inputs):
     for each in split[0]:
         found = {key: value for key, value in each[name].items() if not key.startswith("input")}
         close(found, {key: value for key, value in expected.items() if not key.startswith("input")}, **tolerance)
+
+
+@pytest.mark.long
+@needs_wan
+def test_pairs_of_ranks_split_the_tokens_of_a_clip_each(tmp_path):
+    """Four ranks. Every parameter gets the mean of both clips' gradients, the gradient of a batch of two."""
+    session = torchrun(ROOT / "tests" / "ranks.py", "mesh", tmp_path, processes=4)
+    assert session.returncode == 0, session.stderr
+    clips = [ranks.outcome(ranks.Wan(), *(each[i : i + 1] for each in ranks.latents())) for i in (0, 1)]
+    mean = {name: (clips[0][name] + clips[1][name]) / 2 for name in clips[0] if not name.startswith(("input", "out"))}
+    for rank in range(4):
+        for found in torch.load(tmp_path / f"mesh-{rank}.pt").values():
+            expected = mean | {"out": clips[rank // 2]["out"]}
+            close({name: found[name] for name in expected}, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -221,18 +239,20 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The same run by one process."""
+    """The same runs by one process."""
     folder = tmp_path_factory.mktemp("alone")
-    ranks.training(folder, "run")
-    return folder / "run"
+    for name in ("sla", "sla2"):
+        ranks.training(folder, name)
+    return folder
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed", "interrupted"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed", "interrupted", "sla2 ddp", "sla2 resumed"])
 def test_the_loss_curve_is_that_of_one_process(folder, trained, alone, name):
-    found, expected = lines(folder / name), lines(alone)
+    one = alone / ("sla2" if name.startswith("sla2") else "sla")
+    found, expected = lines(folder / name), lines(one)
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
-    first, second = (read_checkpoint(path / "checkpoint.pt") for path in (folder / name, alone))
+    first, second = (read_checkpoint(path / "checkpoint.pt") for path in (folder / name, one))
     close(first["model"], second["model"], atol=1e-4, rtol=1e-4)
     assert first["identity"] == second["identity"]
 
@@ -242,7 +262,7 @@ def test_one_process_goes_on_where_two_stopped(folder, trained, tmp_path, monkey
     """It makes six more steps from the checkpoint of step 6."""
     longer = ranks.TrainConfig(**{**ranks.CONFIG.__dict__, "steps": 6})
     state = read_checkpoint(folder / name / "checkpoint.pt")
-    reference = read_checkpoint(alone / "checkpoint.pt")
+    reference = read_checkpoint(alone / "sla" / "checkpoint.pt")
     assert state["optimizer"]["state"].keys() == reference["optimizer"]["state"].keys()
     for place, model in ((tmp_path / "two", state), (tmp_path / "one", reference)):
         place.mkdir()
@@ -268,6 +288,12 @@ def test_fsdp_keeps_half_of_the_parameters_on_each_rank(trained):
 def test_an_uneven_batch_is_named_before_anything_runs(folder, trained):
     assert trained[0]["uneven"] == "ValueError: batch must be divisible by the number of processes 2, got 3"
     assert not (folder / "uneven").exists()
+
+
+def test_stage_1_on_two_ranks_is_refused_before_anything_runs(folder, trained):
+    """It calls layers by themselves, around DDP, whose averages the gradients would then lack."""
+    assert trained[0]["stage 1"] == "ValueError: objective layers needs one process, got 2"
+    assert not (folder / "stage 1").exists()
 
 
 def test_the_command_writes_what_one_process_writes(folder, trained, tmp_path):
@@ -337,17 +363,27 @@ def test_the_benchmark_measures_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "arguments", "message"),
+    ("arguments", "message"),
     [
-        (3, ["--tiny"], "heads must be divisible by the ranks of the group, which share them out, got 2 on 3 ranks"),
-        (1, [], "there is no GPU here; --tiny rehearses on the CPU"),
-        (1, ["--tiny", "--json", BENCHMARK], "--json must name a new file"),
+        ([], "there is no GPU here; --tiny rehearses on the CPU"),
+        (["--tiny", "--json", str(BENCHMARK)], "--json must name a new file"),
+        (["--tiny"], "torchrun must start this program"),
     ],
 )
-def test_the_benchmark_refuses_before_any_work(processes, arguments, message):
-    session = torchrun(BENCHMARK, *arguments, processes=processes)
+def test_the_benchmark_refuses_before_any_work(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), *arguments])
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(BENCHMARK), run_name="__main__")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_benchmark_refuses_ranks_that_cannot_share_the_heads():
+    session = torchrun(BENCHMARK, "--tiny", processes=3)
     assert session.returncode == 1
-    assert message in session.stderr
+    assert "heads must be divisible by the ranks of the group, which share them out, got 2 on 3 ranks" in session.stderr
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
