@@ -148,6 +148,23 @@ def test_opcheck(inside):
         torch.library.opcheck(backward, (*grads[:2], grad_lse, *detached[:5], *saved, detached[5], *options))
 
 
+def test_compilers_are_told_the_dtypes_of_results():
+    """lse is float32 for half precision."""
+    tensors, options = operator_arguments(dtype=torch.bfloat16)[:6], operator_arguments()[6:]
+    detached = [tensor.detach() for tensor in tensors]
+    torch.library.opcheck(forward, (*detached, *options), test_utils="test_faketensor")
+
+
+def test_features_of_another_dtype_are_cast():
+    inputs = qkv(torch.float32)
+    expected, found = (
+        sla_ref.sparse_linear_attention(*inputs, feature_map=phi, **SMALL)
+        for phi in (lambda x: x.double().softmax(-1).float(), lambda x: x.double().softmax(-1))
+    )
+    assert torch.equal(found.linear, expected.linear)
+    assert all(map(torch.equal, gradients(found, inputs), gradients(expected, inputs)))
+
+
 @pytest.mark.parametrize("result", ["an argument", "one tensor twice"])
 def test_results_that_share_memory_are_refused(result, monkeypatch):
     """Compilers take the results of an operator for tensors of their own."""

@@ -78,28 +78,39 @@ def test_check_backend_reports(backend_name: str, device: str) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 def test_a_bad_number_goes_where_the_maths_puts_it(backend_name: str, bad: float, device: str) -> None:
-    """One bad key spoils `sparse` where its block is critical, `linear` where it is marginal, and nothing else."""
-    problem = testing.make_problem(query_length=96, head_dim=16, block_q=16, block_k=16, device=device)
+    """It spoils `sparse` where its block is critical, `linear` where it is marginal, and nothing else.
+
+    Head 0 has a bad key, head 1 a bad value. With more features than keys in a block, the torch backend adds up the
+    states of one head at a time.
+    """
+    problem = testing.make_problem(query_length=64, head_dim=24, block_q=16, block_k=16, device=device)
     labels = problem.inputs.block_map.labels
-    classes = [set(labels[0, 0, :, j].tolist()) for j in range(labels.shape[-1])]
-    block = classes.index({-1, 0, 1})  # a key block that is of each class to some query block
-    problem.inputs.key[0, 0, 16 * block + 3] = bad
-    problem.inputs.phi_key[0, 0, 16 * block + 3] = float("nan")
+    classes = [[set(column.tolist()) for column in labels[0, h].T] for h in range(2)]
+    block = [of_head.index({-1, 0, 1}) for of_head in classes]  # a key block that is of each class to some query block
+    problem.inputs.key[0, 0, 16 * block[0] + 3] = bad
+    problem.inputs.phi_key[0, 0, 16 * block[0] + 3] = float("nan")
+    problem.inputs.value[0, 1, 16 * block[1] + 3] = bad
     saved = backends.load(backend_name).forward(problem.inputs)
     for out, label in ((saved.out_sparse, 1), (saved.out_linear, 0)):
-        spoilt = out.isnan().any(-1)  # (B, H, Nq)
-        expected = torch.zeros_like(spoilt)
-        expected[0, 0] = (labels[0, 0, :, block] == label).repeat_interleave(16)
-        assert torch.equal(spoilt, expected)
+        spoilt = ~out.isfinite().all(-1)  # (B, H, Nq)
+        expected = [(labels[0, h, :, block[h]] == label).repeat_interleave(16) for h in range(2)]
+        assert torch.equal(spoilt[0], torch.stack(expected))
 
 
-def test_a_bad_query_spoils_its_own_row(backend_name: str, device: str) -> None:
-    problem = testing.make_problem(query_length=96, head_dim=16, block_q=16, block_k=16, device=device)
-    problem.inputs.query[0, 1, 40], problem.inputs.phi_query[0, 1, 40] = float("nan"), float("nan")
-    saved = backends.load(backend_name).forward(problem.inputs)
-    for out in (saved.out_sparse, saved.out_linear):
-        assert out[0, 1, 40].isnan().all()
-        assert out.isnan().any(-1).sum() == 1
+@pytest.mark.parametrize("has_marginal", [True, False])
+def test_a_bad_query_spoils_its_own_row(backend_name: str, has_marginal: bool, device: str) -> None:
+    """Where its block has no marginal block, `linear` is zero whatever its features are."""
+    problem = testing.make_problem(query_length=48, head_dim=16, block_q=16, block_k=16, device=device)
+    inputs = problem.inputs
+    inputs.query[0, 1, 40], inputs.phi_query[0, 1, 40] = float("nan"), float("nan")
+    if not has_marginal:
+        labels = inputs.block_map.labels.clone()
+        labels[0, 1, 2] = 1
+        inputs = inputs._replace(block_map=BlockMap(labels, 16, 16, 48, 48))
+    saved = backends.load(backend_name).forward(inputs)
+    for out, spoilt in ((saved.out_sparse, True), (saved.out_linear, has_marginal)):
+        assert out[0, 1, 40].isnan().all() == spoilt
+        assert out.isnan().any(-1).sum() == spoilt
 
 
 @pytest.mark.backend("torch")

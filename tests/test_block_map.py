@@ -208,6 +208,14 @@ def test_the_number_of_critical_blocks():
     assert (none.max_critical, none.is_uniform) == (1, False), "C is at least 1"
 
 
+def test_a_map_whose_labels_cannot_be_read():
+    """As under torch.compile: all blocks of a row may be critical, and any may be marginal."""
+    labels = torch.ones(1, 1, 3, 3, dtype=torch.int8, device="meta")
+    counted, given = hand_made(labels=labels), hand_made(labels=labels, num_critical=2)
+    assert (counted.max_critical, counted.is_uniform, counted.has_marginal) == (3, False, True)
+    assert (given.max_critical, given.is_uniform, given.has_marginal) == (2, True, True)
+
+
 def test_nothing_is_read_after_a_map_is_made(monkeypatch):
     """Each read of a tensor's value waits for the device, and cannot be captured in a CUDA graph."""
     maps = hand_made(), sla_ref.classify_blocks(tokens(12)[:1, :1], tokens(11)[:1, :1], 0.4, block_q=4, block_k=4)

@@ -247,12 +247,13 @@ def test_every_model_that_is_named_is_tested():
 # --- where it is put -------------------------------------------------------------------------------------------------
 
 
-def test_cross_attention_and_other_layers_stay():
+@pytest.mark.parametrize("number", [0, 1])
+def test_cross_attention_and_other_layers_stay(number):
     model = transformer()
     before = model.attn_processors
-    wan.install_sla(model, layers=[1])
+    wan.install_sla(model, layers=[number])
     changed = {name for name, processor in model.attn_processors.items() if processor is not before[name]}
-    assert changed == {"blocks.1.attn1.processor"}
+    assert changed == {f"blocks.{number}.attn1.processor"}
 
 
 def test_weights_are_the_models_own(installed, options):

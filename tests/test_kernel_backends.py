@@ -97,19 +97,35 @@ def test_scores_of_minus_infinity_in_the_first_tile(backend: ModuleType, device:
     torch.testing.assert_close(saved.out_sparse, weights @ inputs.value[:, :, 16:])
 
 
+def test_the_largest_score_may_be_in_any_tile(backend: ModuleType, device: str) -> None:
+    """Scores differ by hundreds: what is rescaled to any but the largest score so far overflows."""
+    assert_right(backend, make(device, **SMALLER | {"labels": "critical", "spread": 20.0}))
+
+
+def test_scores_far_below_zero(backend: ModuleType, device: str) -> None:
+    """There exp(0 - lse) overflows: a key past the end, whose score would be 0, must not be counted in any gradient."""
+    problem = make(device, **SMALLER | {"labels": "critical"})
+    query, key = problem.inputs.query.abs() + 6, -problem.inputs.key.abs() - 6
+    problem = problem._replace(inputs=problem.inputs._replace(query=query, key=key))
+    assert (testing.oracle(problem)["lse"] < -89).all()
+    assert_right(backend, problem)
+
+
 def test_nan_goes_where_the_mathematics_puts_it(backend: ModuleType, device: str) -> None:
-    inputs = make(device, query_length=48, key_length=70).inputs
-    labels = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, -1, 0], [-1, -1, 1, 1, -1]], dtype=torch.int8, device=device)
-    inputs = inputs._replace(block_map=BlockMap(labels[None, None], 16, 16, 48, 70))
+    inputs = make(device, query_length=64, key_length=70).inputs
+    labels = [[1, 0, -1, 0, 0], [0, 1, 0, -1, 0], [-1, -1, 1, 1, -1], [0, -1, -1, 0, 1]]
+    labels = torch.tensor(labels, dtype=torch.int8, device=device)
+    inputs = inputs._replace(block_map=BlockMap(labels[None, None], 16, 16, 64, 70))
     inputs.key[0, 0, 20] = math.nan  # in key block 1: marginal to query block 0, critical to 1, negligible to 2
     inputs.phi_key[0, 0, 20] = math.inf
+    inputs.value[0, 0, 40] = math.nan  # in key block 2: marginal to query block 1, critical to 2, negligible to others
     inputs.phi_query[0, 0, 40] = math.nan  # query block 2 has no marginal block: linear = 0 whatever its features are
     saved = backend.forward(inputs)
-    block = torch.arange(48, device=device) // 16
-    assert torch.equal(saved.out_linear[0, 0].isnan(), (block == 0)[:, None].expand(48, 8))
-    assert torch.equal(saved.out_sparse[0, 0].isnan(), (block == 1)[:, None].expand(48, 8))
+    block = torch.arange(64, device=device) // 16
+    assert torch.equal(saved.out_linear[0, 0].isnan(), (block <= 1)[:, None].expand(64, 8))
+    assert torch.equal(saved.out_sparse[0, 0].isnan(), ((block == 1) | (block == 2))[:, None].expand(64, 8))
     assert torch.equal(saved.lse[0, 0].isnan(), block == 1)
-    assert not saved.out_linear[0, 0, 32:].any()
+    assert not saved.out_linear[0, 0, 32:48].any()
 
 
 @pytest.mark.parametrize(("power", "zero"), [(-45, False), (-51, True)])

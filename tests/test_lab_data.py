@@ -66,7 +66,8 @@ def test_paths_are_straight_and_bounce():
 
 
 def test_a_backdrop_is_one_level_per_clip_and_changes_nothing_else():
-    plain, backed = (data.MovingDigits("train", 5, backdrop=level).batch(4)[0] for level in (0.0, 0.5))
+    plain, backed, again = (data.MovingDigits("train", 5, backdrop=level).batch(4)[0] for level in (0.0, 0.5, 0.5))
+    assert torch.equal(again, backed)
     level = backed.amin(dim=(1, 2, 3), keepdim=True)
     assert level.amax() < 0 and len(level.unique()) == 4
     assert torch.equal(backed, plain.maximum(level))

@@ -1,5 +1,6 @@
 """The video model: its parts, and that swapping its attention changes nothing else."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -203,19 +204,20 @@ def test_attention_inputs_are_those_of_every_block():
     assert not made.blocks[0].attention.core._forward_pre_hooks
 
 
-def test_sampling_follows_a_known_velocity():
-    class TowardsHalf(torch.nn.Module):
-        """Knows the clip, 1/2 everywhere: the velocity is (x - clip) / t."""
+def test_sampling_takes_equal_steps_from_noise_to_clip():
+    class Growing(torch.nn.Module):
+        """The velocity is t x. A step of 1/5 from time t therefore multiplies x by 1 - t / 5."""
 
         def forward(self, x, time, labels):
-            return (x - 0.5) / time[:, None, None, None]
+            return time[:, None, None, None] * x
 
     done = []
-    out = flow.sample(TowardsHalf(), clip(), LABELS, 5, done.append)
-    torch.testing.assert_close(out, torch.full_like(out, 0.5))
+    out = flow.sample(Growing(), clip(), LABELS, 5, done.append)
+    expected = math.prod(1 - t / 5 for t in (1.0, 0.8, 0.6, 0.4, 0.2)) * clip()
+    torch.testing.assert_close(out, expected.clamp(-1, 1))
     assert done == [1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        flow.sample(TowardsHalf(), clip(), LABELS, 0)
+        flow.sample(Growing(), clip(), LABELS, 0)
 
 
 def test_flow_ends_are_clip_and_noise_and_the_velocity_joins_them():

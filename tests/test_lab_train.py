@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -51,6 +52,24 @@ def test_the_loss_falls_and_metrics_say_so(tmp_path):
     assert written[-1]["loss"] < 0.9 * written[0]["loss"]
     assert written[-1]["learning_rate"] < 0.02 * CONFIG.learning_rate
     assert all(line["seconds"] > 0 for line in written)
+
+
+def test_seconds_are_those_since_the_last_line_and_go_on_after_a_resume(monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    run = Run(model(), CONFIG)
+    seen = []
+    for clock[0] in (2.5, 3.0):
+        run.advance()
+        seen.append(run.log_line()["seconds"])
+    clock[0] = 5.0
+    run.advance()
+    run.save(tmp_path / "checkpoint.pt")
+    clock[0] = 100.0
+    resumed = Run(model(), CONFIG)
+    resumed.load(tmp_path / "checkpoint.pt")
+    clock[0] = 101.0
+    assert [*seen, resumed.log_line()["seconds"]] == [2.5, 0.5, 3.0]
 
 
 @pytest.mark.parametrize(

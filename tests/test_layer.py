@@ -277,6 +277,26 @@ def test_opcheck(phi: str) -> None:
     torch.library.opcheck(backward, (problem.grad_sparse, *tensors, *saved, block_map.labels, *options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_runs_with_autocast_off(dtype: torch.dtype) -> None:
+    """The bits are the same whether or not forward and backward are called inside autocast. lse stays float32."""
+    problem = testing.make_problem(**SMALL, dtype=dtype)
+    *tensors, block_map, scale = problem.inputs
+    tensors += proj_for(problem)
+    options = (block_map.max_critical, block_map.is_uniform, block_map.has_marginal, 16, 16, scale, "torch")
+    layer, backward = (getattr(torch.ops.sla_ref, name).default for name in ("layer", "layer_backward"))
+
+    def both() -> list[torch.Tensor]:
+        saved = layer(*tensors, block_map.labels, *options)
+        return [*saved, *backward(problem.grad_sparse, *tensors, *saved, block_map.labels, *options)]
+
+    outside = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = both()
+    assert all(map(torch.equal, inside, outside))
+    torch.library.opcheck(layer, (*tensors, block_map.labels, *options), test_utils="test_faketensor")
+
+
 def test_gradcheck() -> None:
     layer, x = layer_and_tokens(torch.float64)
     leaves = [tensor[:, :1, :20].clone().requires_grad_() for tensor in x]

@@ -108,6 +108,16 @@ def test_feature_map_formulas():
     assert hedgehog.weight.shape == (3, 6)
 
 
+def test_hedgehog_starts_with_orthonormal_rows_and_a_reset_draws_others():
+    layer = sla_ref.SparseLinearAttention(16, feature_map="hedgehog", **BLOCKS)
+    before = [phi.weight.clone() for phi in (layer.phi_query, layer.phi_key)]
+    layer.reset_parameters()
+    for phi, start in zip((layer.phi_query, layer.phi_key), before, strict=True):
+        assert not torch.allclose(phi.weight, start)
+        for weight in (phi.weight, start):
+            torch.testing.assert_close(weight @ weight.T, torch.eye(8))
+
+
 def test_a_given_map_overrides_the_ratios():
     layer = sla_ref.SparseLinearAttention(16, 0.01, **BLOCKS)
     x = inputs()

@@ -116,6 +116,16 @@ def test_a_broken_state_reaches_its_members_alone(bad: float, device: str) -> No
     assert (sums[:, 1] == 16).all()
 
 
+def test_each_part_of_a_state_may_be_the_broken_one(device: str) -> None:
+    """With 40 features a state is made by two thread blocks, and only the second one meets the NaN."""
+    features, values, spare = torch.ones(1, 32, 40), torch.ones(1, 32, 40), torch.ones(1, 32)
+    features[0, 10, 35] = math.nan
+    states = numba_cuda.block_states(*(tensor.to(device) for tensor in (features, values, spare)), 16)
+    sums = numba_cuda.add_up(torch.eye(2, device=device)[None], *states)
+    assert sums[:, 0].isnan().all()
+    assert (sums[:, 1] == 16).all()
+
+
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
 def test_the_users_tf32_switch_is_put_back(setting: str) -> None:
     switch = torch.backends.cuda.matmul

@@ -57,6 +57,7 @@ def test_list_backends_gives_reasons():
     assert listed["torch"] is None
     assert listed["broken"] == "it needs a screwdriver"
     assert "triton" in listed
+    assert backends.is_usable("torch") and not backends.is_usable("broken")
 
 
 @pytest.mark.parametrize("choose", [sla_ref.set_backend, lambda name: sla_ref.use_backend(name).__enter__()])

@@ -246,7 +246,7 @@ def test_stage_1_trains_a_router():
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_result_has_the_dtype_of_query_whatever_that_of_the_parameters(alpha, dtype, tau):
     for of_parameters in (torch.float32, torch.bfloat16):
-        layer = make_layer(alpha, proj=True).to(of_parameters)
+        layer = make_layer(alpha, proj=True, feature_map="hedgehog").to(of_parameters)
         out = layer(*inputs(dtype), tau=tau)
         assert out.dtype == dtype
         exact = copy.deepcopy(layer).double()(*(tensor.double() for tensor in inputs(dtype)), tau=tau)

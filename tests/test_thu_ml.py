@@ -139,6 +139,8 @@ def test_every_block_critical():
 
 
 def test_arguments_in_their_order():
+    plain = SparseLinearAttention(D, 0.2)
+    assert (plain.feature_map, plain.BLKQ, plain.BLKK, plain.dtype) == ("softmax", 64, 64, torch.bfloat16)
     made = SparseLinearAttention(D, 0.2, "elu", 16, 8, False, False)
     assert (made.topk, made.feature_map, made.BLKQ, made.BLKK, made.dtype) == (0.2, "elu", 16, 8, torch.float16)
     assert made.proj_l.weight.dtype == torch.float32

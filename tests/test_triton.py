@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import math
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from faults import Fault, assert_caught, with_fault
-from test_kernel_backends import IN_CHUNKS, assert_same_bits, make, needs_gpu, run
+from test_kernel_backends import IN_CHUNKS, assert_right, assert_same_bits, make, needs_gpu, run
 
 from sla_ref import backends, reference, testing
 from sla_ref.block_map import CRITICAL, MARGINAL, NEGLIGIBLE, BlockMap
@@ -75,6 +75,8 @@ FAULTS = {
     "dZ has the wrong sign": in_linear("grad_sums_kernel", "dZ = -tl.sum(", "dZ = tl.sum(", "grad_phi_key"),
     "dz is skipped": in_linear("grad_keys_kernel", "+ dz[None, :]", "", "grad_phi_key"),
 }
+LARGE_FEATURES = {"head_dim": 2, "spread": 1000.0, "labels": "marginal", "query_length": 17, "key_length": 20}
+"""Of all signs: some tokens have both of their two features far below zero."""
 DEFAULT_PHI_FAULTS = {  # where the kernels compute phi by themselves
     "keys past the end have features": in_tokens("phi_of", "< head.length", "< 2 * head.length", "linear"),
     "features that are padding count": in_tokens("exponentials", "< head.D", "< 2 * head.D", "linear"),
@@ -86,6 +88,9 @@ DEFAULT_PHI_FAULTS = {  # where the kernels compute phi by themselves
         spread=20.0,
         dtype=torch.float16,
         head_dim=24,
+    ),
+    "features that are padding count in the maximum": in_tokens(
+        "phi_of", 'plan.D)[None, :], x, float("-inf")', "plan.D)[None, :], x, x", "linear", **LARGE_FEATURES
     ),
     "the gradient of softmax is skipped": in_linear(
         "grad_sums_kernel", "weight if plan.SOFTMAX else", "", "grad_query"
@@ -233,6 +238,17 @@ def test_weights_are_powers_of_two_near_one_over_the_number_of_marginal_blocks(
     assert torch.equal(labels.read_labels(block_map, dtype, backward=False).weights, expected)
 
 
+def test_states_of_many_blocks_are_added_up(device: str) -> None:
+    """Of more than one tile of the weights, with the weights as they are and transposed, as the backward needs them."""
+    call = SimpleNamespace(tf32=False)
+    weights = torch.nn.functional.pad(torch.randn(2, 9, 300, device=device), (0, 20, 0, 23))
+    for of_pairs, num_out, num_in in ((weights, 9, 300), (weights.mT, 300, 9)):
+        states = torch.randn(2, num_in, 18 * 16, device=device)
+        sums = states.new_empty(2, num_out, 18 * 16)
+        linear.add_up(call, of_pairs, states, sums)
+        torch.testing.assert_close(sums, of_pairs[:, :num_out, :num_in] @ states, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_tiles_read_by_descriptor_give_the_same_bits(dtype: torch.dtype, device: str, monkeypatch) -> None:
     if not launch.INTERPRETED and not launch.reads_shared_memory():
@@ -273,6 +289,10 @@ def test_chunks_cover_all_heads_within_bounds(blocks: tuple[int, int], per_query
 
 
 # --- the contract's corners ------------------------------------------------------------------------------------------
+
+
+def test_softmax_inside_of_large_features(device: str) -> None:
+    assert_right(triton, make(device, **LARGE_FEATURES).default_phi())
 
 
 def test_float16_holds_sums_that_would_overflow(device: str) -> None:

@@ -243,7 +243,7 @@ class _Linear(NamedTuple):
     marginal: Tensor
     """(G, Tq, Tk): 1 where the label is 0, else 0."""
     phi_Q: Tensor
-    """(G, Tq, block_q, D)"""
+    """(G, Tq, block_q, D), 0 for query blocks without a marginal block."""
     phi_K: Tensor
     """(G, Tk, block_k, D)"""
     V_1: Tensor
@@ -268,11 +268,14 @@ def _linear_states(inputs: Inputs) -> Iterator[tuple[slice, _Linear]]:
     group = max(1, B * H * block_map.block_k // D)
     for start in range(0, B * H, group):
         heads = slice(start, start + group)
-        if marginal[heads].any():
+        some = marginal[heads].any(-1)[..., None, None]  # (G, Tq, 1, 1)
+        if some.any():
             V_1 = F.pad(V[heads], (0, 1), value=1.0)
             hz = phi_K[heads].mT @ V_1  # (G, Tk, D, D + 1) [Alg. 1 L4]
             HZ = _sum_over(marginal[heads], hz)  # [Alg. 1 L13]
-            yield heads, _Linear(marginal[heads], phi_Q[heads], phi_K[heads], V_1, HZ)
+            # A row without a marginal block is zero whatever its features are, and 0 * NaN would be NaN.
+            phi_rows = phi_Q[heads] if some.all() else phi_Q[heads].masked_fill(~some, 0.0)
+            yield heads, _Linear(marginal[heads], phi_rows, phi_K[heads], V_1, HZ)
 
 
 def _sum_over(member: Tensor, states: Tensor) -> Tensor:
