@@ -20,11 +20,12 @@ RUN  := $(VENV)/bin/python -m
 INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(RUN) pip install $(PIP_ARGS) --editable
 
 .NOTPARALLEL:
-.PHONY: help demo test test-variants lint format bench docs hooks clean
+.PHONY: help demo test test-variants evidence lint format bench docs hooks clean
 
 help:
 	@echo "make demo    fine-tune a small video model with SLA and show what came out"
 	@echo "make test    run the tests; make test-variants: as on other machines, three times"
+	@echo "make evidence  run the tests that docs/guarantees.md names, and write down what they saw"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put imports and layout in order"
 	@echo "make bench   time the torch backend on this CPU"
@@ -45,6 +46,11 @@ test-variants: $(VENV)/.has-dev
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBILITY $(MAKE) test ARGS="--shuffle=1 $(ARGS)"
 	ATEN_CPU_CAPABILITY=avx2 $(MAKE) test THREADS=2 ARGS="--shuffle=2 $(ARGS)"
 	LC_ALL=C HOME=/dev/null XDG_CACHE_HOME= $(MAKE) test ARGS="--shuffle=3 $(ARGS)"
+
+# A test that lacks a program fails here: a skipped case would be recorded as one that needs a GPU.
+evidence: $(VENV)/.has-dev
+	SLA_REF_REQUIRE_TOOLS=1 $(MAKE) test ARGS="--evidence=benchmarks/results/evidence $(ARGS)"
+	$(VENV)/bin/python tools/guarantees.py
 
 lint: $(VENV)/.has-dev
 	$(RUN) ruff check

@@ -1,7 +1,8 @@
 """`pytest` tries every backend that this machine can run; `pytest --backend=triton` tries only that one.
 
 Without a GPU, Triton runs in its interpreter and Numba in its simulator: same kernels, no hardware. The header of the
-run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another).
+run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another). `pytest
+--evidence=FOLDER` records what the tests of docs/guarantees.md see (evidence.py).
 
 What a test sees does not depend on where it runs: not on the variables that decide how programs print, not on the
 tests before it.
@@ -13,6 +14,7 @@ import os
 import random
 import signal
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -40,6 +42,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported, so before anything imports it
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # the same for numba
 
+import evidence  # noqa: E402
+
 from sla_ref import backends  # noqa: E402
 
 # One thread, unless asked: test processes side by side share the cores, and spinning threads would fight for them.
@@ -63,6 +67,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in another order"
     )
+    parser.addoption(
+        "--evidence", metavar="FOLDER", help="run the tests that docs/guarantees.md names, and record what they see"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("--backend")
     if asked not in (None, "all") and (reason := backends.list_backends()[asked]) is not None:
         raise pytest.UsageError(f"--backend={asked}: {reason}")
+    if (folder := config.getoption("--evidence")) is not None:
+        config.pluginmanager.register(evidence.Recorder(Path(folder)))
 
 
 def pytest_report_header() -> list[str]:

@@ -101,6 +101,14 @@ def leave_rows_unwritten(run, inputs):
     return saved._replace(out_sparse=out)
 
 
+def write_past_the_end(run, inputs):
+    saved = run(inputs)
+    out = torch.empty_like(saved.out_sparse).copy_(saved.out_sparse)
+    if out.untyped_storage().nbytes() > out.nbytes:  # a view with room around it
+        out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+    return saved._replace(out_sparse=out)
+
+
 def read_beside_the_tokens(run, inputs):
     v = inputs.value
     if v.stride(-2) > v.shape[-1] * v.shape[1]:  # a view with room around it: sum what lies there
@@ -263,6 +271,7 @@ FORWARD_FAULTS = {
     tf32: {"sparse"},
     half_precision_sums: {"lse"},
     leave_rows_unwritten: {"sparse"},
+    write_past_the_end: {"writes only inside its tensors"},
     read_beside_the_tokens: {"sparse"},
     wrong_dtype: {"runs"},
     strided_output: {"runs"},
