@@ -42,17 +42,16 @@ class Recording(NamedTuple):
 
 
 def code(tree: Any) -> Any:
-    """A syntax tree as nested lists, without comments, strings that are statements, and line numbers.
+    """A syntax tree as nested lists, without docstrings and whatever else does nothing, and without empty fields.
 
-    `ast.dump` says the same, but in other words in each version of Python.
+    `ast.dump` gives other text in other versions of Python.
     """
     if isinstance(tree, list):
-        return [
-            code(each) for each in tree if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
-        ]
+        parts = [each for each in tree if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
+        return [code(each) for each in parts]
     if isinstance(tree, ast.AST):
-        fields = [[name, code(value)] for name, value in ast.iter_fields(tree)]
-        return [type(tree).__name__, *(field for field in fields if field[1] not in (None, []))]
+        fields = [[name, code(value)] for name, value in ast.iter_fields(tree) if value not in (None, [])]
+        return [type(tree).__name__, *fields]
     return repr(tree)
 
 
@@ -109,7 +108,7 @@ def fill(page: str, evidence: dict[str, Recording], now: dict[str, str]) -> str:
 
 def changed(recording: Recording, now: dict[str, str]) -> list[str]:
     """The parts of the package that are not what they were."""
-    return [name for name in now if recording.about["sources"][name] != now[name]]
+    return [name for name in now if recording.about["sources"].get(name) != now[name]]
 
 
 def cell(tests: list[str], evidence: dict[str, Recording], now: dict[str, str]) -> str:
