@@ -15,6 +15,7 @@ import random
 import signal
 import tempfile
 from pathlib import Path
+import zlib
 
 import hypothesis
 import pytest
@@ -43,6 +44,7 @@ if DEVICE == "cpu":
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # the same for numba
 
 import evidence  # noqa: E402
+from simulators import let_numba_wait_at_barriers, patch_triton_once_a_launch  # noqa: E402
 
 from sla_ref import backends  # noqa: E402
 
@@ -57,6 +59,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 BACKENDS = tuple(backends.list_backends())
+USABLE = [name for name, reason in backends.list_backends().items() if reason is None]
+if DEVICE == "cpu" and "triton" in USABLE:
+    patch_triton_once_a_launch()
+if DEVICE == "cpu" and "numba" in USABLE:
+    let_numba_wait_at_barriers()
 WITHOUT_GPU = {"triton": "in its interpreter, on the CPU", "numba": "in its simulator, on the CPU"}
 
 
@@ -91,8 +98,7 @@ def pytest_report_header() -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend_name" in metafunc.fixturenames:
-        usable = [name for name, reason in backends.list_backends().items() if reason is None]
-        marked = [pytest.param(name, marks=pytest.mark.backend(name)) for name in usable]
+        marked = [pytest.param(name, marks=pytest.mark.backend(name)) for name in USABLE]
         metafunc.parametrize("backend_name", marked)
 
 
@@ -112,8 +118,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Every test draws the same numbers, whichever tests ran before it; so do the fixtures that it sets up."""
+    """Every test draws the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef):
+    """So does every fixture, and what it draws changes nothing for the test, which may find it made for another."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(fixturedef.argname.encode()))
+        return (yield)
 
 
 @pytest.fixture

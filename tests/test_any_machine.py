@@ -69,9 +69,15 @@ def test_the_search_for_texts_without_encoding_finds_them(line, found):
     assert bool(list(texts_without_encoding(line))) is found
 
 
-@pytest.mark.parametrize("turn", [1, 2])
-def test_every_test_draws_the_same_numbers(turn):
-    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+@pytest.fixture(scope="module")
+def drawn() -> torch.Tensor:
+    return torch.rand(3)
+
+
+@pytest.mark.parametrize("turn", [1, 2])  # the second finds the fixture made
+def test_every_test_draws_the_same_numbers(turn, drawn):
+    own = torch.rand(3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.rand(3), own) and not torch.equal(drawn, own)
     assert hypothesis.settings().derandomize
 
 
