@@ -14,8 +14,8 @@ import os
 import random
 import signal
 import tempfile
-from pathlib import Path
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
