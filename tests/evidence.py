@@ -1,8 +1,8 @@
 """`pytest --evidence FOLDER` runs the tests that docs/guarantees.md names, and writes down what they saw.
 
 FOLDER gets cpu.jsonl, or cuda.jsonl where there is a GPU: a line about the machine and the sources, then a line for
-each case of each test. Nothing is written unless all of them pass. Cases marked `long` are left out. What is written
-here, `tools/guarantees.py` puts into the page.
+each case of each test. Nothing is written unless all of them pass. `tools/guarantees.py` puts what is written here
+into the page.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class Recorder:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         named = guarantees.named_in(guarantees.PAGE.read_text(encoding="utf-8"))
-        named_items = (item for item in items if guarantees.split(item.nodeid)[0] in named)
-        chosen = [item for item in named_items if item.get_closest_marker("long") is None]
+        chosen = [item for item in items if guarantees.split(item.nodeid)[0] in named]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
         for item in items:
