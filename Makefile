@@ -20,11 +20,11 @@ RUN  := $(VENV)/bin/python -m
 INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(RUN) pip install $(PIP_ARGS) --editable
 
 .NOTPARALLEL:
-.PHONY: help demo test test-variants evidence lint format bench docs hooks clean
+.PHONY: help demo test test-long test-variants evidence lint format bench docs hooks clean
 
 help:
 	@echo "make demo    fine-tune a small video model with SLA and show what came out"
-	@echo "make test    run the tests; make test-variants: as on other machines, three times"
+	@echo "make test    run the tests; make test-long: the long ones, too; make test-variants: as on other machines"
 	@echo "make evidence  run the tests that docs/guarantees.md names, and write down what they saw"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put imports and layout in order"
@@ -39,6 +39,9 @@ demo: $(VENV)/.has-demo
 # One thread for each test process: the processes share the cores already.
 test: $(VENV)/.has-dev
 	OMP_NUM_THREADS=$(THREADS) $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadgroup --durations=10 $(ARGS)
+
+test-long: $(VENV)/.has-dev
+	$(MAKE) test ARGS="--long $(ARGS)"
 
 # As other machines run them: a CPU without AVX or with AVX2 alone, two threads, no UTF-8 locale and no home folder that
 # can be written, and in other orders.

@@ -1,8 +1,9 @@
 """`pytest` tries every backend that this machine can run; `pytest --backend=triton` tries only that one.
 
 Without a GPU, Triton runs in its interpreter and Numba in its simulator: same kernels, no hardware. The header of the
-run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another). `pytest
---evidence=FOLDER` records what the tests of docs/guarantees.md see (evidence.py).
+run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another).
+`pytest --long` runs those as well that take long and vary what another test checks: more targets, sizes or starts.
+`pytest --evidence=FOLDER` runs those that docs/guarantees.md names, and records what they see (evidence.py).
 
 What a test sees does not depend on where it runs: not on the variables that decide how programs print, not on the
 tests before it.
@@ -71,6 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend", choices=(*BACKENDS, "all"), help="run only the tests of this backend (all: of every backend)"
     )
+    parser.addoption("--long", action="store_true", help="run the tests marked as long, too")
     parser.addoption(
         "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in another order"
     )
@@ -81,6 +83,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backend(name): the test is about this backend")
+    config.addinivalue_line("markers", "long: the test runs with --long only")
     asked = config.getoption("--backend")
     if asked not in (None, "all") and (reason := backends.list_backends()[asked]) is not None:
         raise pytest.UsageError(f"--backend={asked}: {reason}")
@@ -107,11 +110,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         random.Random(seed).shuffle(items)
         first = {item.path: place for place, item in reversed(list(enumerate(items)))}
         items.sort(key=lambda item: first[item.path])  # what the tests of a file share is made once
-    asked = config.getoption("--backend")
-    if asked is None:
-        return
-    names = {item: {mark.args[0] for mark in item.iter_markers("backend")} for item in items}
-    chosen = [item for item in items if (names[item] if asked == "all" else asked in names[item])]
+    chosen = [item for item in items if config.getoption("--long") or item.get_closest_marker("long") is None]
+    if (asked := config.getoption("--backend")) is not None:
+        names = {item: {mark.args[0] for mark in item.iter_markers("backend")} for item in chosen}
+        chosen = [item for item in chosen if (names[item] if asked == "all" else asked in names[item])]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in two processes: torchrun starts this file with a folder, and what to do in it.
+"""What test_distributed.py runs in several processes: torchrun starts this file with a folder, and what to do in it.
 
 The comparisons with one process are made there; here each rank does its work and writes down what came out.
 """
@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -249,6 +250,20 @@ def split(folder: Path) -> None:
     torch.save(found, folder / f"split-{rank}.pt")
 
 
+def mesh(folder: Path) -> None:
+    """Ulysses in two pairs of ranks, each with a clip of its own; DDP and FSDP2 over all four."""
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("clips", "tokens"))
+    clip, group = pairs["clips"].get_local_rank(), pairs["tokens"].get_group()
+    inputs = tuple(each[clip : clip + 1] for each in latents())
+    found = {"ddp": outcome(DistributedDataParallel(Wan(group)), *inputs)}
+    model = Wan(group)
+    for block in model.transformer.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    found["fsdp"] = outcome(model, *inputs)
+    torch.save(found, folder / f"mesh-{dist.get_rank()}.pt")
+
+
 def trained(folder: Path) -> None:
     """The lab's training under DDP and FSDP2, interrupted by what another number of processes began."""
     training(folder, "ddp")
@@ -337,6 +352,8 @@ def main(what: str, folder: Path) -> None:
         if what == "split":
             split(folder)
             failing(folder)
+        elif what == "mesh":
+            mesh(folder)
         elif what == "trained":
             trained(folder)
             finetune(folder, "command", steps=2)

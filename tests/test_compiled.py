@@ -262,7 +262,14 @@ def numba_in_its_own_process(code: str, *arguments: str):
 
 
 @pytest.mark.backend("numba")
-@pytest.mark.parametrize(("target", "head_dim", "block"), [("sm_80", 40, 32), ("sm_90", 128, 64), ("sm_100", 40, 32)])
+@pytest.mark.parametrize(
+    ("target", "head_dim", "block"),
+    [
+        pytest.param("sm_80", 40, 32, marks=pytest.mark.long),
+        ("sm_90", 128, 64),
+        pytest.param("sm_100", 40, 32, marks=pytest.mark.long),
+    ],
+)
 def test_numba_keeps_arrays_in_registers_and_tiles_in_shared_memory(target: str, head_dim: int, block: int) -> None:
     code = """
 target, head_dim, block = sys.argv[1], *map(int, sys.argv[2:])
@@ -282,7 +289,7 @@ def test_numba_computes_in_float32_alone() -> None:
     """A literal of Python among the arguments of an operation would make it float64, at a fraction of the speed."""
     code = """
 found = [[name, ".f64" in ptx, "fma.rn.f32" in ptx, "bar.sync" in ptx]
-         for name, threads, ptx in compiled.compile_numba_kernels("sm_90", head_dim=64, block_q=64, block_k=64)]
+         for name, threads, ptx in compiled.compile_numba_kernels("sm_90", head_dim=16, block_q=16, block_k=16)]
 print(json.dumps(found))
 """
     seen = numba_in_its_own_process(code)

@@ -1,6 +1,6 @@
-"""Two processes compute what one does: the lab's training under DDP and FSDP2, Ulysses by itself and in Wan.
+"""Several processes compute what one does: the lab's training under DDP and FSDP2, Ulysses by itself and in Wan.
 
-torchrun starts tests/ranks.py three times, on the CPU with gloo: what came out is compared here with one process.
+torchrun starts tests/ranks.py four times, on the CPU with gloo: what came out is compared here with one process.
 """
 
 from __future__ import annotations
@@ -170,6 +170,20 @@ def test_wan_on_two_ranks_is_wan_on_one(split, name, options, inputs):
         close(found, {key: value for key, value in expected.items() if not key.startswith("input")}, **tolerance)
 
 
+@pytest.mark.long
+@needs_wan
+def test_pairs_of_ranks_split_the_tokens_of_a_clip_each(tmp_path):
+    """Four ranks. Every parameter gets the mean of both clips' gradients, the gradient of a batch of two."""
+    session = torchrun(ROOT / "tests" / "ranks.py", "mesh", tmp_path, processes=4)
+    assert session.returncode == 0, session.stderr
+    clips = [ranks.outcome(ranks.Wan(), *(each[i : i + 1] for each in ranks.latents())) for i in (0, 1)]
+    mean = {name: (clips[0][name] + clips[1][name]) / 2 for name in clips[0] if not name.startswith(("input", "out"))}
+    for rank in range(4):
+        for found in torch.load(tmp_path / f"mesh-{rank}.pt").values():
+            expected = mean | {"out": clips[rank // 2]["out"]}
+            close({name: found[name] for name in expected}, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -337,17 +351,27 @@ def test_the_benchmark_measures_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "arguments", "message"),
+    ("arguments", "message"),
     [
-        (3, ["--tiny"], "heads must be divisible by the ranks of the group, which share them out, got 2 on 3 ranks"),
-        (1, [], "there is no GPU here; --tiny rehearses on the CPU"),
-        (1, ["--tiny", "--json", BENCHMARK], "--json must name a new file"),
+        ([], "there is no GPU here; --tiny rehearses on the CPU"),
+        (["--tiny", "--json", str(BENCHMARK)], "--json must name a new file"),
+        (["--tiny"], "torchrun must start this program"),
     ],
 )
-def test_the_benchmark_refuses_before_any_work(processes, arguments, message):
-    session = torchrun(BENCHMARK, *arguments, processes=processes)
+def test_the_benchmark_refuses_before_any_work(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), *arguments])
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(BENCHMARK), run_name="__main__")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_benchmark_refuses_ranks_that_cannot_share_the_heads():
+    session = torchrun(BENCHMARK, "--tiny", processes=3)
     assert session.returncode == 1
-    assert message in session.stderr
+    assert "heads must be divisible by the ranks of the group, which share them out, got 2 on 3 ranks" in session.stderr
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

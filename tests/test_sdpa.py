@@ -74,6 +74,24 @@ def test_the_layer_of_sla2():
     torch.testing.assert_close(module(TOKENS), dense)
 
 
+@pytest.mark.parametrize("entries", [1, 2])
+def test_a_mask_that_hides_whole_keys(entries):
+    """The same keys in both batch entries, or others in each of them. Hidden keys are not ranked and not summed."""
+    module = attention()
+    mask = torch.rand(entries, 1, 1, 60, generator=torch.Generator().manual_seed(3)) < 0.6
+    module.keywords = {"attn_mask": mask}
+    dense = module(TOKENS)
+    replace_sdpa(module, layer(critical_ratio=1.0))
+    torch.testing.assert_close(module(TOKENS), dense)
+    restore_sdpa(module)
+    replace_sdpa(module, layer())
+    query, key, value = module.qkv(TOKENS).view(2, 60, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    for i, found in enumerate(module(TOKENS)):
+        shown = mask[i % entries, 0, 0]
+        out = module.sla(query[i : i + 1], key[i : i + 1, :, shown], value[i : i + 1, :, shown])
+        torch.testing.assert_close(found, module.out(out[0].transpose(0, 1).flatten(1)))
+
+
 def test_weights_are_the_models_own(tmp_path):
     model = nn.Sequential(attention(), attention()).double()
     for module in model:
@@ -198,13 +216,80 @@ def test_text_and_video_in_one_sequence_of_diffusers():
     assert all(parameter.grad.any() for parameter in attention.sla.parameters())
 
 
+def test_padded_text_and_video_in_one_sequence_of_diffusers():
+    """HunyuanVideo: 60 tokens of video, which its own code rotates, then up to 12 of text, whose padding a mask hides.
+
+    Its first block has weights of their own for the text, and its second block has the same ones for both.
+    """
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    torch.manual_seed(0)
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    lengths = (12, 5)
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 3, 8, 10),
+        "timestep": torch.tensor([500, 200]),
+        "encoder_hidden_states": torch.randn(2, 12, 16),
+        "encoder_attention_mask": torch.arange(12) < torch.tensor(lengths)[:, None],
+        "pooled_projections": torch.randn(2, 8),
+        "guidance": torch.tensor([6000.0, 6000.0]),
+    }
+
+    def outcome(**changes):
+        """The output, and the gradient of every parameter."""
+        model.zero_grad()
+        out = model(**inputs | changes, return_dict=False)[0]
+        out.square().sum().backward()
+        return out.detach(), {name: each.grad for name, each in model.named_parameters() if ".sla." not in name}
+
+    attentions = [model.transformer_blocks[0].attn, model.single_transformer_blocks[0].attn]
+    caught = []
+    attentions[0].register_forward_hook(lambda module, args, out: caught.append(out))
+    dense = outcome()
+    for attention in attentions:
+        replace_sdpa(attention, layer(critical_ratio=1.0))
+    torch.testing.assert_close(outcome(), dense, rtol=1e-4, atol=1e-4)
+    for attention in attentions:
+        restore_sdpa(attention)
+    assert torch.equal(outcome()[0], dense[0])
+
+    text = slice(60, None)
+    for attention in attentions:
+        replace_sdpa(attention, layer(router=sla_ref.Router(protected_queries=text, protected_keys=text)))
+    found, gradients = outcome()
+    (video, words), *_, (sparse_video, sparse_words) = caught
+    torch.testing.assert_close(sparse_words, words)  # the text attends to everything that is not hidden
+    assert not torch.allclose(sparse_video, video, atol=1e-3)
+    assert all(each.any() for name, each in gradients.items() if "transformer_blocks" in name)
+    assert all(parameter.grad.any() for attention in attentions for parameter in attention.sla.parameters())
+
+    other = torch.where(inputs["encoder_attention_mask"][..., None], inputs["encoder_hidden_states"], 7.0)
+    torch.testing.assert_close(outcome(encoder_hidden_states=other)[0], found)  # what the padding holds has no effect
+    for i, length in enumerate(lengths):
+        one = {name: each[i : i + 1] for name, each in inputs.items()}
+        one |= {name: one[name][:, :length] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+        torch.testing.assert_close(outcome(**one)[0], found[i : i + 1])  # as without padding
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("extra", "keywords", "message"),
     [
-        ((torch.ones(60, 60).bool(),), {}, "attn_mask must be None, SLA has no mask"),
+        ((torch.ones(60, 60).bool(),), {}, r"None, or a boolean \(2 or 1, 1, 1, 60\) .* got torch.bool \(60, 60\)"),
+        ((torch.ones(2, 1, 60, 60).bool(),), {}, r"attn_mask must be None, or .* got torch.bool \(2, 1, 60, 60\)"),
+        ((torch.zeros(2, 1, 1, 60),), {}, r"attn_mask must be None, or .* got torch.float32"),
         ((None, 0.1), {}, "dropout_p must be 0, SLA has no attention weights to drop; got 0.1"),
         ((), {"is_causal": True}, "is_causal must be False, SLA attends to all keys"),
         ((), {"enable_gqa": True}, "enable_gqa must be False, SLA has a key head for each query head"),

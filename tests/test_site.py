@@ -95,6 +95,7 @@ def test_the_search_for_foreign_addresses_finds_them():
     assert sum(map(is_elsewhere, parser.found)) == 4
 
 
+@pytest.mark.long
 def test_built_again_it_is_the_same(site, tmp_path):
     environment = {"NO_MKDOCS_2_WARNING": "1", "SOURCE_DATE_EPOCH": "0"}
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
@@ -149,7 +150,13 @@ UNEVEN_NUMBERS = """
 """
 
 
-@pytest.mark.parametrize(("size", "dark"), [(DESKTOP, False), (PHONE, True)], ids=["desktop, light", "phone, dark"])
+@pytest.mark.parametrize(
+    ("size", "dark"),
+    [
+        pytest.param(PHONE, True, id="phone, dark"),
+        pytest.param(DESKTOP, False, id="desktop, light", marks=pytest.mark.long),
+    ],
+)
 def test_every_page_opens_without_complaint(browser, address, names, size, dark):
     width, height = size
     for name in names:

@@ -343,26 +343,10 @@ print(against("SLA from identity", "SLA, 1 block"), "with another start of Proj"
 #
 # ## Settings to start from
 #
-# This lesson's model is a toy. The following comes from the lab's video transformer, three seeds each, unless it says
-# otherwise: 1,024 tokens, 400 steps of 32 clips, losses from [Experiments](../experiments.md). None of it was tried on
-# a model of Wan's size.
-#
-# | setting | start from | what was measured |
-# |---|---|---|
-# | critical share | 5 to 20 % | 0.0950 at 2.5 %, 0.0671 at 5, 0.0589 at 10, 0.0499 at 20 |
-# | negligible share | 10 %, the default | between 0.0670 and 0.0673 from 0 to 50 % |
-# | block size | 64, or `block_q=128` on a GPU | 0.0671 with blocks of 16, 0.0681 with 64 |
-# | Proj | `proj_init="identity"` | 0.0624, against 0.0671 from zero |
-# | $\phi$ | softmax; `Softmax(4.0)` in long runs | both changes: 0.0517 after 1,600 steps, against 0.0566 |
-# | what to train | everything | 0.1333 with only Proj, against 0.0671 |
-# | target | your own loss | 0.0661 towards the teacher's output, which costs its forward |
-# | learning rate | half the training's peak, there 0.002 | 0.0706, 0.0671 and 0.0666 at 1/3, 1 and 3 times 0.001 |
-# | steps | as many as you can afford | 0.0887 after 50, 0.0798 after 100, 0.0671 after 400, 0.0527 after 3,200 |
-#
-# **What quality to expect.** The fine-tuned models did not come back to the teacher, which had 0.0389 there. SLA was
-# better than sparse-only attention with the same critical blocks, by 0.0017 after 400 steps and by 0.0066 after 3,200.
-# It was worse than sparse-only attention with three times as many, which had 0.0550 after 400 steps. With both changes,
-# of Proj and of $\phi$, it was ahead of that too after 1,600 steps, with 0.0517 against 0.0528.
+# This lesson's model is a toy. [Fine-tune your model](../fine-tune.md) has settings to start from, and next to each of
+# them what was measured with the lab's video transformer and what the paper did. Two settings matter most: train all
+# parameters, and start Proj at the identity. The page also says what a training step of Wan costs, and what quality to
+# expect.
 #
 # **What the layer does not do.** It supports no mask, causal or other, and no dropout on attention weights. Query, key
 # and value must have the same head dimension. [Numerics](../numerics.md#what-is-not-supported) lists the rest.

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,10 @@ def replace_sdpa(module: nn.Module, layer: SparseLinearAttention | SLA2Attention
     `layer` becomes `module.sla`, on the device of the module's parameters; `module.to()` applies to it afterwards. Call
     this before an optimizer is made, before `torch.compile`, and before a wrapper.
 
+    A boolean `attn_mask` of shape (B or 1, 1, 1, Nk) hides whole keys, such as the padding of a text. The layer then
+    runs on one batch entry at a time, with the keys that the mask shows, and computes nothing for the others. All
+    queries stay.
+
     Args:
         module: calls the function once in each forward: an attention module, not a block that holds two of them.
         layer: for this module only, with its head dimension; `SLA2Attention` works too.
@@ -38,7 +43,7 @@ def replace_sdpa(module: nn.Module, layer: SparseLinearAttention | SLA2Attention
             something else has replaced; layer is neither `SparseLinearAttention` nor `SLA2Attention`.
 
     The module's forward then raises:
-        ValueError: the call asks for a mask, causality, dropout or grouped heads, none of which SLA has.
+        ValueError: the call asks for another mask, causality, dropout or grouped heads, none of which SLA has.
         RuntimeError: the function was not called exactly once. `nn.MultiheadAttention` calls it where this cannot see
             it, and kernels of other packages do not call it.
     """
@@ -109,12 +114,20 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The arguments of `F.scaled_dot_product_attention`, those of them that SLA has."""
-    if attn_mask is not None:
-        raise ValueError("attn_mask must be None, SLA has no mask; got one")
     if dropout_p:
         raise ValueError(f"dropout_p must be 0, SLA has no attention weights to drop; got {dropout_p}")
     if is_causal:
         raise ValueError("is_causal must be False, SLA attends to all keys; got True")
     if enable_gqa:
         raise ValueError("enable_gqa must be False, SLA has a key head for each query head; got True")
-    return layer(query, key, value, scale=scale)
+    if attn_mask is None:
+        return layer(query, key, value, scale=scale)
+    batch, keys = key.shape[0], key.shape[2]
+    if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in ((batch, 1, 1, keys), (1, 1, 1, keys)):
+        raise ValueError(
+            f"attn_mask must be None, or a boolean ({batch} or 1, 1, 1, {keys}) that hides whole keys, "
+            f"got {attn_mask.dtype} {tuple(attn_mask.shape)}"
+        )
+    # Entries may differ in their number of keys, so the layer gets them one by one.
+    entries = zip(query, key, value, attn_mask[:, 0, 0].expand(batch, keys), strict=True)
+    return torch.cat([layer(q[None], k[None, :, seen], v[None, :, seen], scale=scale) for q, k, v, seen in entries])

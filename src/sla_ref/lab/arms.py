@@ -63,8 +63,9 @@ class LinearPlusSparse(nn.Module):
 def sla(config: ModelConfig, **options: Any) -> nn.Module:
     """The layer; `options` are those of `sla_ref.SparseLinearAttention` that a configuration lacks."""
     ratios = config.critical_ratio, config.negligible_ratio
-    blocks = {"block_q": config.block, "block_k": config.block}
-    return sla_ref.SparseLinearAttention(config.head_dim, *ratios, **blocks, **options)
+    return sla_ref.SparseLinearAttention(
+        config.head_dim, *ratios, block_q=config.block, block_k=config.block, **options
+    )
 
 
 def sla2(config: ModelConfig, **options: Any) -> nn.Module:
