@@ -24,7 +24,10 @@ from tools import guarantees
 
 
 def worst(checks: list[testing.Check]) -> dict[str, Any]:
-    """The dtype of a case, the number of its checks, and the largest of each number of `testing.Error` in them."""
+    """The dtype of a case, the number of its checks, and the largest of each number of `testing.Error` in them.
+
+    An infinite ratio is left out: the exact result is 0, or the equations make no error.
+    """
     errors = [asdict(check.error) for check in checks if check.error is not None]
     found = {name: max(error[name] for error in errors) for name in errors[0]}
     numbers = {name: float(f"{value:.3g}") for name, value in found.items() if math.isfinite(value)}
