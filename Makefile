@@ -92,5 +92,5 @@ $(VENV)/.has-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.has-demo: EXTRAS = lab
-$(VENV)/.has-dev:  EXTRAS = lab,triton,numba,diffusers,docs,dev
+$(VENV)/.has-dev:  EXTRAS = lab,triton,numba,diffusers,lora,docs,dev
 $(VENV)/.has-docs: EXTRAS = docs,lab,triton,numba

@@ -17,6 +17,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,12 +34,15 @@ from sla_ref.integrations.checkpoints import (
     split_sla_state_dict,
 )
 from sla_ref.integrations.ulysses import gather_tokens, split_tokens, ulysses_attention
-from sla_ref.lab import distributed
+from sla_ref.lab import distributed, runs
 from sla_ref.lab.config import TrainConfig
 from sla_ref.lab.model import ModelConfig, VideoTransformer, with_attention
 from sla_ref.lab.train import Run, train
 
 TOKENS = 45  # 23 on one rank and 22 on the other
+SLA2 = {"variant": "sla2", "negligible_ratio": None}
+PER_TOKEN = SLA2 | {"alpha": "token", "router": "learned", "proj": True}
+PER_BLOCK = SLA2 | {"alpha": "block", "query_length": TOKENS}
 CONFIG = TrainConfig(steps=6, batch=4, learning_rate=1e-2)
 
 
@@ -103,6 +108,9 @@ class Wan(nn.Module):
         wan.install_sla(self.transformer, **sparse | options, group=group)
         for parameter in wan.sla_parameters(self.transformer):
             nn.init.normal_(parameter, std=0.3)
+        if options.get("router") == "learned":  # stage 2 of its training
+            for block in self.transformer.blocks:
+                block.attn1.processor.router.requires_grad_(False)
 
     def forward(self, latents: Tensor, text: Tensor, times: Tensor) -> Tensor:
         return self.transformer(latents, times, text, return_dict=False)[0]
@@ -119,13 +127,13 @@ def latents(size: int = 10, per_token: bool = False) -> tuple[Tensor, Tensor, Te
     )
 
 
-def small_model() -> VideoTransformer:
+def small_model(attention: str = "sla", **options) -> VideoTransformer:
     torch.manual_seed(0)
     made = VideoTransformer(ModelConfig(frames=2, size=16, width=32, depth=2, heads=2, block=8))
     with torch.no_grad():
         for parameter in made.parameters():  # away from the zeros, behind which most gradients are zero at first
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return with_attention(made, "sla")
+    return with_attention(made, attention, **options)
 
 
 def smooth_adam() -> AbstractContextManager:
@@ -138,8 +146,10 @@ def smooth_adam() -> AbstractContextManager:
 
 
 def training(folder: Path, name: str, config: TrainConfig = CONFIG, **options) -> None:
+    """Stage 2 of SLA2, with a router that is frozen, where the name asks for it."""
+    model = small_model("sla2", alpha="token", router="learned") if name.startswith("sla2") else small_model()
     with smooth_adam():
-        train(small_model(), config, folder / name, log_every=1, **options)
+        train(model, config, folder / name, log_every=1, **options)
 
 
 def interrupt_at(when: int | None):
@@ -183,6 +193,7 @@ def split(folder: Path) -> None:
     rank = dist.get_rank()
     for name in ("same", f"own-{rank}"):
         save_sla(model, folder / f"{name}.safetensors")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "dcp")
     with torch.no_grad():
         for parameter in sla_parameters(model):
             parameter.zero_()
@@ -204,12 +215,14 @@ def split(folder: Path) -> None:
         found["wan, main"] = outcome(
             DistributedDataParallel(Wan(group, negligible_ratio=None, variant="main")), *latents()
         )
-        model = Wan(group)
-        model.transformer.enable_gradient_checkpointing()
-        for block in model.transformer.blocks:
-            fully_shard(block)
-        fully_shard(model)
-        found["wan, fsdp and checkpointing"] = outcome(model, *latents())
+        found["wan, sla2"] = outcome(DistributedDataParallel(Wan(group, **PER_TOKEN)), *latents())
+        for name, options in (("wan", {}), ("wan, sla2", PER_BLOCK)):
+            model = Wan(group, **options)
+            model.transformer.enable_gradient_checkpointing()
+            for block in model.transformer.blocks:
+                fully_shard(block)
+            fully_shard(model)
+            found[f"{name}, fsdp and checkpointing"] = outcome(model, *latents())
         model = Wan(group)
         wan.remove_sla(model.transformer)
         wan.install_sla(model.transformer, critical_ratio=1.0, block_q=8, block_k=8)
@@ -268,7 +281,9 @@ def trained(folder: Path) -> None:
     """The lab's training under DDP and FSDP2, interrupted by what another number of processes began."""
     training(folder, "ddp")
     training(folder, "fsdp", replace(CONFIG, fsdp=True))
-    training(folder, "resumed", replace(CONFIG, fsdp=True, resume=True))
+    training(folder, "sla2 ddp")
+    for name in ("resumed", "sla2 resumed"):
+        training(folder, name, replace(CONFIG, fsdp=True, resume=True))
     # A signal reaches only one rank; the other one must not wait for it.
     tick = interrupt_at(3) if dist.get_rank() else interrupt_at(None)
     with suppress(KeyboardInterrupt):
@@ -276,13 +291,17 @@ def trained(folder: Path) -> None:
         raise AssertionError("this rank trained on")
     training(folder, "interrupted", replace(CONFIG, resume=True))
     said = message(training, folder, "uneven", TrainConfig(batch=3))
+    changes, device = {"attention": "sla2", "router": "learned"}, torch.device("cpu")
+    source, out = folder / "teacher" / "full.safetensors", folder / "stage 1"
+    stage_1 = message(runs.finetune, source, changes, "layers", CONFIG, out, device, Console(quiet=True), clips=2)
     model = small_model()
     distributed.wrap(model, fsdp=True)
     optimizer = torch.optim.AdamW(model.parameters())
     share = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
     weights = distributed.whole_state(model, optimizer)[0]
     if dist.get_rank() == 0:
-        torch.save({"share": share, "weights": weights, "uneven": said}, folder / "trained.pt")
+        found = {"share": share, "weights": weights, "uneven": said, "stage 1": stage_1}
+        torch.save(found, folder / "trained.pt")
 
 
 def comparisons() -> dict[str, object]:

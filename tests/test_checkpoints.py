@@ -7,9 +7,12 @@ import json
 import os
 import pickle
 import traceback
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 
@@ -75,6 +78,10 @@ def refused(model: nn.Module, state_dict, message: str, error=ValueError) -> Non
         f"net.{TURBO.replace('{}.', '{}._checkpoint_wrapped_module.')}",
         TURBO.replace("{}.", "{}._checkpoint_wrapped_module."),
         f"_orig_mod.{OURS}",
+        f"net_ema.{TURBO}",
+        f"roles.student.transformer.{FAST_VIDEO}",
+        f"base_model.model.{OURS}",
+        f"transformer.{OURS}",
     ],
 )
 def test_names_of_every_project(name):
@@ -97,18 +104,7 @@ def test_simple_tuners_one_projection_goes_to_every_layer():
     refused(model, file, r"state_dict\['state'\] must hold one set of weights, got \['4:bf16', '8:fp32'\]")
 
 
-class PeftModel(nn.Module):
-    """Wraps a model as PEFT does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.base_model = nn.ModuleDict({"model": model})
-
-    def get_base_model(self) -> nn.Module:
-        return self.base_model["model"]
-
-
-@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, PeftModel])
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
 def test_a_wrapped_model(wrap, tmp_path):
     model = Model()
     wrapped = wrap(model)
@@ -117,53 +113,6 @@ def test_a_wrapped_model(wrap, tmp_path):
     assert_loaded(model)
     checkpoints.save_sla(wrapped, tmp_path / "sla.safetensors")
     assert checkpoints.read_checkpoint(tmp_path / "sla.safetensors").keys() == weights().keys()
-
-
-class Adapter(nn.Module):
-    """Wraps a Linear as PEFT's LoRA layer does."""
-
-    disable_adapters = False
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(D, 2)})
-        self.merged = False
-
-
-class TrainedWhole(nn.Module):
-    """Wraps a Linear as PEFT's `modules_to_save` does."""
-
-    active_adapters = ("default",)
-    disable_adapters = False
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
-
-
-@pytest.mark.parametrize("wrapper", [Adapter, TrainedWhole])
-def test_what_peft_has_wrapped(wrapper, tmp_path):
-    model, fresh = Model(), Model()
-    layer = model.blocks[0].attention
-    layer.proj_l = wrapper(layer.proj_l)
-    checkpoints.load_sla_state_dict(model, weights())
-    assert len(checkpoints.sla_parameters(model)) == 4, "those that SLA added, without the adapter's"
-    if wrapper is TrainedWhole:
-        assert not layer.proj_l.original_module.weight.any(), "is not at work"
-    else:
-        with pytest.raises(ValueError, match="model must have the adapters in its SLA layers merged"):
-            checkpoints.save_sla(model, tmp_path / "sla.safetensors")
-        layer.proj_l.merged = True
-        refused(model, weights(), "model must have the adapters in its SLA layers unmerged")
-    checkpoints.save_sla(model, tmp_path / "sla.safetensors")
-    checkpoints.load_sla(fresh, tmp_path / "sla.safetensors")
-    assert_loaded(fresh)
-    layer.proj_l.disable_adapters, layer.proj_l.merged = True, False
-    checkpoints.save_sla(model, tmp_path / "disabled.safetensors")
-    saved = checkpoints.read_checkpoint(tmp_path / "disabled.safetensors")[f"{OURS.format(0)}.weight"]
-    assert saved.any() == (wrapper is Adapter), "what computes now"
 
 
 def test_a_layer_alone_and_the_authors_layer():
@@ -238,6 +187,51 @@ def test_split_takes_a_whole_models_checkpoint_apart():
     refused(model, whole, message)
     checkpoints.load_sla_state_dict(model, added)
     assert_loaded(model)
+
+
+def sla2(**changes) -> sla_ref.SLA2Attention:
+    """A layer with weights that are anywhere but at their start."""
+    layer = sla_ref.SLA2Attention(D, 2, **changes)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": "head"},
+        {"alpha": "token", "router": "learned", "proj": True, "feature_map": "hedgehog"},
+        {"alpha": "block", "query_length": 200},
+        {"alpha": "block_means", "router": "learned"},
+        {"alpha": "ideal"},  # no weights at all
+    ],
+)
+def test_the_weights_of_sla2(tmp_path, options):
+    model, fresh = (nn.ModuleDict({"mlp": nn.Linear(D, D), "attention": sla2(**options)}) for _ in range(2))
+    assert len(checkpoints.sla_parameters(model)) == len(list(model["attention"].parameters()))
+    added, rest = checkpoints.split_sla_state_dict(model.state_dict())
+    assert set(added) == {name for name in model.state_dict() if name.startswith("attention.")}
+    assert set(rest) == {"mlp.weight", "mlp.bias"}
+    path = tmp_path / "sla.safetensors"
+    checkpoints.save_sla(model, path)
+    checkpoints.load_sla(fresh, path)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in added.items())
+    for name in added.keys() - {"attention.phi_query.weight", "attention.phi_key.weight"}:
+        *place, last = name.split(".")
+        module = fresh.get_submodule(".".join(place))
+        whole, module._parameters[last] = module._parameters[last], nn.Parameter(torch.ones(3))
+        with pytest.raises(ValueError, match=r"must hold attention\..* whole and as it was made, .* got {'.*\(3,\)"):
+            checkpoints.save_sla(fresh, tmp_path / "sharded.safetensors")
+        module._parameters[last] = whole
+
+
+def test_a_file_of_adapters_has_no_proj():
+    """As LightX2V's, whose sparse attention has no linear branch."""
+    lora = {f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": torch.ones(D, D) for part in ("down", "up")}
+    added, rest = checkpoints.split_sla_state_dict(lora)
+    assert not added and rest == lora
+    refused(Model(), lora, r"missing: blocks.0.attention.proj_l.weight; .*; load_lora_weights of diffusers' pipelines")
 
 
 def test_split_knows_the_weights_of_hedgehog():
@@ -360,10 +354,93 @@ def test_an_index_stands_for_its_shards(tmp_path):
     ):
         with pytest.raises(error, match=message):
             checkpoints.load_sla(model, path)
+    save_file(weights(blocks=(1,)), tmp_path / part)
+    both = r"index.json and .*model-00002-of-00002.safetensors differ in blocks.1.*bias, .* blocks.2.*weight$"
+    with pytest.raises(ValueError, match=both):
+        checkpoints.load_sla(model, index)
     for text in ("{", "[]", "{}", '{"weight_map": ["model"]}', '{"weight_map": {"name": 1}}'):
         index.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="path must be an index of shards"):
             checkpoints.load_sla(model, index)
+
+
+def test_an_error_names_the_file_and_the_key(tmp_path):
+    save_file(weights(TURBO, blocks=(0,)), tmp_path / "half.safetensors")
+    message = r"missing: blocks.2.attention.proj_l.weight; .*; the state_dict is that of .*half.safetensors$"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.load_sla(Model(), tmp_path / "half.safetensors")
+    torch.save(weights(TURBO) | {"step": 3}, tmp_path / "more.pt")
+    with pytest.raises(ValueError, match=r"left over: step and 0 more of other layers; .* of .*more.pt$"):
+        checkpoints.load_sla(Model(), tmp_path / "more.pt")
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_only_entries_that_match_are_read(tmp_path, write):
+    path, model = tmp_path / "whole", Model()
+    write({f"net.{name}": torch.ones(1) for name in ("blocks.0.mlp.weight", "head")} | weights(f"net.{TURBO}"), path)
+    assert checkpoints.read_checkpoint(path, "head|mlp").keys() == {"net.blocks.0.mlp.weight", "net.head"}
+    checkpoints.load_sla_state_dict(model, checkpoints.read_checkpoint(path, "proj_l"))
+    assert_loaded(model)
+    for bad in ("(", 3):
+        with pytest.raises(ValueError, match="match must be a regular expression, got"):
+            checkpoints.read_checkpoint(path, bad)
+
+
+def save_dcp(state_dict: dict, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(state_dict, checkpoint_id=folder, no_dist=True)
+
+
+def test_a_folder_of_dcp(tmp_path):
+    save_dcp(weights(FAST_VIDEO), tmp_path / "sla")
+    model = Model()
+    checkpoints.load_sla(model, tmp_path / "sla")
+    assert_loaded(model)
+
+    moments = {f"{name}.exp_avg": torch.ones_like(value) for name, value in weights(FAST_VIDEO).items()}
+    save_dcp({"model": weights(FAST_VIDEO), "optimizer": {"state": moments, "lr": 0.1}}, tmp_path / "training")
+    whole = checkpoints.read_checkpoint(tmp_path / "training")
+    assert len(whole) == 8 and all(isinstance(value, torch.Tensor) for value in whole.values())
+    for added in (
+        checkpoints.split_sla_state_dict(whole)[0],
+        checkpoints.read_checkpoint(tmp_path / "training", "^model"),
+    ):
+        model = Model()
+        checkpoints.load_sla_state_dict(model, added)
+        assert_loaded(model)
+
+
+def test_turbodiffusions_training_has_two_nets_in_a_folder_of_dcp(tmp_path):
+    """The trained one and its average, which is the one that TurboDiffusion publishes."""
+    zeros = {name: torch.zeros_like(value) for name, value in weights(f"net.{TURBO}").items()}
+    save_dcp(zeros | weights(f"net_ema.{TURBO}"), tmp_path)
+    name = TURBO.format(0)
+    with pytest.raises(
+        ValueError, match=rf"given 2 times: blocks.0.attention.proj_l.weight, as net.{name}.weight, net_ema"
+    ):
+        checkpoints.load_sla(Model(), tmp_path)
+    model = Model()
+    checkpoints.load_sla_state_dict(model, checkpoints.read_checkpoint(tmp_path, r"^net_ema\."))
+    assert_loaded(model)
+
+
+def test_damaged_folders_of_dcp(tmp_path):
+    save_dcp(weights(), tmp_path)
+    (file,) = tmp_path.glob("*.distcp")
+    with pytest.raises(ValueError, match=r"distcp is one shard of it; name its index, .*, or the folder of a"):
+        checkpoints.read_checkpoint(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{file} is damaged at blocks"):
+        checkpoints.load_sla(Model(), tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"path must be a folder with all its files, {file} missing"):
+        checkpoints.load_sla(Model(), tmp_path)
+    index = tmp_path / ".metadata"
+    index.write_bytes(index.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"\.metadata is damaged or holds code"):
+        checkpoints.load_sla(Model(), tmp_path)
 
 
 def test_save_and_load(tmp_path):
@@ -413,6 +490,36 @@ def test_load_wants_the_mathematics_of_the_file(tmp_path):
         checkpoints.load_sla(sla_ref.SparseLinearAttention(D), tmp_path / "main.safetensors")
 
 
+def test_sla_and_sla2_do_not_load_each_others_files(tmp_path):
+    """Not even where their weights have the same names, and where a file says nothing."""
+    proj = {"alpha": "block_means", "proj": True}
+    layers = {"paper": sla_ref.SparseLinearAttention(D), "sla2": sla2(**proj)}
+    for variant, layer in layers.items():
+        checkpoints.save_sla(layer, tmp_path / variant)
+    state = layers["paper"].state_dict()
+    assert state.keys() == layers["sla2"].state_dict().keys()
+    save_file(state, tmp_path / "unnamed")
+    torch.save(state, tmp_path / "theirs.pt")
+    checkpoints.save_sla(sla2(alpha="ideal", proj=True), tmp_path / "ideal")
+    bound = {"alpha": "block", "query_length": 128}
+    checkpoints.save_sla(sla2(**bound), tmp_path / "bound")
+    for layer, name, message in (
+        (layers["paper"], "sla2", r"must have variant 'sla2' in its SLA layers, as .* says, got 'paper'"),
+        (layers["sla2"], "paper", r"must have variant 'paper' in its SLA layers, as .* says, got 'sla2'"),
+        (layers["sla2"], "unnamed", r"must have SLA's own layers for .*, which names no variant, got variant 'sla2'"),
+        (layers["sla2"], "theirs.pt", r"must have SLA's own layers for"),
+        (layers["sla2"], "ideal", r"must have alpha 'ideal' in its SLA layers, as .* says, got 'block_means'"),
+        (sla2(alpha="block", query_length=120), "bound", "must have alpha 'block of 64 of 128 tokens' in"),
+    ):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(ValueError, match=message):
+            checkpoints.load_sla(layer, tmp_path / name)
+        assert all(torch.equal(value, before[each]) for each, value in layer.state_dict().items())
+    for name in ("paper", "unnamed", "theirs.pt"):
+        checkpoints.load_sla(layers["paper"], tmp_path / name)
+    checkpoints.load_sla(sla2(**bound), tmp_path / "bound")
+
+
 class Bomb:
     """Code in a pickle: unpickling it would make the file that it names."""
 
@@ -431,6 +538,25 @@ def test_no_code_in_a_pickle_runs(tmp_path, write):
         checkpoints.load_sla(Model(), path)
     assert "weights_only" not in "".join(traceback.format_exception(raised.value)), "torch's advice is to run the code"
     assert not (tmp_path / "exploded").exists()
+
+
+def dotted(path: Path) -> bytes:
+    """A pickle that does the same, and finds the function through a module of which DCP's index has classes."""
+    module, name, argument = (
+        b"\x8c" + bytes([len(text)]) + text.encode()
+        for text in ("torch.distributed.checkpoint.metadata", "os.mkdir", str(path))
+    )
+    return b"\x80\x04" + module + name + b"\x93" + argument + b"\x85R."  # global, tuple of one, call, stop
+
+
+@pytest.mark.parametrize("dump", [lambda path: pickle.dumps(Bomb(path)), dotted])
+def test_no_code_in_the_index_of_dcp_runs(tmp_path, dump):
+    (tmp_path / ".metadata").write_bytes(dump(tmp_path / "exploded"))
+    with pytest.raises(ValueError, match=r"\.metadata is damaged or holds code"):
+        checkpoints.read_checkpoint(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(dump(tmp_path / "exploded"))
+    assert (tmp_path / "exploded").exists(), "it would have"
 
 
 def test_bad_files(tmp_path):

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import sla_ref
+from sla_ref import reference_sla2
+from sla_ref.sla2 import ALPHAS
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 import diffusers
@@ -25,6 +27,7 @@ from sla_ref.integrations import thu_ml
 
 DENSE = {"critical_ratio": 1.0, "block_q": 8, "block_k": 8}  # every block exact: what the model computed before
 SPARSE = {"critical_ratio": 0.2, "negligible_ratio": 0.2, "block_q": 8, "block_k": 8}
+SLA2 = {"critical_ratio": 0.2, "variant": "sla2", "alpha": "token", "proj": True, "block_q": 8, "block_k": 8}
 
 
 def transformer(kind: str = "WanTransformer3DModel", **config) -> torch.nn.Module:
@@ -66,35 +69,49 @@ def run(model: torch.nn.Module, *args, **more) -> torch.Tensor:
 
 
 def trained(model: WanTransformer3DModel) -> WanTransformer3DModel:
-    """The model with a Proj that is not zero."""
+    """The model with added weights that are anywhere but at their start."""
     torch.manual_seed(2)
     for parameter in wan.sla_parameters(model):
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
+def freeze_routers(model: WanTransformer3DModel) -> None:
+    for block in model.blocks:
+        block.attn1.processor.router.requires_grad_(False)
+
+
+@pytest.fixture(params=[SPARSE, SLA2], ids=["sla", "sla2"])
+def options(request) -> dict:
+    return request.param
+
+
 @pytest.fixture
-def installed() -> WanTransformer3DModel:
+def installed(options) -> WanTransformer3DModel:
     model = transformer()
-    wan.install_sla(model, **SPARSE)
+    wan.install_sla(model, **options)
     return trained(model)
 
 
 # --- the same mathematics --------------------------------------------------------------------------------------------
 
 
-def test_every_block_critical_is_the_original():
+@pytest.mark.parametrize("alpha", [None, *ALPHAS])
+def test_every_block_critical_is_the_original(alpha):
+    """SLA2's alpha is 1 in rows without marginal blocks, whatever was learned. "block" is bound to 60 tokens."""
     model = transformer()
     expected = run(model)
-    wan.install_sla(model, **DENSE)
+    if alpha is None:
+        wan.install_sla(model, **DENSE)
+    else:
+        wan.install_sla(model, **DENSE, variant="sla2", alpha=alpha, query_length=60 if alpha == "block" else None)
+        trained(model)
     torch.testing.assert_close(run(model), expected)
 
 
-def test_it_is_sla_that_runs():
+def test_it_is_sla_that_runs(installed, options):
     """Layer by layer: what goes into the first attention, through the equations, is what comes out."""
-    model = transformer()
-    wan.install_sla(model, **SPARSE)
-    trained(model)
+    model = installed
     attention, caught = model.blocks[0].attn1, {}
     attention.register_forward_hook(lambda module, args, out: caught.update(args=args, out=out))
     run(model)
@@ -110,11 +127,16 @@ def test_it_is_sla_that_runs():
     query = rotated(heads(attention.norm_q(attention.to_q(hidden_states))))
     key = rotated(heads(attention.norm_k(attention.to_k(hidden_states))))
     value = heads(attention.to_v(hidden_states))
-    labels = sla_ref.reference.classify(query, key, 0.2, 0.2, 8, 8)
+    labels = sla_ref.reference.classify(query, key, 0.2, options.get("negligible_ratio", 0.0), 8, 8)
     sparse, linear, _ = sla_ref.reference.sparse_linear_attention(
         query, key, value, query.softmax(-1), key.softmax(-1), labels, 8, 8, 0.25
     )
-    out = sla_ref.reference.combine(sparse, linear, *wan.sla_parameters(model)[:2])
+    proj, layer = (attention.processor.proj_l.weight, attention.processor.proj_l.bias), attention.processor
+    if options is SPARSE:
+        out = sla_ref.reference.combine(sparse, linear, *proj)
+    else:
+        logit = torch.einsum("hd,bhnd->bhn", layer.alpha_weight, query) + layer.alpha_logit[:, None]
+        out = reference_sla2.combine(sparse, torch.nn.functional.linear(linear, *proj), logit.sigmoid())
     torch.testing.assert_close(attention.to_out[0](out.transpose(1, 2).flatten(2)), caught["out"])
 
 
@@ -233,8 +255,9 @@ def test_cross_attention_and_other_layers_stay():
     assert changed == {"blocks.1.attn1.processor"}
 
 
-def test_weights_are_the_models_own(installed):
-    added = {f"blocks.{i}.attn1.processor.proj_l.{part}" for i in (0, 1) for part in ("weight", "bias")}
+def test_weights_are_the_models_own(installed, options):
+    parts = ["proj_l.weight", "proj_l.bias", *([] if options is SPARSE else ["alpha_logit", "alpha_weight"])]
+    added = {f"blocks.{i}.attn1.processor.{part}" for i in (0, 1) for part in parts}
     assert set(installed.state_dict()) == set(transformer().state_dict()) | added
     group = wan.sla_parameters(installed)
     assert [id(parameter) for parameter in group] == [
@@ -256,18 +279,31 @@ def test_options_arrive():
     assert len(wan.sla_parameters(model)) == 2 * 4
 
 
-def test_remove_restores_the_original():
+def test_options_of_sla2_arrive():
+    model, router = transformer(), sla_ref.Router(protected_keys=slice(0, 8))
+    options = {"alpha": "block", "query_length": 60, "router": router, "block_q": 16, "feature_map": "elu"}
+    wan.install_sla(model, 0.3, variant="sla2", proj=True, **options)
+    layer = model.blocks[0].attn1.processor
+    assert isinstance(layer, sla_ref.SLA2Attention)
+    assert (layer.critical_ratio, layer.heads) == (0.3, 2) and layer.proj_l is not None
+    assert {name: getattr(layer, name) for name in options} == options
+    run(model)
+    with pytest.raises(ValueError, match="query must have query_length 60, to which alpha='block' is bound"):
+        run(model, hidden_states=torch.randn(2, 4, 3, 8, 8))
+
+
+def test_remove_restores_the_original(options):
     model = transformer()
     before, names, expected = model.attn_processors, list(model.state_dict()), run(model)
     attributes = set(vars(model))
-    wan.install_sla(model, **SPARSE)
+    wan.install_sla(model, **options)
     assert not torch.equal(run(trained(model)), expected)
     wan.remove_sla(model)
     assert model.attn_processors == before
     assert list(model.state_dict()) == names
     assert torch.equal(run(model), expected)
     assert set(vars(model)) == attributes
-    wan.install_sla(model, **SPARSE)
+    wan.install_sla(model, **options)
     model.set_attn_processor(before["blocks.0.attn1.processor"])  # as a user may do
     wan.remove_sla(model)
     assert set(vars(model)) == attributes
@@ -333,6 +369,7 @@ def test_dense_first_steps_of_a_scheduler(installed):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("options", [SPARSE], ids=["sla"], indirect=True)  # what is compiled twice is the same for SLA2
 def test_a_schedule_with_compiled_blocks(installed):
     torch._dynamo.reset()
     expected = {
@@ -385,11 +422,36 @@ def gradients(model: torch.nn.Module, **more) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_gradients_reach_every_parameter():
+def test_gradients_reach_every_parameter(options):
     model = transformer()
-    wan.install_sla(model, **SPARSE)  # Proj still zero
+    wan.install_sla(model, **options)  # the added weights still at their start
     for name, gradient in gradients(model).items():
         assert gradient is not None and gradient.isfinite().all() and gradient.any(), name
+
+
+def test_a_learned_router_is_trained_in_stage_1_and_frozen_in_stage_2():
+    """Stage 1 matches a soft attention to the original one, on the same input. Stage 2 trains all but the router."""
+    model = transformer()
+    wan.install_sla(model, **SLA2 | {"router": "learned"})
+    with pytest.raises(RuntimeError, match="a hard choice of blocks gives the router no gradient"):
+        run(model)
+    attention, caught = model.blocks[0].attn1, {}
+    attention.register_forward_hook(lambda module, args, out: caught.update(args=args))
+    routers = {f"blocks.{i}.attn1.processor.router.scores.proj_{part}.weight" for i in (0, 1) for part in "qk"}
+    for block in model.blocks:
+        block.attn1.processor.tau = 0.4
+    soft = gradients(model)
+    assert all(soft[name].any() for name in routers)
+    layer, (hidden_states, *_, rotary) = attention.processor, caught["args"]
+    dense, layer.critical_ratio = layer.replaced(attention, hidden_states, rotary_emb=rotary), 1.0
+    torch.testing.assert_close(attention(hidden_states, rotary_emb=rotary), dense)
+    for block in model.blocks:
+        block.attn1.processor.tau = None
+    freeze_routers(model)
+    layer.critical_ratio = 0.2
+    assert {name for name, gradient in gradients(model).items() if gradient is None} == routers
+    added = {id(parameter) for parameter in wan.sla_parameters(model)}
+    assert routers < {name for name, parameter in model.named_parameters() if id(parameter) in added}
 
 
 def test_one_step_on_the_added_parameters_changes_them_alone(installed):
@@ -416,10 +478,10 @@ def near(out: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # Wan's own norms under autocast
-def test_bfloat16_autocast(device):
+def test_bfloat16_autocast(device, options):
     """Blocks of 16, which every backend takes."""
     model = transformer()
-    wan.install_sla(model, **SPARSE | {"block_q": 16, "block_k": 16})
+    wan.install_sla(model, **options | {"block_q": 16, "block_k": 16})
     installed = trained(model).to(device)
     expected = run(installed)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -504,25 +566,29 @@ def test_the_benchmark_rehearses(tmp_path, monkeypatch):
 # --- files and copies ------------------------------------------------------------------------------------------------
 
 
-def test_save_and_load(installed, tmp_path):
+def test_save_and_load(installed, options, tmp_path):
     wan.save_sla(installed, tmp_path / "sla.safetensors")
     other = transformer()
-    wan.install_sla(other, **SPARSE)
+    wan.install_sla(other, **options)
     assert not torch.equal(run(other), run(installed))
     wan.load_sla(other, tmp_path / "sla.safetensors")
     assert torch.equal(run(other), run(installed))
     with pytest.raises(FileExistsError, match="path must name a new file"):
         wan.save_sla(installed, tmp_path / "sla.safetensors")
+    another = transformer()
+    wan.install_sla(another, **SLA2 if options is SPARSE else SPARSE)
+    with pytest.raises(ValueError, match=r"model must have variant '(paper|sla2)' in its SLA layers"):
+        wan.load_sla(another, tmp_path / "sla.safetensors")
 
 
-def test_the_way_through_from_pretrained(installed, tmp_path):
+def test_the_way_through_from_pretrained(installed, options, tmp_path):
     """What docs/wan.md says: the model as diffusers saves it, with the added weights in a file of their own."""
     wan.save_sla(installed, tmp_path / "sla.safetensors")
     expected = run(installed)
     wan.remove_sla(installed)
     installed.save_pretrained(tmp_path)
     other = WanTransformer3DModel.from_pretrained(tmp_path)
-    wan.install_sla(other, **SPARSE)
+    wan.install_sla(other, **options)
     wan.load_sla(other, tmp_path / "sla.safetensors")
     torch.testing.assert_close(
         run(other), expected
@@ -551,14 +617,14 @@ def test_each_of_two_transformers_takes_its_own_file(tmp_path):
         wan.load_sla(second, tmp_path / "any.safetensors")
 
 
-def test_save_pretrained_with_sla_in(installed, tmp_path):
+def test_save_pretrained_with_sla_in(installed, options, tmp_path):
     """For one file and for shards, the error names the way to a model with SLA, and that way works."""
     fresh, expected = transformer(), run(installed)
-    wan.install_sla(fresh, **SPARSE)
+    wan.install_sla(fresh, **options)
     for size, name in (("1GB", "safetensors"), ("20KB", "safetensors.index.json")):
         installed.save_pretrained(tmp_path, max_shard_size=size)
         path = tmp_path / f"diffusion_pytorch_model.{name}"
-        with pytest.raises(ValueError, match="more of other layers; split_sla_state_dict takes SLA's weights out"):
+        with pytest.raises(ValueError, match=r"split_sla_state_dict takes (SLA's weights|them) out of a whole"):
             wan.load_sla(fresh, path)
         wan.load_sla_state_dict(fresh, wan.split_sla_state_dict(wan.read_checkpoint(path))[0])
         torch.testing.assert_close(run(fresh), expected)
@@ -573,7 +639,8 @@ def test_the_average_of_the_backbone(installed, tmp_path):
         assert torch.equal(value, installed.state_dict()[name]), name
     parameters = list(installed.parameters())
     assert len(parameters) == len(set(parameters)) == len(list(installed.named_parameters()))
-    assert parameters[-4:] == wan.sla_parameters(installed)
+    added = wan.sla_parameters(installed)
+    assert all(one is other for one, other in zip(parameters[-len(added) :], added, strict=True))
     assert list(copy.deepcopy(installed).parameters())[-1] is not parameters[-1], "a copy has its own"
 
 
@@ -594,6 +661,15 @@ def test_group_offloading(installed, tmp_path, where):
         wan.save_sla(installed, saved)
         before = wan.read_checkpoint(tmp_path / "before.safetensors")
         assert all(torch.equal(value, before[name]) for name, value in wan.read_checkpoint(saved).items())
+
+
+def test_offloading_on_disk_brings_back_a_learned_router(tmp_path):
+    model, cpu = transformer(), torch.device("cpu")
+    wan.install_sla(model, **SLA2 | {"router": "learned"})
+    freeze_routers(trained(model))
+    expected, options = run(model), {"onload_device": cpu, "offload_device": cpu, "offload_type": "leaf_level"}
+    model.enable_group_offload(**options, offload_to_disk_path=str(tmp_path))
+    torch.testing.assert_close(run(model), expected)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -654,7 +730,16 @@ class Pipeline:
         ({"feature_map": "tanh"}, ValueError, "feature_map must be one of"),
         ({"proj_init": "eye"}, ValueError, "proj_init must be one of 'zero', 'identity', got 'eye'"),
         ({"backend": "nope"}, ValueError, "backend must be one of"),
-        ({"variant": "SLA-2"}, ValueError, "variant must be one of 'main', 'SLA-1', 'paper', got 'SLA-2'"),
+        ({"variant": "SLA-2"}, ValueError, "variant must be one of 'paper', 'main', 'SLA-1', 'sla2', got 'SLA-2'"),
+        ({"variant": "sla2", "negligible_ratio": 0.1}, ValueError, "negligible_ratio must be None for variant 'sla2'"),
+        ({"variant": "sla2", "proj_init": "identity"}, ValueError, "proj_init must be 'zero' for variant 'sla2'"),
+        ({"variant": "sla2", "alpha": "row"}, ValueError, "alpha must be one of 'head', 'block', .*, got 'row'"),
+        ({"variant": "sla2", "alpha": "block"}, TypeError, "query_length must be an int >= 1, got None"),
+        ({"variant": "sla2", "query_length": 60}, ValueError, "query_length must be None for alpha='head'"),
+        ({"variant": "sla2", "router": "lerned"}, ValueError, "router must be 'pooled', 'learned' or a callable"),
+        ({"alpha": "head"}, ValueError, "alpha must be None for variant 'paper', got 'head'"),
+        ({"proj": False}, ValueError, "proj must be None for variant 'paper', got False"),
+        ({"variant": "main", "router": "pooled"}, ValueError, "router must be None for variant 'main', got 'pooled'"),
         ({"layers": [0, 2]}, ValueError, r"layers must hold different numbers from 0 to 1, got \[0, 2\]"),
         ({"layers": [0, 0]}, ValueError, "layers must hold different numbers"),
         ({"layers": []}, ValueError, "layers must hold at least one number, got none"),

@@ -67,8 +67,9 @@ def split(folder):
 @pytest.fixture(scope="module")
 def trained(folder):
     """The runs of two ranks, one of which goes on from a run of one process, and how the session ended."""
-    with pytest.raises(KeyboardInterrupt):
-        ranks.training(folder, "resumed", tick=ranks.interrupt_at(3))
+    for name in ("resumed", "sla2 resumed"):
+        with pytest.raises(KeyboardInterrupt):
+            ranks.training(folder, name, tick=ranks.interrupt_at(3))
     session = torchrun(ROOT / "tests" / "ranks.py", "trained", folder)
     assert session.returncode == 0, session.stderr
     return torch.load(folder / "trained.pt"), session
@@ -132,6 +133,7 @@ def test_files_of_weights_that_fsdp_has_sharded(folder, split):
     added = checkpoints.split_sla_state_dict(expected)[0]
     for name in ("same", "own-0", "own-1"):
         close(checkpoints.read_checkpoint(folder / f"{name}.safetensors"), added)
+    close(checkpoints.read_checkpoint(folder / "dcp"), {f"model.{name}": value for name, value in expected.items()})
     for each in split[0]:
         close(each["loaded"], expected)
         close(each["loaded again"], expected)
@@ -150,6 +152,8 @@ def test_gathering_sends_back_the_sum_of_all_ranks_gradients(split):
         ("wan, time per token", {}, {"per_token": True}),
         ("wan, main", {"negligible_ratio": None, "variant": "main"}, {}),
         ("wan, fsdp and checkpointing", {}, {}),
+        ("wan, sla2", ranks.PER_TOKEN, {}),
+        ("wan, sla2, fsdp and checkpointing", ranks.PER_BLOCK, {}),
         ("wan, taken out", None, {}),
         ("wan, replaced and taken out", None, {}),
     ],
@@ -235,18 +239,20 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The same run by one process."""
+    """The same runs by one process."""
     folder = tmp_path_factory.mktemp("alone")
-    ranks.training(folder, "run")
-    return folder / "run"
+    for name in ("sla", "sla2"):
+        ranks.training(folder, name)
+    return folder
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed", "interrupted"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed", "interrupted", "sla2 ddp", "sla2 resumed"])
 def test_the_loss_curve_is_that_of_one_process(folder, trained, alone, name):
-    found, expected = lines(folder / name), lines(alone)
+    one = alone / ("sla2" if name.startswith("sla2") else "sla")
+    found, expected = lines(folder / name), lines(one)
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
-    first, second = (read_checkpoint(path / "checkpoint.pt") for path in (folder / name, alone))
+    first, second = (read_checkpoint(path / "checkpoint.pt") for path in (folder / name, one))
     close(first["model"], second["model"], atol=1e-4, rtol=1e-4)
     assert first["identity"] == second["identity"]
 
@@ -256,7 +262,7 @@ def test_one_process_goes_on_where_two_stopped(folder, trained, tmp_path, monkey
     """It makes six more steps from the checkpoint of step 6."""
     longer = ranks.TrainConfig(**{**ranks.CONFIG.__dict__, "steps": 6})
     state = read_checkpoint(folder / name / "checkpoint.pt")
-    reference = read_checkpoint(alone / "checkpoint.pt")
+    reference = read_checkpoint(alone / "sla" / "checkpoint.pt")
     assert state["optimizer"]["state"].keys() == reference["optimizer"]["state"].keys()
     for place, model in ((tmp_path / "two", state), (tmp_path / "one", reference)):
         place.mkdir()
@@ -282,6 +288,12 @@ def test_fsdp_keeps_half_of_the_parameters_on_each_rank(trained):
 def test_an_uneven_batch_is_named_before_anything_runs(folder, trained):
     assert trained[0]["uneven"] == "ValueError: batch must be divisible by the number of processes 2, got 3"
     assert not (folder / "uneven").exists()
+
+
+def test_stage_1_on_two_ranks_is_refused_before_anything_runs(folder, trained):
+    """It calls layers by themselves, around DDP, whose averages the gradients would then lack."""
+    assert trained[0]["stage 1"] == "ValueError: objective layers needs one process, got 2"
+    assert not (folder / "stage 1").exists()
 
 
 def test_the_command_writes_what_one_process_writes(folder, trained, tmp_path):

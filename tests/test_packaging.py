@@ -84,7 +84,7 @@ def test_hard_needs_are_torch_and_numpy(metadata):
 def test_import_loads_torch_and_numpy_only():
     optional = [
         Requirement(need).name
-        for extra in ("triton", "numba", "lab", "diffusers")
+        for extra in ("triton", "numba", "lab", "diffusers", "lora")
         for need in PROJECT["optional-dependencies"][extra]
     ]
     modules = {"scikit-learn": "sklearn", "pillow": "PIL", "numba-cuda": "numba_cuda"}

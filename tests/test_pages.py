@@ -8,9 +8,11 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["wan.md", "own-model.md", "thu-ml.md"])
+@pytest.mark.parametrize("page", ["wan.md", "lora.md", "own-model.md", "thu-ml.md"])
 def test_the_script_of_a_page_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    if page == "lora.md":
+        pytest.importorskip("peft", reason="needs the extra lora")
     text = (DOCS / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     script = "\n".join(blocks)

@@ -138,6 +138,14 @@ def test_critical_ratio_one_is_exact_attention(alpha, tau):
     close(gradients(out, x), gradients(expected, x), 1e-4)
 
 
+@pytest.mark.parametrize("tau", [None, 0.1])
+@pytest.mark.parametrize("alpha", ["head", "block", "token"])  # those with parameters of a head
+def test_some_heads_are_those_of_the_whole(alpha, tau):
+    layer, x = make_layer(alpha), inputs()
+    one, other = (layer(*(each[:, part] for each in x), tau=tau, heads=part) for part in (slice(0, 1), slice(1, 2)))
+    close([torch.cat([one, other], dim=1)], [layer(*x, tau=tau)], 1e-5)
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_rows_of_one_branch_have_weight_zero_or_one_and_finite_gradients(alpha):
     """In turn: nothing critical, nothing marginal, neither, both."""
@@ -351,6 +359,10 @@ def test_bad_construction(arguments, error, message):
 
 def test_bad_calls():
     x = inputs()
+    with pytest.raises(TypeError, match="heads must be a slice or None, got int"):
+        sla_ref.SLA2Attention(16, 2)(*x, heads=1)
+    with pytest.raises(ValueError, match=r"query must have heads 1, got shape \(1, 2, 60, 16\)"):
+        sla_ref.SLA2Attention(16, 2)(*x, heads=slice(1, 2))
     with pytest.raises(ValueError, match=r"query must have heads 3, got shape \(1, 2, 60, 16\)"):
         sla_ref.SLA2Attention(16, 3)(*x)
     with pytest.raises(ValueError, match=r"query must have head_dim 8, got shape \(1, 2, 60, 16\)"):

@@ -73,6 +73,13 @@ def sub_block_scores(
     return scores.unflatten(3, (key_blocks, parts_k)).unflatten(2, (query_blocks, parts_q)).logsumexp((3, 5)) * root
 
 
+class _Matrix(nn.Linear):
+    """Multiplies in the dtype of the means, float64: the identity then changes no bit, and no ranking."""
+
+    def forward(self, means: Tensor) -> Tensor:
+        return means @ self.weight.to(means.dtype).mT
+
+
 class LearnedScores(nn.Module):
     """SLA2's scores, `proj_q(pool(Q)) proj_k(pool(K))^T` with two learned D x D matrices. [SLA2 Eq. 16]
 
@@ -89,8 +96,8 @@ class LearnedScores(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         check_block_size("head_dim", head_dim)
-        self.proj_q = nn.Linear(head_dim, head_dim, bias=False, dtype=torch.float32)
-        self.proj_k = nn.Linear(head_dim, head_dim, bias=False, dtype=torch.float32)
+        self.proj_q = _Matrix(head_dim, head_dim, bias=False, dtype=torch.float32)
+        self.proj_k = _Matrix(head_dim, head_dim, bias=False, dtype=torch.float32)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,10 +112,7 @@ class LearnedScores(nn.Module):
         check_tensors(query=query, key=key)
         check_block_size("block_q", block_q)
         check_block_size("block_k", block_k)
-        pooled_q, pooled_k = pool_blocks(query, block_q), pool_blocks(key, block_k)
-        # In the dtype of the means, float64: the identity then changes no bit, and no ranking.
-        weight_q, weight_k = self.proj_q.weight.to(pooled_q.dtype), self.proj_k.weight.to(pooled_k.dtype)
-        return (pooled_q @ weight_q.mT) @ (pooled_k @ weight_k.mT).mT
+        return self.proj_q(pool_blocks(query, block_q)) @ self.proj_k(pool_blocks(key, block_k)).mT
 
 
 # --- the router ------------------------------------------------------------------------------------------------------

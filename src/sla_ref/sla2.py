@@ -168,6 +168,7 @@ class SLA2Attention(nn.Module):
         block_map: BlockMap | None = None,
         tau: float | None = None,
         scale: float | None = None,
+        heads: slice | None = None,
     ) -> Tensor:
         """Attention of `query` (B, H, Nq, D) over `key`, `value` (B, H, Nk, D).
 
@@ -178,17 +179,19 @@ class SLA2Attention(nn.Module):
                 choice puts each pair of blocks into both branches. It is computed by the equations of
                 `sla_ref.reference_sla2`, in torch and with N x N memory, whatever the backend.
             scale: factor on the scores; 1 / sqrt(D) if None.
+            heads: which of the layer's heads query, key and value have, where several processes share them out: see
+                `sla_ref.integrations.ulysses.own_heads`. All if None.
 
         Returns:
             (B, H, Nq, D) in the dtype of query (under autocast in the autocast dtype).
 
         Raises:
-            TypeError, ValueError, RuntimeError: as `sla_ref.sparse_linear_attention`; ValueError if query has another
-                head_dim, number of heads or, for alpha="block", length than the layer, or if tau is given with a
-                block_map or with a router that is not a `sla_ref.Router`; RuntimeError if the choice is hard and the
-                router's parameters ask for a gradient.
+            TypeError, ValueError, RuntimeError: as `sla_ref.sparse_linear_attention`; TypeError if heads is not a
+                slice; ValueError if query has another head_dim, number of heads or, for alpha="block", length than the
+                layer, or if tau is given with a block_map or with a router that is not a `sla_ref.Router`; RuntimeError
+                if the choice is hard and the router's parameters ask for a gradient.
         """
-        sparse, linear, alpha = self.branches(query, key, value, block_map=block_map, tau=tau, scale=scale)
+        sparse, linear, alpha = self.branches(query, key, value, block_map=block_map, tau=tau, scale=scale, heads=heads)
         if self.proj_l is not None:
             linear = project(self.proj_l, linear).to(sparse.dtype)
         # alpha is float32 or better, and so is the sum: 1 - alpha would be lost in a shorter dtype.
@@ -203,19 +206,21 @@ class SLA2Attention(nn.Module):
         block_map: BlockMap | None = None,
         tau: float | None = None,
         scale: float | None = None,
+        heads: slice | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `forward`, with the same arguments, mixes: O^s, O^l before Proj, and alpha.
 
         Returns:
             sparse and linear (B, H, Nq, D) in the dtype of the result, alpha (B, H, Nq) in float32 or better.
         """
-        self._check_query(query)
+        heads = slice(None) if heads is None else heads
+        self._check_query(query, heads)
         prepared = prepare(query, key, value, scale, self.backend)
         if tau is not None:
             if block_map is not None:
                 raise ValueError("tau must be None with a block_map, which is a hard choice already")
             with _without_autocast(query):
-                return self._soft_branches(prepared, tau)
+                return self._soft_branches(prepared, tau, heads)
         if block_map is None:
             block_map = self.router(
                 prepared.query, prepared.key, self.critical_ratio, 0.0, block_q=self.block_q, block_k=self.block_k
@@ -227,32 +232,34 @@ class SLA2Attention(nn.Module):
             elif self.alpha == "ideal":
                 logit = lse - _log_mass(prepared, block_map)
             else:
-                logit = self._learned_logit(prepared.query, lse.dtype)
+                logit = self._learned_logit(prepared.query, lse.dtype, heads)
         critical, marginal = block_map.labels == CRITICAL, block_map.labels == MARGINAL
         return sparse, linear, _alpha(logit, critical, marginal, query.shape[2], block_map.block_q)
 
-    def _check_query(self, query: Tensor) -> None:
+    def _check_query(self, query: Tensor, heads: slice) -> None:
+        if not isinstance(heads, slice):
+            raise TypeError(f"heads must be a slice or None, got {type(heads).__name__}")
         if not isinstance(query, Tensor) or query.dim() != 4:
             return  # `prepare` says what is wrong
-        for name, axis in (("heads", 1), ("head_dim", 3)):
-            if query.shape[axis] != getattr(self, name):
-                raise ValueError(f"query must have {name} {getattr(self, name)}, got shape {tuple(query.shape)}")
+        for name, axis, size in (("heads", 1, len(range(self.heads)[heads])), ("head_dim", 3, self.head_dim)):
+            if query.shape[axis] != size:
+                raise ValueError(f"query must have {name} {size}, got shape {tuple(query.shape)}")
         if self.alpha == "block" and query.shape[2] != self.query_length:
             raise ValueError(
                 f"query must have query_length {self.query_length}, to which alpha='block' is bound by a parameter for "
                 f"each query block, got shape {tuple(query.shape)}"
             )
 
-    def _learned_logit(self, query: Tensor, dtype: torch.dtype) -> Tensor:
+    def _learned_logit(self, query: Tensor, dtype: torch.dtype, heads: slice) -> Tensor:
         """The tensor of which alpha is the sigmoid, broadcasting to (B, H, Nq)."""
-        logit = self.alpha_logit.to(dtype)
+        logit = self.alpha_logit[heads].to(dtype)
         if self.alpha == "block":
             return logit[:, torch.arange(query.shape[2], device=query.device) // self.block_q]
         if self.alpha == "token":
-            return (query.to(dtype) * self.alpha_weight.to(dtype)[:, None]).sum(-1) + logit[:, None]
+            return (query.to(dtype) * self.alpha_weight[heads].to(dtype)[:, None]).sum(-1) + logit[:, None]
         return logit[:, None]
 
-    def _soft_branches(self, prepared: Prepared, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _soft_branches(self, prepared: Prepared, tau: float, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
         """The equations with a soft mask, in float32 or better."""
         if not isinstance(self.router, Router):
             raise ValueError(f"tau must be None for a router that is not a sla_ref.Router, got {tau!r}")
@@ -270,7 +277,7 @@ class SLA2Attention(nn.Module):
         elif self.alpha == "ideal":
             alpha = reference_sla2.ideal_alpha(query, key, mask, scale)
         else:
-            alpha = _alpha(self._learned_logit(query, dtype), soft > 0, soft < 1, lengths[0], self.block_q)
+            alpha = _alpha(self._learned_logit(query, dtype, heads), soft > 0, soft < 1, lengths[0], self.block_q)
         return sparse.to(prepared.query.dtype), linear.to(prepared.query.dtype), alpha
 
     def __setattr__(self, name: str, value: Any) -> None:

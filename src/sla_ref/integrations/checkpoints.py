@@ -5,17 +5,19 @@ Known names of Proj, each with `.weight` and `.bias`, i a block's number:
 | whose | name |
 |---|---|
 | ours | the layer's place in the model, as `blocks.{i}.attn1.processor.proj_l` in a Wan transformer of diffusers |
-| thu-ml/TurboDiffusion | `blocks.{i}.self_attn.attn_op.local_attn.proj_l` |
-| FastVideo | `blocks.{i}.attn1.attn_impl.proj_l` |
+| thu-ml/TurboDiffusion | `blocks.{i}.self_attn.attn_op.local_attn.proj_l`, in training after `net.` or `net_ema.` |
+| FastVideo | `blocks.{i}.attn1.attn_impl.proj_l`, in training after `model.` or `roles.{role}.transformer.` |
 | SimpleTuner's `sla_attention.pt` | `proj_l`, one for all layers |
+| PEFT, where Proj is one of its `modules_to_save` | ours after `base_model.model.` |
 
-`net.`, `model.` and `module.` may come first, and the names that torch's wrappers insert anywhere. A model may be
-wrapped by torch or by PEFT. Everything is checked before anything is copied: on an error the model is as it was.
+SLA2's alpha and router have only our names: the layer's place with `alpha_logit`, `alpha_weight` or `router.scores.`.
+These prefixes, `module.` and `transformer.` may come before any of the names, and those that torch's wrappers insert
+anywhere. A model may be wrapped by torch or by PEFT. Everything is checked before anything is copied: on an error the
+model is as it was.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,26 +26,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..block_map import num_blocks
 from ..feature_maps import FeatureMap, Softmax
 from ..files import whole
 from ..module import SparseLinearAttention
+from ..router import LearnedScores
+from ..sla2 import SLA2Attention
 from . import thu_ml
+from .checkpoint_files import read_checkpoint, read_with_metadata
+
+__all__ = [
+    "ROLES",
+    "Layer",
+    "load_sla",
+    "load_sla_state_dict",
+    "read_checkpoint",
+    "save_sla",
+    "sla_layers",
+    "sla_parameters",
+    "split_sla_state_dict",
+]
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")  # torch's, by what they hold
 _INSERTED = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
-_FRONT = re.compile(r"^(?:(?:net|model|module)\.)+(?=blocks\.)")
+_FRONT = re.compile(r"^(?:(?:net|net_ema|model|module|transformer|base_model|roles\.\w+)\.)+(?=blocks\.)")
 _FOREIGN = re.compile(
     r"^blocks\.(\d+)\.(?:self_attn\.attn_op\.local_attn|attn1\.attn_impl)\.(proj_l\.(?:weight|bias))$"
 )
-_ADDED = re.compile(r"(?:^|\.)(?:proj_l\.(?:weight|bias)$|(?:phi_query|phi_key|feature_map(?:_[qk])?)\.)")
+_ADDED = re.compile(
+    r"(?:^|\.)(?:(?:proj_l\.(?:weight|bias)|alpha_(?:logit|weight))$"
+    r"|(?:phi_query|phi_key|feature_map(?:_[qk])?|router\.scores)\.)"
+)
 _SHARED = ("proj_l.weight", "proj_l.bias")
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 ROLES = ("transformer", "transformer_2")
 """The names of a pipeline's transformers. Wan 2.2 has two, for much and for little noise."""
 
-Layer = SparseLinearAttention | thu_ml.SparseLinearAttention
+Layer = SparseLinearAttention | SLA2Attention | thu_ml.SparseLinearAttention
 
 
 def sla_layers(model: nn.Module) -> dict[str, Layer]:
@@ -89,10 +109,11 @@ def save_sla(model: nn.Module, path: str | Path) -> None:
     from safetensors.torch import save
 
     tensors, path = _checked(model), Path(path)
-    if any(not (adapter.merged or adapter.disable_adapters) for adapter in _adapters(model)):
+    if any(adapter.merged == adapter.disable_adapters for adapter in _adapters(model)):
         raise ValueError(
-            "model must have the adapters in its SLA layers merged, or a model without them cannot load the weights; "
-            "PEFT's merge_adapter() and diffusers' fuse_lora() merge them"
+            "model must have the adapters in its SLA layers merged and enabled, or unmerged and disabled: otherwise a "
+            "model without them would not compute the same with these weights; PEFT's merge_adapter() and diffusers' "
+            "fuse_lora() merge them"
         )
     if path.exists():
         raise FileExistsError(f"path must name a new file, {path} exists")
@@ -108,34 +129,32 @@ def save_sla(model: nn.Module, path: str | Path) -> None:
 def load_sla(model: nn.Module, path: str | Path) -> None:
     """Copies the weights of a file into the SLA layers of a model.
 
-    The layers must have the feature map, the variant and the role that the weights were trained with, where the file
-    says so. Ratios and block sizes may differ: they are choices of each run.
+    The layers must have the feature map, the variant, SLA2's form of alpha and the role that the weights were trained
+    with, where the file says so. A file that names no variant counts as SLA's, and layers of SLA2 are refused. Ratios
+    and block sizes may differ: they are choices of each run.
 
     Args:
         model: a model with SLA layers.
         path: what `save_sla` wrote, or another file that `read_checkpoint` and `load_sla_state_dict` accept.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map, variant or role.
+        FileNotFoundError, TypeError, ValueError: as those two; ValueError for another feature map, variant, form of
+            alpha or role.
     """
-    state_dict, metadata = _read(Path(path))
-    for setting, here in _settings(model).items():
+    (state_dict, metadata), settings = read_with_metadata(path), _settings(model)
+    if "variant" not in metadata and "sla2" in settings["variant"]:
+        raise ValueError(
+            f"model must have SLA's own layers for {path}, which names no variant, got variant 'sla2'; if the weights "
+            "are SLA2's, load_sla_state_dict accepts them, and split_sla_state_dict takes them out of a whole model's"
+        )
+    for setting, here in settings.items():
         here = here or ROLES[0]
         if (there := metadata.get(setting, here)) != here:
             raise ValueError(f"model must have {setting} {there!r} in its SLA layers, as {path} says, got {here!r}")
-    load_sla_state_dict(model, state_dict)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is in a safetensors file, in a torch file, or in all files that an index of shards names.
-
-    From a torch file, it reads only weights and plain values: no code in a pickle runs.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a folder or one shard of several, is damaged, or holds more than weights and plain values.
-    """
-    return _read(Path(path))[0]
+    try:
+        load_sla_state_dict(model, state_dict)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}; the state_dict is that of {path}") from error
 
 
 def split_sla_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -188,6 +207,8 @@ def load_sla_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None
             f"left over: {other[0]} and {len(other) - 1} more of other layers; split_sla_state_dict takes SLA's "
             "weights out of a whole model's"
         )
+        if any(".lora_" in name for name in other):
+            faults.append("load_lora_weights of diffusers' pipelines loads a LoRA")
     if faults:
         raise ValueError("state_dict must hold exactly the weights of the model's SLA layers; " + "; ".join(faults))
     for tensor, value in copies.items():
@@ -250,13 +271,15 @@ def _checked(model: nn.Module) -> dict[str, Tensor]:
         if offloading is not None and offloading.group.offload_to_disk_path is not None:
             raise ValueError("model must hold its weights, got one that enable_group_offload keeps on disk")
     for name, layer in sla_layers(model).items():
-        proj = f"{name}.proj_l.".lstrip(".")
-        got = {each.removeprefix(proj): tuple(t.shape) for each, t in tensors.items() if each.startswith(proj)}
-        if got != (wanted := {"weight": (layer.head_dim, layer.head_dim), "bias": (layer.head_dim,)}):
-            raise ValueError(
-                f"model must hold {proj[:-1]} whole and as it was made, {wanted}, got {got}; FSDP1 and DeepSpeed shard "
-                "weights, quantisation and parametrisation change them"
-            )
+        for part, wanted in _shapes(layer).items():
+            place = f"{name}.{part}".lstrip(".")
+            inside = (each for each in tensors if each == place or each.startswith(f"{place}."))
+            got = {each.removeprefix(place)[1:]: tuple(tensors[each].shape) for each in inside}
+            if got != wanted:
+                raise ValueError(
+                    f"model must hold {place} whole and as it was made, {wanted}, got {got}; FSDP1 and DeepSpeed shard "
+                    "weights, quantisation and parametrisation change them"
+                )
     for name, tensor in tensors.items():
         plain = type(tensor.data) is Tensor or hasattr(tensor, "full_tensor")
         if not plain or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
@@ -264,12 +287,33 @@ def _checked(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _shapes(layer: Layer) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Those of the weights that a layer is made with: of a module by their names in it, of a parameter as ""."""
+    dim = layer.head_dim
+    shapes = {} if layer.proj_l is None else {"proj_l": {"weight": (dim, dim), "bias": (dim,)}}
+    if isinstance(getattr(getattr(layer, "router", None), "scores", None), LearnedScores):
+        shapes |= {f"router.scores.{each}": {"weight": (dim, dim)} for each in ("proj_q", "proj_k")}
+    if isinstance(layer, SLA2Attention):
+        if layer.query_length is not None:
+            shapes["alpha_logit"] = {"": (layer.heads, num_blocks(layer.query_length, layer.block_q))}
+        elif layer.alpha in ("head", "token"):
+            shapes["alpha_logit"] = {"": (layer.heads,)}
+        if layer.alpha == "token":
+            shapes["alpha_weight"] = {"": (layer.heads, dim)}
+    return shapes
+
+
 def _settings(model: nn.Module) -> dict[str, str]:
     """What the weights belong to, as text; the role is empty where `install_sla` was given none."""
     found: dict[str, set[str]] = {}
     for layer in sla_layers(model).values():
         found.setdefault("feature_map", set()).add(_name_of(layer.feature_map))
-        found.setdefault("variant", set()).add(str(getattr(layer, "variant", "paper")))
+        if isinstance(layer, SLA2Attention):
+            found.setdefault("variant", set()).add("sla2")
+            bound = f" of {layer.block_q} of {layer.query_length} tokens" if layer.alpha == "block" else ""
+            found.setdefault("alpha", set()).add(layer.alpha + bound)
+        else:
+            found.setdefault("variant", set()).add(str(getattr(layer, "variant", "paper")))
         if hasattr(layer, "role"):
             found.setdefault("role", set()).add(str(layer.role or ""))
     return {setting: ", ".join(sorted(values)) for setting, values in found.items()}
@@ -343,48 +387,3 @@ def _simple_tuner(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(sets, Mapping) or len(sets) != 1:
         raise ValueError(f"state_dict['state'] must hold one set of weights, got {sorted(sets)}; pass just one set")
     return next(iter(sets.values()))
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is in a file, and a safetensors file's metadata. An index of shards gives all that it names."""
-    if path.is_dir():
-        raise ValueError(f"path must be a file, got the folder {path}; name the file in it, or the index of its shards")
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a file with weights, there is none at {path}")
-    if _SHARD.search(path.stem):
-        raise ValueError(f"path must be a whole checkpoint, {path} is one shard of it; name its index, *.index.json")
-    if not path.name.endswith(".index.json"):
-        return _read_one(path)
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = [path.parent / name for name in sorted(set(names.values()))]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"path must be an index of shards, {path} has no weight_map of names to files") from error
-    if absent := [str(shard) for shard in shards if not shard.is_file()]:
-        raise FileNotFoundError(f"path must be an index next to its shards, {path} names {', '.join(absent)}")
-    return {name: value for shard in shards for name, value in _read_one(shard)[0].items()}, {}
-
-
-def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    with path.open("rb") as file:
-        head = file.read(9)
-        # Eight bytes of length, then JSON. Torch files are zip archives. Either may have any name.
-        if head[8:] != b"{" and (path.suffix.lower() != ".safetensors" or head.startswith(b"PK")):
-            file.seek(0)
-            try:
-                return torch.load(file, map_location="cpu", weights_only=True), {}
-            except Exception:  # torch and pickle raise a dozen kinds for a bad file, and advise to run the code in it
-                raise ValueError(
-                    f"path must hold weights and plain values only; {path} could not be read: it is damaged, holds "
-                    "code, or is neither a safetensors nor a torch file"
-                ) from None
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path must be a whole safetensors file, {path} is damaged: {error}") from error

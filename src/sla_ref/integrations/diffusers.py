@@ -14,7 +14,7 @@ that is an `nn.Module` has one: its weights are part of the model, as `blocks.{i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,10 +29,11 @@ except ImportError as missing:
         "sla_ref.integrations.diffusers needs diffusers 0.36 or newer: pip install 'sla-ref[diffusers]'"
     ) from missing
 
-from ..block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO
+from ..block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, BlockMap
 from ..checks import check_block_size, check_ratio, check_scale
 from ..feature_maps import FeatureMap
 from ..module import SparseLinearAttention
+from ..sla2 import SLA2Attention
 from . import thu_ml
 from .checkpoints import (
     ROLES,
@@ -43,7 +44,7 @@ from .checkpoints import (
     sla_parameters,
     split_sla_state_dict,
 )
-from .ulysses import check_heads, gather_tokens, split_tokens, ulysses_attention
+from .ulysses import check_heads, gather_tokens, own_heads, split_tokens, ulysses_attention
 
 __all__ = [
     "MODELS",
@@ -68,6 +69,14 @@ MODELS = (
 )
 """The models of diffusers that have Wan's self-attention."""
 
+# What each variant accepts, of the arguments of `install_sla` that some variants lack.
+_VARIANTS: dict[str, tuple[str, ...]] = {
+    "paper": ("negligible_ratio", "proj_init", "router"),
+    "main": (),
+    "SLA-1": (),
+    "sla2": ("alpha", "router", "query_length", "proj"),
+}
+
 
 def install_sla(
     transformer: ModelMixin,
@@ -80,13 +89,17 @@ def install_sla(
     feature_map: str | FeatureMap = "softmax",
     proj_init: str = "zero",
     variant: str = "paper",
+    alpha: str | None = None,
+    router: str | Callable[..., BlockMap] | None = None,
+    query_length: int | None = None,
+    proj: bool | None = None,
     backend: str | None = None,
     group: dist.ProcessGroup | None = None,
     role: str | None = None,
 ) -> None:
     """Puts an SLA layer of its own into each block's self-attention; cross-attention stays as it is.
 
-    Proj is created float32 on the block's device, to be trained; `transformer.to()` applies to it afterwards.
+    Its weights are created float32 on the block's device, to be trained; `transformer.to()` applies to them afterwards.
     Call this before `torch.compile` or a wrapper for several devices, and before an optimizer is made.
     `transformer.parameters()` then lists the backbone's parameters first, as without SLA, and SLA's behind them.
 
@@ -101,9 +114,14 @@ def install_sla(
         layers: numbers of the blocks that get SLA, the others stay dense; all if None. The control blocks of WanVACE
             are numbered after the others.
         block_q, block_k, feature_map, backend: as in `sla_ref.SparseLinearAttention`.
-        proj_init: likewise. The other variants start Proj at zero.
-        variant: "paper", or "main" or "SLA-1" for weights trained with the authors' code, TurboDiffusion's for example:
-            see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
+        proj_init: likewise, for variant "paper" only. The authors' variants start Proj at zero.
+        variant: "paper"; "sla2" for `sla_ref.SLA2Attention`; "main" or "SLA-1" for weights trained with the authors'
+            code, TurboDiffusion's for example: see `sla_ref.integrations.thu_ml`, which computes in bfloat16.
+        alpha, query_length, proj: as in `sla_ref.SLA2Attention`, whose defaults apply if None; for variant "sla2" only.
+            With alpha="block", query_length is the number of tokens, after patches are made, of the one video size that
+            the model then runs at.
+        router: as in both layers, for the variants "paper" and "sla2"; "pooled" if None. A learned one is trained with
+            SLA2's soft choice, which the processors' `tau` asks for, and frozen before anything else runs.
         group: ranks to split the tokens between, `torch.distributed.group.WORLD` for all; None: no split. For a
             `WanTransformer3DModel` only.
         role: the transformer's name in its pipeline, "transformer" or "transformer_2". The files of `save_sla` carry
@@ -119,6 +137,15 @@ def install_sla(
     chosen = range(len(attentions)) if layers is None else _block_numbers("layers", layers, len(attentions))
     if not chosen:
         raise ValueError("layers must hold at least one number, got none")
+    if variant not in _VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, _VARIANTS))}, got {variant!r}")
+    given: dict[str, Any] = {"negligible_ratio": negligible_ratio, "alpha": alpha, "router": router, "proj": proj}
+    given |= {"query_length": query_length, "proj_init": None if proj_init == "zero" else proj_init}
+    options = {name: value for name, value in given.items() if value is not None}
+    for name, value in options.items():
+        if name not in _VARIANTS[variant]:
+            default = "zero" if name == "proj_init" else None
+            raise ValueError(f"{name} must be {default!r} for variant {variant!r}, got {value!r}")
     # The layers check the rest, but the authors' one has other names for these.
     check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
     check_block_size("block_q", block_q)
@@ -142,6 +169,7 @@ def install_sla(
                 "layers must be None with a group: a dense layer would attend only to its rank's tokens; "
                 f"got {len(chosen)} of {len(attentions)} layers"
             )
+    common: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "feature_map": feature_map, "backend": backend}
     new, numbered = [], list(attentions.items())
     for place, attention in (numbered[number] for number in chosen):
         device = next(attention.parameters()).device
@@ -150,24 +178,12 @@ def install_sla(
             raise ValueError(f"transformer must have diffusers' {original.__name__} in {place}, got {kind}")
         if device.type == "meta":
             raise ValueError(f"transformer must hold its weights, got {place} on the meta device; load them first")
-        head_dim = attention.inner_dim // attention.heads
+        heads, head_dim = attention.heads, attention.inner_dim // attention.heads
         processor: _WanSelfAttention
         if variant == "paper":
-            share = DEFAULT_NEGLIGIBLE_RATIO if negligible_ratio is None else negligible_ratio
-            processor = WanSLAProcessor(
-                head_dim,
-                critical_ratio,
-                share,
-                block_q=block_q,
-                block_k=block_k,
-                feature_map=feature_map,
-                proj_init=proj_init,
-                backend=backend,
-            )
-        elif negligible_ratio is not None:
-            raise ValueError(f"negligible_ratio must be None for variant {variant!r}, got {negligible_ratio!r}")
-        elif proj_init != "zero":
-            raise ValueError(f"proj_init must be 'zero' for variant {variant!r}, got {proj_init!r}")
+            processor = WanSLAProcessor(head_dim, critical_ratio, **common, **options)
+        elif variant == "sla2":
+            processor = WanSLA2Processor(head_dim, heads, critical_ratio, **common, **options)
         else:
             processor = WanReleasedSLAProcessor(
                 head_dim, critical_ratio, feature_map, block_q, block_k, variant=variant, backend=backend
@@ -400,18 +416,34 @@ class _WanSelfAttention(nn.Module):
         value = value.to(query.dtype)  # autocast may keep the norms in float32
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H, N, D)
         if self.group is None:
-            out = super().forward(query, key, value)
+            out = self.attend(query, key, value)
         else:
             classify = self.classify if isinstance(self, SparseLinearAttention) else None
-            out = ulysses_attention(super().forward, query, key, value, self.group, classify=classify)
+            out = ulysses_attention(self.attend, query, key, value, self.group, classify=classify)
         out = out.transpose(1, 2).flatten(-2)
         for step in attn.to_out:  # projection, dropout
             out = step(out)
         return out
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """The attention itself, (B, H, N, D) from (B, H, N, D) each; H are this rank's heads where there is a group."""
+        out: Tensor = super().forward(query, key, value, **options)
+        return out
+
 
 class WanSLAProcessor(_WanSelfAttention, SparseLinearAttention):  # type: ignore[misc]  # forward takes other arguments
     """An SLA layer as the attention processor of Wan's self-attention; arguments as `sla_ref.SparseLinearAttention`."""
+
+
+class WanSLA2Processor(_WanSelfAttention, SLA2Attention):  # type: ignore[misc]
+    """SLA2's layer in the same place; arguments as `sla_ref.SLA2Attention`."""
+
+    tau: float | None = None
+    """Temperature of the soft choice, to be set for stage 1 of a learned router; None: the hard choice."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        heads = None if self.group is None else own_heads(self.heads, self.group)
+        return super().attend(query, key, value, tau=self.tau, heads=heads, **options)
 
 
 class WanReleasedSLAProcessor(_WanSelfAttention, thu_ml.SparseLinearAttention):  # type: ignore[misc]

@@ -18,9 +18,9 @@ divisible by P: the first N mod P ranks have one token more.
 **Gradients.** The three functions are differentiated as what they are, so backward on all ranks gives the derivative of
 the *sum* of all ranks' losses, each rank a part of it. DistributedDataParallel and FSDP average these parts. Behind
 `gather_tokens` every rank has the loss of one process, and the average over P times the same loss is that loss: wrapped
-in DDP or FSDP over all ranks, every parameter gets the gradient of one process, Proj and Hedgehog's weights too.
-Without a wrapper, average the gradients over the ranks yourself. All ranks of a group must be given the same data,
-noise and times.
+in DDP or FSDP over all ranks, every parameter gets the gradient of one process. That holds for the weights of Proj and
+Hedgehog, and for SLA2's alpha, of which each rank uses the numbers of its heads. Without a wrapper, average the
+gradients over the ranks yourself. All ranks of a group must be given the same data, noise and times.
 
 **No ring.** A ring hands the keys around, and a rank sees a part of them at a time. SLA ranks all key blocks of a query
 block before it knows the classes [Eq. 3], and normalises over all critical and over all marginal keys [Eq. 4] [Eq. 5].
@@ -153,6 +153,19 @@ def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
             f"heads must be divisible by the ranks of the group, which share them out, got {heads} on {ranks} ranks"
         )
     return ranks
+
+
+def own_heads(heads: int, group: dist.ProcessGroup | None = None) -> slice:
+    """Which of all heads `ulysses_attention` gives this rank, for a layer that has parameters for each head.
+
+        attention = partial(layer, heads=own_heads(layer.heads, group))  # a `sla_ref.SLA2Attention`
+
+    Raises:
+        TypeError, ValueError: group is not a group of this process, or its ranks cannot share out the heads evenly.
+    """
+    share = heads // check_heads(heads, group)
+    first = dist.get_rank(group) * share
+    return slice(first, first + share)
 
 
 class _AllToAll(torch.autograd.Function):
