@@ -16,7 +16,7 @@ from evidence import Recorder, worst
 from sla_ref import backends, testing
 from tools.guarantees import FOLDER, PAGE, ROOT, Recording, code, fill, named_in, read, sources, split
 
-NOW = {"torch": "a", "the rest": "b"}
+NOW = {"torch": "a", "the operator": "b"}
 MACHINE = {"date": "2026-01-02", "device": "CPU", "cpu": "A CPU", "versions": {"torch": "2.11"}, "sources": NOW}
 CASE = {"test": "test_x.py::test_y", "case": "z", "outcome": "passed"}
 NUMBERS = {
@@ -105,7 +105,7 @@ def test_the_hash_is_of_the_code(old, new, same):
     [
         ("backends/pytorch.py", ["torch"]),
         ("backends/triton/sparse.py", ["triton"]),
-        ("reference.py", ["the rest"]),
+        ("reference.py", ["the operator"]),
         ("lab/model.py", []),
     ],
 )

@@ -59,11 +59,11 @@ def code(tree: Any) -> Any:
 
 
 def sources(package: Path = PACKAGE) -> dict[str, str]:
-    """A hash of the code of each backend, and one of the rest that evidence rests on. Comments do not count."""
+    """A hash of the code of each backend, and one of all else that evidence rests on. Comments do not count."""
     files = {name: sorted(package.glob(pattern)) for name, pattern in BACKENDS.items()}
     backends = {path for paths in files.values() for path in paths}
     rest = [path for path in sorted(package.rglob("*.py")) if path not in backends]
-    files["the rest"] = [path for path in rest if path.relative_to(package).parts[0] not in NO_PROMISE_ABOUT]
+    files["the operator"] = [path for path in rest if path.relative_to(package).parts[0] not in NO_PROMISE_ABOUT]
 
     def digest(paths: list[Path]) -> str:
         trees = [[path.name, code(ast.parse(path.read_text(encoding="utf-8")))] for path in paths]
