@@ -105,6 +105,13 @@ class Clock:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
 
+    def cost(self, step: Callable[[], object], turns: int) -> dict[str, float]:
+        """Of a training step: milliseconds, peak memory, and MiB of weights, gradients and moments between steps."""
+        found = {"step": self.milliseconds(step, turns)}
+        if self.device.type == "cuda":
+            found |= {"peak_mib": self.peak(step), "held_mib": torch.cuda.memory_allocated() / MIB}
+        return found
+
 
 def attempt(part: Callable[[], object]) -> object:
     """What a part returns, or its error; the other parts still run."""

@@ -17,14 +17,14 @@ RANKS = (2, 4, 8)
 BYTES = 2  # bfloat16
 
 
-def ddp(ranks: int) -> float:
+def ddp(ranks: int, parameters: int = PARAMETERS) -> float:
     """All-reduce of the gradients."""
-    return 2 * (ranks - 1) / ranks * PARAMETERS * BYTES
+    return 2 * (ranks - 1) / ranks * parameters * BYTES
 
 
-def fsdp(ranks: int) -> float:
+def fsdp(ranks: int, parameters: int = PARAMETERS) -> float:
     """All-gather of the weights in forward and backward, reduce-scatter of the gradients."""
-    return 3 * (ranks - 1) / ranks * PARAMETERS * BYTES
+    return 3 * (ranks - 1) / ranks * parameters * BYTES
 
 
 def ulysses(ranks: int, tokens: int) -> float | None:
@@ -38,6 +38,11 @@ def ulysses_layer(ranks: int, tokens: int, heads: int = HEADS, head_dim: int = H
     """The same of one layer."""
     tensor = tokens / ranks * heads * head_dim * BYTES
     return 2 * 4 * (ranks - 1) / ranks * tensor
+
+
+def gathered(ranks: int, tokens: int, channels: int) -> float:
+    """What a model under Ulysses puts out, given to all ranks, and its gradient. Left out of the table."""
+    return 2 * (ranks - 1) * tokens / ranks * channels * BYTES
 
 
 def rows() -> list[str]:

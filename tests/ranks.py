@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import runpy
 import signal
 import sys
 from contextlib import AbstractContextManager, suppress
@@ -366,10 +367,19 @@ def failing(folder: Path) -> None:
     finetune(folder, "failing", steps=50)
 
 
+def benchmark(folder: Path) -> None:
+    """benchmarks/several_gpus.py, in the processes that have imported all that it needs."""
+    script = Path(__file__).parents[1] / "benchmarks" / "several_gpus.py"
+    arguments = [str(script), "--tiny", "--json", str(folder / "new" / "figures.json")]
+    with patch.object(sys, "argv", arguments), patch.object(sys, "path", [str(script.parent), *sys.path]):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 def main(what: str, folder: Path) -> None:
     with distributed.process_group(torch.device("cpu")):
         if what == "split":
             split(folder)
+            benchmark(folder)
             failing(folder)
         elif what == "mesh":
             mesh(folder)
