@@ -20,12 +20,13 @@ RUN  := $(VENV)/bin/python -m
 INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(RUN) pip install $(PIP_ARGS) --editable
 
 .NOTPARALLEL:
-.PHONY: help demo test test-long test-variants mutants lint format bench docs hooks clean
+.PHONY: help demo test test-long test-variants evidence mutants lint format bench docs hooks clean
 
 help:
 	@echo "make demo    fine-tune a small video model with SLA and show what came out"
 	@echo "make test    run the tests; make test-long: the long ones, too; make test-variants: as on other machines"
-	@echo "make mutants change the package in one place at a time, to see whether a test fails"
+	@echo "make evidence record what the tests see that docs/guarantees.md names"
+	@echo "make mutants  change the package in one place at a time, to see whether a test fails"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put imports and layout in order"
 	@echo "make bench   time the torch backend on this CPU"
@@ -49,6 +50,11 @@ test-variants: $(VENV)/.has-dev
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBILITY $(MAKE) test ARGS="--shuffle=1 $(ARGS)"
 	ATEN_CPU_CAPABILITY=avx2 $(MAKE) test THREADS=2 ARGS="--shuffle=2 $(ARGS)"
 	LC_ALL=C HOME=/dev/null XDG_CACHE_HOME= $(MAKE) test ARGS="--shuffle=3 $(ARGS)"
+
+# A test that lacks a program fails here: a skipped case would be recorded as one that needs a GPU.
+evidence: $(VENV)/.has-dev
+	SLA_REF_REQUIRE_TOOLS=1 $(MAKE) test ARGS="--evidence=benchmarks/results/evidence $(ARGS)"
+	$(VENV)/bin/python tools/guarantees.py
 
 # Hours, if all of them are to run: each call goes on where the last one stopped.
 mutants: $(VENV)/.has-dev

@@ -3,6 +3,7 @@
 Without a GPU, Triton runs in its interpreter and Numba in its simulator: same kernels, no hardware. The header of the
 run says which it is. `pytest --shuffle=1` runs the tests in another order (2, 3, ...: in yet another).
 `pytest --long` runs those as well that take long and vary what another test checks: more targets, sizes or starts.
+`pytest --evidence=FOLDER` runs those that docs/guarantees.md names, and records what they see (evidence.py).
 
 What a test sees does not depend on where it runs: not on the variables that decide how programs print, not on the
 tests before it.
@@ -15,6 +16,7 @@ import random
 import signal
 import tempfile
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -42,6 +44,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported, so before anything imports it
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # the same for numba
 
+import evidence  # noqa: E402
 from simulators import let_numba_wait_at_barriers, patch_triton_once_a_launch  # noqa: E402
 
 from sla_ref import backends  # noqa: E402
@@ -73,6 +76,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in another order"
     )
+    parser.addoption(
+        "--evidence", metavar="FOLDER", help="run the tests that docs/guarantees.md names, and record what they see"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,6 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("--backend")
     if asked not in (None, "all") and (reason := backends.list_backends()[asked]) is not None:
         raise pytest.UsageError(f"--backend={asked}: {reason}")
+    if (folder := config.getoption("--evidence")) is not None:
+        config.pluginmanager.register(evidence.Recorder(Path(folder)))
 
 
 def pytest_report_header() -> list[str]:

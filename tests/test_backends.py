@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from evidence import worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sla_ref import BlockMap, backends, testing
+from sla_ref import BlockMap, backends, reference, sparse_linear_attention, testing
 from sla_ref.backends import pytorch
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def assert_passed(checks: list[testing.Check]) -> None:
-    failures = [check for check in checks if not check.passed]
-    assert not failures, "\n".join(map(str, failures))
+@pytest.fixture
+def assert_passed(record_property) -> Callable[[list[testing.Check]], None]:
+    """Asserts that all checks of one case passed, and hands their numbers to `pytest --evidence`."""
+
+    def look_at(checks: list[testing.Check]) -> None:
+        assert checks, "the contract asks for every one of these cases"
+        failures = [check for check in checks if not check.passed]
+        assert not failures, "\n".join(map(str, failures))
+        record_property("errors", worst(checks))
+
+    return look_at
 
 
 def thorough(backend_name: str, case: testing.Case, device: str) -> bool:
@@ -36,19 +47,18 @@ def fitting(backend_name: str, case: testing.Case, device: str) -> testing.Case:
 
 
 @pytest.mark.parametrize("case", testing.CASES, ids=str)
-def test_float32(backend_name: str, case: testing.Case, device: str) -> None:
+def test_float32(backend_name: str, case: testing.Case, device: str, assert_passed) -> None:
     backend = backends.load(backend_name)
     case = fitting(backend_name, case, device)
     checks = testing.check_case(
         backend, case, device=device, dtype=torch.float32, thorough=thorough(backend_name, case, device)
     )
-    assert checks, "the contract asks for every one of these cases"
     assert_passed(checks)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", testing.CASES, ids=str)
-def test_half_precision(backend_name: str, case: testing.Case, dtype: torch.dtype, device: str) -> None:
+def test_half_precision(backend_name: str, case: testing.Case, dtype: torch.dtype, device: str, assert_passed) -> None:
     if backend_name == "numba" and device == "cpu" and not thorough(backend_name, case, device):
         pytest.skip("inside, it computes in float32 whatever comes: in the simulator one case will do; a GPU tries all")
     if not (case.quick or backend_name == "torch" or device == "cuda"):
@@ -57,13 +67,12 @@ def test_half_precision(backend_name: str, case: testing.Case, dtype: torch.dtyp
     checks = testing.check_case(
         backends.load(backend_name), case, device=device, dtype=dtype, thorough=device == "cuda"
     )
-    assert checks
     assert_passed(checks)
 
 
 @pytest.mark.parametrize("case", testing.CASES, ids=str)
 @pytest.mark.backend("torch")
-def test_torch_backend_is_the_equations_in_float64(case: testing.Case) -> None:
+def test_torch_backend_is_the_equations_in_float64(case: testing.Case, assert_passed) -> None:
     assert_passed(testing.check_case(backends.load("torch"), case, device="cpu", dtype=torch.float64))
 
 
@@ -161,3 +170,38 @@ def test_torch_backend_repeats_on_two_threads() -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
     finally:
         torch.set_num_threads(threads)
+
+
+def losses(attend: Callable[..., tuple[torch.Tensor, ...]], steps: int, dtype: torch.dtype, device: str) -> list[float]:
+    """Gradient descent on the projections of one layer, Proj among them, towards random values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    tokens, target = normal(1, 1, 20, 8), normal(1, 1, 20, 8)
+    weights = [normal(8, 8).requires_grad_() for _ in range(4)]
+    found = []
+    for _ in range(steps):
+        query, key, value = (tokens @ weight / 3 for weight in weights[:3])
+        sparse, linear, *_ = attend(query, key, value)
+        loss = (sparse + linear @ weights[3] - target).square().mean()
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.data -= gradient
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_fine_tuning_gives_the_losses_of_the_equations(backend_name: str, steps: int, device: str) -> None:
+    labels = torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int8, device=device)
+    block_map = BlockMap(labels, 16, 16, 20, 20)
+    attend = partial(sparse_linear_attention, block_map=block_map, backend=backend_name)
+
+    def equations(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = query.softmax(-1), key.softmax(-1)
+        return reference.sparse_linear_attention(query, key, value, *features, labels, 16, 16, 8**-0.5)
+
+    expected = losses(equations, steps, torch.float64, device)
+    assert expected[-1] < 0.8 * expected[0]
+    assert losses(attend, steps, torch.float32, device) == pytest.approx(expected, rel=1e-5)

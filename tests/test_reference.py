@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,32 @@ def run(p: Inputs):
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("labels", ["classified", "random", "negligible"])
+def test_the_equations_token_by_token(labels: str):
+    """Eq. 4 and 5 again, without tensors: each sum is a loop over single keys."""
+    sizes = {"heads": 1, "query_length": 11, "key_length": 9, "head_dim": 3, "block_q": 4, "block_k": 4}
+    p = problem(**sizes, labels=labels, critical_ratio=0.4).inputs
+    query, key, value, phi_query, phi_key = (tensor[0, 0].tolist() for tensor in p[:5])
+    classes = p.block_map.labels[0, 0].tolist()
+
+    def dot(one: list[float], other: list[float]) -> float:
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    def average(weights: dict[int, float]) -> list[float]:
+        total = sum(weights.values())
+        return [sum(w * value[n][d] for n, w in weights.items()) / total if weights else 0.0 for d in range(3)]
+
+    sparse, linear, lse = [], [], []
+    for m in range(11):
+        label = [classes[m // 4][n // 4] for n in range(9)]
+        exp = {n: math.exp(p.scale * dot(query[m], key[n])) for n in range(9) if label[n] == 1}
+        sparse.append(average(exp))
+        linear.append(average({n: dot(phi_query[m], phi_key[n]) for n in range(9) if label[n] == 0}))
+        lse.append(math.log(sum(exp.values())) if exp else -math.inf)
+    for actual, expected in zip(run(p), (sparse, linear, lse), strict=True):
+        close(actual[0, 0], torch.tensor(expected, dtype=torch.float64))
 
 
 def test_all_critical_is_softmax_attention():

@@ -101,6 +101,14 @@ def leave_rows_unwritten(run, inputs):
     return saved._replace(out_sparse=out)
 
 
+def write_past_the_end(run, inputs):
+    saved = run(inputs)
+    out = torch.empty_like(saved.out_sparse).copy_(saved.out_sparse)
+    if out.untyped_storage().nbytes() > out.nbytes:  # a view with room around it
+        out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+    return saved._replace(out_sparse=out)
+
+
 def read_beside_the_tokens(run, inputs):
     v = inputs.value
     if v.stride(-2) > v.shape[-1] * v.shape[1]:  # a view with room around it: sum what lies there
@@ -263,6 +271,7 @@ FORWARD_FAULTS = {
     tf32: {"sparse"},
     half_precision_sums: {"lse"},
     leave_rows_unwritten: {"sparse"},
+    write_past_the_end: {"writes only inside its tensors"},
     read_beside_the_tokens: {"sparse"},
     wrong_dtype: {"runs"},
     strided_output: {"runs"},
@@ -390,7 +399,7 @@ def test_a_report_shows_the_worst_element(half):
 
 def test_a_report_names_what_it_saw():
     text = report_of(faulty(forward=nan_for_rows_without_keys), RANDOM)
-    assert "sparse: NaN in 2048 of 12800 elements worst at b 0, h 0, row 0: nan, expected 0" in text
+    assert "sparse: NaN in 2048 of 6400 elements worst at b 0, h 0, row 0: nan, expected 0" in text
     assert "with 0 critical, " in text and "NaN is 0 / 0" in text
     assert "look at the sum of O^s, since lse and so the scores are right" in text
     assert "lse as float32 of shape (1, 2, 65), got float64 of shape (1, 2, 65)" in report_of(

@@ -183,10 +183,14 @@ def oracle(problem: Problem) -> Results:
 
 @dataclass(frozen=True)
 class Bound:
-    """What an error may be at most: its largest entry, and its root mean square, both in the unit of the tensor."""
+    """What an error may be at most: its largest entry, and its root mean square, both in the unit of the tensor.
+
+    `plain` is the root mean square of the equations' own error in the dtype, or NaN where the budget does not use it.
+    """
 
     largest: float
     rms: float
+    plain: float = math.nan
 
 
 def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
@@ -216,7 +220,9 @@ def error_budget(problem: Problem, exact: Results) -> dict[str, Bound]:
             error = _difference(wide[name], values)
         factor = 3 if name in GRADIENTS else 2
         budget[name] = Bound(
-            factor * _largest(error) + 4 * _largest(noise[name]), factor * _rms(error) + 2 * _rms(noise[name])
+            largest=factor * _largest(error) + 4 * _largest(noise[name]),
+            rms=factor * _rms(error) + 2 * _rms(noise[name]),
+            plain=_rms(error),
         )
     return budget
 
@@ -301,13 +307,28 @@ def _rms(values: Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class Error:
+    """How far a result is from the oracle, in numbers without a unit."""
+
+    largest: float
+    """The largest entry of the error, over that of the exact result."""
+    rms: float
+    """The root mean square of the error, over that of the exact result."""
+    plain: float
+    """The root mean square of the error, over that of the equations' own error in the dtype; NaN in float64."""
+    budget: float
+    """The share of its bound that the error uses, by largest entry or by root mean square, whichever is more."""
+
+
+@dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, and what was seen."""
+    """One thing that was looked at, and what was seen; `error` is there where a result was compared with the oracle."""
 
     name: str
     passed: bool
     seen: str = ""
     case: str = ""
+    error: Error | None = None
 
     def __str__(self) -> str:
         what = ": ".join(part for part in (self.case, self.name) if part)
@@ -478,7 +499,8 @@ def check_case(
     """The checks of a backend on one problem; `[]` if it does not support the problem.
 
     The problem is tried with phi given, and with phi = softmax left to the operator. The tensors are strided views into
-    NaN, and uninitialised memory is NaN too: what is read outside the tokens, or never written, shows in the values.
+    NaN, and uninitialised memory is NaN too, between bands of NaN: what is read outside the tokens, or never written,
+    shows in the values, and what is written outside a tensor shows in the bands.
     `thorough` runs again to see that bits repeat and are those of contiguous inputs, that inputs are not changed, and
     that forward and backward go with those of the torch backend.
     """
@@ -498,9 +520,9 @@ def _check_problem(backend: Backend, problem: Problem, thorough: bool) -> list[C
     checks: list[Check] = []
     try:
         framed = _framed(problem)
-        with _PoisonedMemory():
+        with _PoisonedMemory() as memory:
             results = run_backend(backend, framed)
-        checks += compare(results)
+        checks += [*compare(results), Check("writes only inside its tensors", memory.is_intact_outside())]
         if thorough:
             checks.append(_same_bits("inputs are left as they were", problem.named, framed.named))
             again = run_backend(backend, problem._map_tensors(torch.clone))
@@ -602,8 +624,16 @@ def _compare(results: Results, exact: Results, budget: dict[str, Bound], problem
             seen = "infinite in other places than the equations are"
         if not passed:
             seen += _place(name, values, exact[name], bound, problem)
-        checks.append(Check(name, passed, seen))
+        size, size_rms = _largest(exact[name]), _rms(exact[name])
+        shares = _share(largest, size), _share(rms, size_rms), _share(rms, bound.plain)
+        used = max(_share(largest, bound.largest), _share(rms, bound.rms))
+        checks.append(Check(name, passed, seen, error=Error(*shares, used)))
     return checks
+
+
+def _share(part: float, whole: float) -> float:
+    """part / whole, and 0 / 0 = 0: no error where the exact result is 0, or where none is allowed."""
+    return part / whole if whole else math.inf if part else 0.0
 
 
 def _against(error: float, bound: float) -> str:
@@ -650,12 +680,26 @@ def _framed(problem: Problem) -> Problem:
 
 
 class _PoisonedMemory(TorchFunctionMode):
-    """Inside, memory that torch hands out uninitialised is full of NaN: an element that nobody wrote shows."""
+    """Inside, memory that torch hands out uninitialised is full of NaN: an element that nobody wrote shows.
+
+    The memory around each tensor is NaN too, which shows what was written there.
+    """
 
     makers = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
+    band = 1024  # elements before a tensor and after it, which keep its alignment
+
+    def __init__(self) -> None:
+        self.bands: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in self.makers and result.is_floating_point():
-            result.fill_(math.nan)
+            size = result.untyped_storage().nbytes() // result.itemsize
+            buffer = result.new_full((self.band + size + self.band,), math.nan)
+            self.bands += buffer[: self.band], buffer[-self.band :]
+            result = buffer.as_strided(result.shape, result.stride(), self.band)
         return result
+
+    def is_intact_outside(self) -> bool:
+        """Whether all memory around the tensors is still NaN."""
+        return all(bool(band.isnan().all()) for band in self.bands)

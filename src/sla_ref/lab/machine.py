@@ -16,7 +16,7 @@ import sla_ref
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware and versions, for reports and cards."""
     versions = {"python": platform.python_version(), "sla_ref": sla_ref.__version__}
-    for package in ("torch", "triton", "numpy"):
+    for package in ("torch", "triton", "numba", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
