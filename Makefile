@@ -25,8 +25,8 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(
 help:
 	@echo "make demo    fine-tune a small video model with SLA and show what came out"
 	@echo "make test    run the tests; make test-long: the long ones, too; make test-variants: as on other machines"
-	@echo "make evidence record what the tests see that docs/guarantees.md names"
-	@echo "make mutants  change the package in one place at a time, to see whether a test fails"
+	@echo "make evidence  record what the tests see that docs/guarantees.md names"
+	@echo "make mutants   change the package in one place at a time, to see whether a test fails"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put imports and layout in order"
 	@echo "make bench   time the torch backend on this CPU"
