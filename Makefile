@@ -37,9 +37,9 @@ help:
 demo: $(VENV)/.has-demo
 	$(RUN) sla_ref demo --out $(OUT) $(ARGS)
 
-# One thread for each test process: the processes share the cores already.
+# One thread for each test process: the processes share the cores already. What the tests of a file share is made once.
 test: $(VENV)/.has-dev
-	OMP_NUM_THREADS=$(THREADS) $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadgroup --durations=10 $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(RUN) pytest --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 
 test-long: $(VENV)/.has-dev
 	$(MAKE) test ARGS="--long $(ARGS)"

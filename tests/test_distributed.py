@@ -27,7 +27,6 @@ from tests import ranks
 
 ROOT = Path(__file__).parents[1]
 WAN = importlib.util.find_spec("diffusers") is not None
-pytestmark = pytest.mark.xdist_group("ranks")  # one process of the tests: each session starts once
 needs_wan = pytest.mark.skipif(not WAN, reason="needs the extra diffusers")
 
 

@@ -288,7 +288,9 @@ def test_deepcopy_pickle_and_state_dict(alpha):
     assert torch.equal(fresh(*inputs()), expected)
 
 
-@pytest.mark.parametrize("alpha", ["block", "token", "block_means", "ideal"])
+@pytest.mark.parametrize(
+    "alpha", ["block", "block_means", *(pytest.param(each, marks=pytest.mark.long) for each in ("token", "ideal"))]
+)
 def test_compiled_layer(alpha):
     """Forward and backward in one graph each; with lengths that change, where the form of alpha takes them."""
     torch._dynamo.reset()

@@ -1,7 +1,7 @@
 """Fills docs/guarantees.md with what the tests saw that keep its promises: `make evidence` records, then runs this.
 
 The page is written by hand, but for two things. In a row of a table that names tests, as in `test_x.py::test_y`, the
-last cell says how many cases of them passed on which device. Between `<!-- evidence: NAME -->` and `<!-- end of
+cell before them says how many cases of them passed on which device. Between `<!-- evidence: NAME -->` and `<!-- end of
 evidence -->` is a list or table of this module.
 
     python tools/guarantees.py
@@ -100,7 +100,7 @@ def fill(page: str, evidence: dict[str, Recording], now: dict[str, str]) -> str:
 
     def row(line: str) -> str:
         tests = TEST.findall(line) if line.startswith("| ") else []
-        return re.sub(r"[^|]*\|$", f" {cell(tests, evidence, now)} |", line) if tests else line
+        return re.sub(r"[^|]*(\|[^|]*\|)$", rf" {cell(tests, evidence, now)} \1", line) if tests else line
 
     def block(place: re.Match[str]) -> str:
         lines = PLACES[place[2]](evidence, now)
