@@ -119,9 +119,16 @@ def test_bad_arguments_are_named_before_any_work(tmp_path, context, counted, see
     assert counted == [] and not (tmp_path / "out").exists()
 
 
-def test_every_experiment_runs_quickly(tmp_path, context):
+@pytest.mark.parametrize(
+    "every", [pytest.param(3, id="every third"), pytest.param(1, id="all", marks=pytest.mark.long)]
+)
+def test_every_experiment_runs_quickly(tmp_path, context, monkeypatch, every):
+    """Of each experiment, the last case and those a few before it."""
+    for name, experiment in EXPERIMENTS.items():
+        chosen = experiment.cases(QUICK)[::-every]
+        monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, cases=lambda setting, chosen=chosen: chosen))
     added = run(list(EXPERIMENTS), QUICK, [0], tmp_path, context, SILENT)
-    assert added == sum(len(experiment.cases(QUICK)) for experiment in EXPERIMENTS.values())
+    assert added == sum(len(experiment.cases(QUICK)) for experiment in EXPERIMENTS.values()) > len(EXPERIMENTS)
     lines = [line for lines in read_results(tmp_path).values() for line in lines]
     assert all(value == value for line in lines for value in line["values"].values())  # no NaN
 

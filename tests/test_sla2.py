@@ -289,7 +289,7 @@ def test_deepcopy_pickle_and_state_dict(alpha):
 
 
 @pytest.mark.parametrize(
-    "alpha", ["block", "block_means", *(pytest.param(each, marks=pytest.mark.long) for each in ("token", "ideal"))]
+    "alpha", ["block_means", *(pytest.param(each, marks=pytest.mark.long) for each in ("block", "token", "ideal"))]
 )
 def test_compiled_layer(alpha):
     """Forward and backward in one graph each; with lengths that change, where the form of alpha takes them."""
