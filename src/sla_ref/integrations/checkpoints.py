@@ -154,7 +154,8 @@ def load_sla(model: nn.Module, path: str | Path) -> None:
     try:
         load_sla_state_dict(model, state_dict)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}; the state_dict is that of {path}") from error
+        kind = "folder" if Path(path).is_dir() else "file"
+        raise type(error)(f"{error}; the state_dict is that of the {kind} {path}") from error
 
 
 def split_sla_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
