@@ -344,4 +344,4 @@ assert not set(layer.state_dict()) & set(learned.state_dict())
 # A fresh layer is its sparse branch, because Proj starts at zero. Training only Proj repairs a part of what is missing,
 # so a fine-tune trains all parameters. SLA2 is the operator of SLA-1, with a weight in place of Proj.
 #
-# Next: [Numerics and guarantees](../numerics.md)
+# Next: [Numerics](../numerics.md)
