@@ -120,17 +120,23 @@ def test_inductor_on_a_gpu(length, dim, mode):
 
 # --- CUDA graphs -----------------------------------------------------------------------------------------------------
 
+# torch warns of it for every leaf, since a graph is captured on a stream of its own.
+other_streams = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning")
+
 
 @needs_gpu
+@other_streams
 @pytest.mark.parametrize(("length", "dim"), SIZES)
 def test_graphed_callables(length, dim):
     layer, inputs = layer_for(dim, "cuda"), on_gpu(length, dim)
-    graphed = torch.cuda.make_graphed_callables(layer_for(dim, "cuda"), tuple(map(torch.zeros_like, inputs)))
+    samples = tuple(torch.zeros_like(each, requires_grad=True) for each in inputs)
+    graphed = torch.cuda.make_graphed_callables(layer_for(dim, "cuda"), samples)
     graphed.load_state_dict(layer.state_dict())
     assert_same(lambda *x: graphed(*x).clone(), layer, inputs, atol=0, rtol=0)
 
 
 @needs_gpu
+@other_streams
 @pytest.mark.parametrize("where", ["outside", "inside"])
 @pytest.mark.parametrize("backend", ["triton"])
 def test_a_map_built_by_hand_in_a_cuda_graph(backend, where):

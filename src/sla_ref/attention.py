@@ -133,11 +133,26 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, scale: float | None, back
             "sparse_linear_attention has no forward-mode derivative (jvp, jacfwd, linearize, forward_ad): its gradient "
             "is Algorithm 2, a backward pass; sla_ref.reference.sparse_linear_attention has both"
         )
-    kind = query.device.type
-    if query.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(query)
+    if dtype is not None and query.dtype != torch.float64:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return Prepared(query, key, value, 1 / math.sqrt(query.shape[3]) if scale is None else float(scale), backend)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into the function of torch
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast has on the tensor's device. None where it is off, or does not exist, as on "meta"."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast is off on the tensor's device."""
+    return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
 
 
 def attend(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, block_map: BlockMap) -> SLAOutput:
@@ -305,7 +320,7 @@ def _forward(
     sizes = (block_q, block_k, query.shape[2], key.shape[2])
     block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
     chosen = backends.choose(backend, query, block_map)
-    with _no_autocast(query):
+    with without_autocast(query):
         return run_forward(chosen, Inputs(query, key, value, phi_query, phi_key, block_map, scale))
 
 
@@ -335,15 +350,10 @@ def _backward(
     block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
     chosen = backends.choose(backend, query, block_map)
     inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
-    with _no_autocast(query):
+    with without_autocast(query):
         saved = Saved(out_sparse, out_linear, lse)
         gradients = run_backward(chosen, grad_sparse, grad_linear, grad_lse, inputs, saved)
     return [gradient.to(query.dtype) for gradient in gradients if gradient is not None]
-
-
-def _no_autocast(query: Tensor) -> AbstractContextManager:
-    kind = query.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @torch.library.register_fake(_forward)
@@ -464,7 +474,7 @@ def _layer(
     block_map = trusted_map(labels, *sizes, max_critical, is_uniform, has_marginal)
     chosen = backends.choose(backend, query, block_map)
     inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
-    with _no_autocast(query):
+    with without_autocast(query):
         return run_forward_layer(chosen, inputs, Proj(weight.contiguous(), bias.contiguous()))
 
 
@@ -497,7 +507,7 @@ def _layer_backward(
     inputs = Inputs(query, key, value, phi_query, phi_key, block_map, scale)
     proj = Proj(weight.contiguous(), bias.contiguous())
     saved = [tensor for tensor in (out, lse, out_sparse, out_linear) if tensor is not None]
-    with _no_autocast(query):
+    with without_autocast(query):
         gradients, grad_proj = run_backward_layer(chosen, grad_out, inputs, proj, saved)
     return [gradient.to(query.dtype) for gradient in (*gradients, *grad_proj) if gradient is not None]
 

@@ -219,7 +219,7 @@ class BlockMap:
             raise ValueError(f"labels must have no empty dimension, got shape {tuple(self.labels.shape)}")
         object.__setattr__(self, "labels", normal(self.labels))
         least, most, has_marginal = self._count()
-        object.__setattr__(self, "max_critical", torch.sym_max(1, most))
+        object.__setattr__(self, "max_critical", max(1, most))
         object.__setattr__(self, "is_uniform", least == self.max_critical)
         object.__setattr__(self, "has_marginal", has_marginal)
         object.__setattr__(self, "_version", version(self.labels))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .attention import attend, attend_whole, prepare
+from .attention import attend, attend_whole, autocast_dtype, prepare
 from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap
 from .checks import FLOATS, check_block_size, check_ratio
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
@@ -181,11 +181,6 @@ def _weight_and_bias(proj_l: nn.Module, query: Tensor) -> Proj | None:
     parts = proj_l.weight, proj_l.bias
     if any(type(part) not in (nn.Parameter, Tensor) or part.shape[-1] != query.shape[-1] for part in parts):
         return None
-    kind = query.device.type
-    if (
-        torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-        and query.dtype == torch.get_autocast_dtype(kind)
-    ):
+    if query.dtype == autocast_dtype(query):
         return Proj(*(part.to(query.dtype) for part in parts))
     return Proj(*parts) if all(part.dtype == query.dtype for part in parts) else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, reference_sla2
-from .attention import Prepared, attend, prepare
+from .attention import Prepared, attend, prepare, without_autocast
 from .block_map import (
     CRITICAL,
     DEFAULT_BLOCK,
@@ -219,14 +218,14 @@ class SLA2Attention(nn.Module):
         if tau is not None:
             if block_map is not None:
                 raise ValueError("tau must be None with a block_map, which is a hard choice already")
-            with _without_autocast(query):
+            with without_autocast(query):
                 return self._soft_branches(prepared, tau, heads)
         if block_map is None:
             block_map = self.router(
                 prepared.query, prepared.key, self.critical_ratio, 0.0, block_q=self.block_q, block_k=self.block_k
             )
         sparse, linear, lse = attend(prepared, self.phi_query, self.phi_key, block_map)
-        with _without_autocast(query):
+        with without_autocast(query):  # the logarithms are differences of large numbers: bfloat16 would spoil them
             if self.alpha == "block_means":
                 logit = lse - _log_mass_of_means(prepared, block_map, lse.dtype)
             elif self.alpha == "ideal":
@@ -296,12 +295,6 @@ class SLA2Attention(nn.Module):
             f"block_q={self.block_q}, block_k={self.block_k}, "
             f"feature_map={self.feature_map!r}, backend={self.backend!r}"
         )
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The logarithms below are differences of large numbers: a product in bfloat16 would spoil them."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _alpha(logit: Tensor, critical: Tensor, marginal: Tensor, query_length: int, block_q: int) -> Tensor:
