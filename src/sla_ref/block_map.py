@@ -113,8 +113,8 @@ def classify_blocks(
 
 def class_sizes(critical_ratio: float, negligible_ratio: float, key_blocks: int) -> tuple[int, int]:
     """How many of a row's key blocks are critical, and how many are negligible."""
-    num_critical = torch.sym_max(1, torch.sym_int(critical_ratio * key_blocks))
-    num_negligible = torch.sym_min(torch.sym_int(negligible_ratio * key_blocks), key_blocks - num_critical)
+    num_critical = max(1, torch.sym_int(critical_ratio * key_blocks))
+    num_negligible = min(torch.sym_int(negligible_ratio * key_blocks), key_blocks - num_critical)
     return num_critical, num_negligible
 
 
