@@ -8,8 +8,9 @@ torchrun starts one process for each GPU. They talk through NCCL, or through glo
 
 - ulysses_480p, ulysses_720p: the self-attention of Wan2.1-1.3B at 480p and of Wan2.1-14B at 720p, which every rank
   first runs by itself, on all heads and tokens ("one"), and then with the others, on its tokens ("several"). Times are
-  medians on the slowest rank. The outputs and the gradients of query, key and value are compared bit for bit; those of
-  Proj are sums over ranks, in another order than one GPU adds them up. The ranks must divide the 12 or 40 heads.
+  medians on the slowest rank; "graph" replays the same work as a CUDA graph, without the time Python takes to start it.
+  The outputs and the gradients of query, key and value are compared bit for bit; those of Proj are sums over ranks, in
+  another order than one GPU adds them up. The ranks must divide the 12 or 40 heads.
 - lab: a step of the lab's model with DDP and with FSDP2, forward to optimizer. The batch is that of all ranks
   together, so a run with one process (`--nproc-per-node 1`) gives the times to compare with.
 - wan: a step of the whole Wan2.1-1.3B at 480p as in `benchmarks/wan.py`, but with all weights in bfloat16. "one" is one
@@ -94,6 +95,8 @@ def ulysses(tiny: bool, size: str) -> dict[str, Any]:
     for name, problem, passes in (("one", whole, one), ("several", shard, several)):
         found[name] = {what: slowest(problem.milliseconds(each, TURNS), shard) for what, each in passes.items()}
         if problem.device.type == "cuda":
+            graphs = {f"{what}_graph": problem.replayed(each, TURNS) for what, each in passes.items()}
+            found[name] |= {what: slowest(time, shard) for what, time in graphs.items()}
             found[name]["peak_mib"] = slowest(problem.peak(passes["forward_backward"]), shard)
     with Sent() as sent:
         several["forward_backward"]()
