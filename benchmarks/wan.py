@@ -21,7 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,13 +235,9 @@ def main() -> None:
     result["problem"] = wan.config | {"latents": wan.latents, "tokens": wan.tokens, "text_tokens": TEXT}
     result["problem"] |= {"dtype": "bfloat16", "critical_ratio": RATIOS[0], "negligible_ratio": RATIOS[1]}
     result["problem"] |= {"backend": wan.backend, "turns": options.turns, "lora_rank": LORA_RANK}
-    dense: dict[str, Callable[[], AbstractContextManager]] = {"SDPA, torch's choice": nullcontext}
-    if wan.device.type == "cuda":
-        dense = {"SDPA, cuDNN": partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)} | dense
-    arms: dict[str, dict] = {}
-    for name, context in dense.items():
-        with context():
-            arms[name] = figures(wan, options)
+    backend = SDPBackend.CUDNN_ATTENTION if wan.device.type == "cuda" else SDPBackend.MATH
+    with sdpa_kernel(backend):
+        arms: dict[str, dict] = {"SDPA, cuDNN" if wan.device.type == "cuda" else "SDPA": figures(wan, options)}
     for block_q, block_k in ((32, 16),) if options.tiny else ((128, 64), (64, 64)):
         wan.install(block_q, block_k)
         arms[f"SLA {block_q}x{block_k}"] = figures(wan, options)

@@ -39,6 +39,14 @@ if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     own = f"torchinductor_{os.environ['ATEN_CPU_CAPABILITY']}_{os.getuid()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), own))
 
+# Test processes share out the GPUs. CUDA reads the variable once, when something first looks at the devices.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    gpus = every if given is None else given.split(",")
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.removeprefix("gw")) % len(gpus)]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported, so before anything imports it
