@@ -78,7 +78,7 @@ class Ulysses(nn.Module):
         self.layer = layer
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ulysses_attention(self.layer, query, key, value, classify=self.layer.classify)
+        return ulysses_attention(self.layer, query, key, value)
 
 
 def ulysses(tiny: bool, size: str) -> dict[str, Any]:

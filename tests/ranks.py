@@ -58,15 +58,14 @@ class Attention(nn.Module):
         nn.init.normal_(self.layer.proj_l.weight)
         nn.init.normal_(self.layer.proj_l.bias)
         self.out = nn.Linear(32, 32)
-        self.split = self.early = False  # whether tokens are split, and classified before the values are there
+        self.split = False  # whether tokens are split
         self.double()
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = split_tokens(tokens, 1) if self.split else tokens
         query, key, value = self.qkv(tokens).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)  # (B, 4, N, 8)
         if self.split:
-            classify = self.layer.classify if self.early else None
-            out = ulysses_attention(self.layer, query, key, value, classify=classify)
+            out = ulysses_attention(self.layer, query, key, value)
         else:
             out = self.layer(query, key, value)
         tokens = self.out(out.transpose(1, 2).flatten(2))
@@ -180,9 +179,6 @@ def split(folder: Path) -> None:
         model = Attention(feature_map)
         model.split = True
         found[f"summed, {feature_map}"] = outcome(model, tokens())
-        model.zero_grad()
-        model.early = True
-        found[f"classified early, {feature_map}"] = outcome(model, tokens())
     model = Attention()
     model.split = True
     found["ddp"] = outcome(DistributedDataParallel(model), tokens())

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,12 +93,6 @@ def test_output_and_gradients_are_those_of_one_process(split, feature_map):
     average = {name: (outputs[0][name] + outputs[1][name]) / 2 for name in outputs[0]}
     close(average, {name: value for name, value in expected.items() if name != "out"})
     assert not torch.allclose(outputs[0]["layer.proj_l.weight"], expected["layer.proj_l.weight"]), "half the heads"
-
-
-@pytest.mark.parametrize("feature_map", ["softmax", "hedgehog"])
-def test_classifying_while_the_values_travel_changes_no_bit(split, feature_map):
-    for each in split[0]:
-        close(each[f"classified early, {feature_map}"], each[f"summed, {feature_map}"], atol=0, rtol=0)
 
 
 def test_ranks_compare_each_shape_once(split):
@@ -442,10 +435,9 @@ def test_the_table_counts_what_the_collectives_send(monkeypatch):
     """One layer of Ulysses, forward and backward, as in the table: rows that leave for another rank."""
     sent = []
 
-    def all_to_all(arrived, rows, received, leaving, group, async_op):
+    def all_to_all(arrived, rows, received, leaving, group):
         sent.append((sum(leaving) - leaving[0]) * rows[0].numel() * rows.element_size())
         arrived.copy_(rows.repeat(2, *[1] * (rows.dim() - 1))[: len(arrived)])
-        return SimpleNamespace(wait=lambda: None)
 
     def all_gather(arrived, mine, group):
         for each in arrived:
@@ -458,5 +450,5 @@ def test_the_table_counts_what_the_collectives_send(monkeypatch):
     width = traffic["HEADS"] * traffic["HEAD_DIM"]
     shards = torch.randn(3, 1, traffic["HEADS"], 8, traffic["HEAD_DIM"], dtype=torch.bfloat16, requires_grad=True)
     ranks.ulysses_attention(lambda query, key, value: query + key + value, *shards).sum().backward()
-    assert len(sent) == 8  # q, k, v and o, and their gradients
+    assert len(sent) == 4  # q, k and v together, o, and their gradients
     assert sum(sent) * traffic["LAYERS"] == traffic["ulysses"](2, 16) == 8 * 30 * 8 * width * 2 / 2

@@ -418,8 +418,7 @@ class _WanSelfAttention(nn.Module):
         if self.group is None:
             out = self.attend(query, key, value)
         else:
-            classify = self.classify if isinstance(self, SparseLinearAttention) else None
-            out = ulysses_attention(self.attend, query, key, value, self.group, classify=classify)
+            out = ulysses_attention(self.attend, query, key, value, self.group)
         out = out.transpose(1, 2).flatten(-2)
         for step in attn.to_out:  # projection, dropout
             out = step(out)

@@ -49,7 +49,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import SLAOutput
-from ..block_map import BlockMap
 from ..checks import FLOATS, check_tensors
 
 _MAX_DIMS = 8
@@ -62,8 +61,6 @@ def ulysses_attention(
     key: Tensor,
     value: Tensor,
     group: dist.ProcessGroup | None = None,
-    *,
-    classify: Callable[[Tensor, Tensor], BlockMap] | None = None,
 ) -> Tensor:
     """Self-attention over the tokens of all ranks: `attention` runs on this rank's heads and everybody's tokens.
 
@@ -72,8 +69,6 @@ def ulysses_attention(
             `SparseLinearAttention`, for example. With `sparse_linear_attention`, take one of its branches.
         query, key, value: (B, H, n, D), this rank's n of N tokens as `split_tokens` gives them.
         group: the P ranks that the tokens are split between; all ranks if None.
-        classify: takes query and key (B, H / P, N, D) while value still travels; what it returns, attention gets as
-            `block_map`. `layer.classify` for a `SparseLinearAttention`, which then computes the same in less time.
 
     Returns:
         (B, H, n, D), for the same tokens.
@@ -92,24 +87,18 @@ def ulysses_attention(
     lengths = _lengths("query", query, 2, group)
     mine = [query.shape[2]] * ranks
 
-    def start(tensor: Tensor) -> tuple[Tensor, dist.Work]:
-        """(B, H, n, D) -> (B, H / P, N, D), there when the work is done. One copy puts what rank 0 gets first."""
-        rows = tensor.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # (P n, B, H / P, D)
-        arriving, work = _AllToAll.apply(rows, mine, lengths, group)  # (N, B, H / P, D)
-        return arriving.permute(1, 2, 0, 3), work
-
-    (query, query_work), (key, key_work), (value, value_work) = map(start, (query, key, value))
-    query_work.wait()
-    key_work.wait()
-    options = {} if classify is None else {"block_map": classify(query, key)}
-    value_work.wait()
-    out = attention(query, key, value, **options)
+    # One exchange for all three. What rank 0 gets comes first, and a token's q, k and v lie side by side.
+    parts = (each.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4) for each in (query, key, value))
+    rows = torch.stack([*parts], dim=2).flatten(0, 1)  # (P n, 3, B, H / P, D)
+    arrived = _AllToAll.apply(rows, mine, lengths, group)  # (N, 3, B, H / P, D)
+    query, key, value = arrived.permute(1, 2, 3, 0, 4)
+    out = attention(query, key, value)
     if not isinstance(out, Tensor):
         hint = "; take one of its branches" if isinstance(out, SLAOutput) else ""
         raise TypeError(f"attention must return a tensor, got {type(out).__name__}{hint}")
     if out.shape != query.shape:
         raise ValueError(f"attention must return a tensor of shape {tuple(query.shape)}, got {tuple(out.shape)}")
-    rows = _exchange(out.permute(2, 0, 1, 3), lengths, mine, group)  # (P n, B, H / P, D)
+    rows = _AllToAll.apply(out.permute(2, 0, 1, 3), lengths, mine, group)  # (P n, B, H / P, D)
     # The heads of all ranks side by side: (B, n, P, H / P, D), in this order in memory, as most models go on with it.
     return rows.unflatten(0, (ranks, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
@@ -142,7 +131,7 @@ def gather_tokens(tokens: Tensor, dim: int, group: dist.ProcessGroup | None = No
     rows = tokens.movedim(dim, 0)
     # Everybody gets what everybody has. The sum over ranks in the backward is that of the copies.
     copies = rows.expand(len(lengths), *rows.shape).flatten(0, 1)
-    return _exchange(copies, [len(rows)] * len(lengths), lengths, group).movedim(0, dim).contiguous()
+    return _AllToAll.apply(copies, [len(rows)] * len(lengths), lengths, group).movedim(0, dim).contiguous()
 
 
 def check_heads(heads: int, group: dist.ProcessGroup | None = None) -> int:
@@ -171,27 +160,21 @@ def own_heads(heads: int, group: dist.ProcessGroup | None = None) -> slice:
 class _AllToAll(torch.autograd.Function):
     """Rows (R, ...) -> (R', ...): the first sent[0] rows go to rank 0, the first received[0] come from it, and so on.
 
-    Also returns the work to wait for before the rows are read. The gradient goes the same ways back.
+    The gradient goes the same ways back.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
-    ) -> tuple[Tensor, dist.Work]:
+    ) -> Tensor:
         ctx.back = (received, sent, group)
-        arriving = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(arriving, rows.contiguous(), received, sent, group=group, async_op=True)
-        return arriving, work
+        arrived = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+        return arrived
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Any, ...]:
-        return _exchange(gradient, *ctx.back), None, None, None
-
-
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    arrived, work = _AllToAll.apply(rows, sent, received, group)
-    work.wait()
-    return arrived
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return _AllToAll.apply(gradient, *ctx.back), None, None, None
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
