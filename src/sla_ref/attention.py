@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
@@ -367,18 +366,9 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor | None,
-        phi_key: Tensor | None,
-        labels: Tensor,
-        options: tuple[int, bool, bool, int, int, float, str],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(query, key, value, phi_query, phi_key, labels, *options)
-
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # torch asks for it in every call
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:  # without names: torch would bind them in every call
+        *tensors, options = arguments
+        return _forward(*tensors, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -408,23 +398,9 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad_sparse: Tensor,
-        grad_linear: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor | None,
-        phi_key: Tensor | None,
-        out_sparse: Tensor,
-        out_linear: Tensor,
-        lse: Tensor,
-        labels: Tensor,
-        options: tuple[int, bool, bool, int, int, float, str],
-    ) -> tuple[Tensor, ...]:
-        grads, inputs = (grad_sparse, grad_linear, grad_lse), (query, key, value, phi_query, phi_key)
-        return tuple(_backward(*grads, *inputs, out_sparse, out_linear, lse, labels, *options))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, options = arguments
+        return tuple(_backward(*tensors, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -528,18 +504,9 @@ class _Layer(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor | None,
-        phi_key: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        labels: Tensor,
-        options: tuple[int, bool, bool, int, int, float, str],
-    ) -> tuple[Tensor, ...]:
-        return tuple(_layer(query, key, value, phi_query, phi_key, weight, bias, labels, *options))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, options = arguments
+        return tuple(_layer(*tensors, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -553,7 +520,10 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *rest: None) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 9
-        gradients = _LayerGradient.apply(grad_out, *ctx.saved_tensors, ctx.options)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _LayerGradient.apply(grad_out, *ctx.saved_tensors, ctx.options)
+        else:
+            gradients = _layer_backward(grad_out, *ctx.saved_tensors, *ctx.options)
         *of_tokens, grad_weight, grad_bias = gradients
         return *of_tokens, *[None] * (5 - len(of_tokens)), grad_weight, grad_bias, None, None
 
@@ -562,21 +532,6 @@ class _LayerGradient(_Gradient):
     """The gradients of query, key and value, of phi_query and phi_key if given, and of Proj's weight and bias."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor | None,
-        phi_key: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        out_sparse: Tensor | None,
-        out_linear: Tensor | None,
-        labels: Tensor,
-        options: tuple[int, bool, bool, int, int, float, str],
-    ) -> tuple[Tensor, ...]:
-        inputs, saved = (query, key, value, phi_query, phi_key, weight, bias), (out, lse, out_sparse, out_linear)
-        return tuple(_layer_backward(grad_out, *inputs, *saved, labels, *options))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, options = arguments
+        return tuple(_layer_backward(*tensors, *options))
