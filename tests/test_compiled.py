@@ -89,7 +89,7 @@ from sla_ref import backends, testing
 from sla_ref.backends.triton.classify import classify
 backend = backends.load("triton")
 launch = backend.launch
-backend.tokens.SHORT = 0  # descriptors for short sequences too
+launch.SHORT = 0  # descriptors for short sequences too
 blind = sys.argv[1] == "True"
 found, wrong = {}, set()
 

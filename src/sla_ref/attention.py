@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
 
@@ -337,7 +338,18 @@ def _backward(
     with _no_autocast(query):
         saved = Saved(out_sparse, out_linear, lse)
         gradients = run_backward(chosen, grad_sparse, grad_linear, grad_lse, inputs, saved)
-    return [gradient.to(query.dtype) for gradient in gradients if gradient is not None]
+    return _in_dtype(gradients, query.dtype)
+
+
+def _in_dtype(gradients: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """Those that there are; one kernel casts all of another dtype."""
+    given = [gradient for gradient in gradients if gradient is not None]
+    if others := [gradient for gradient in given if gradient.dtype != dtype]:
+        cast = [torch.empty_like(gradient, dtype=dtype) for gradient in others]
+        torch._foreach_copy_(cast, others)
+        results = iter(cast)
+        given = [gradient if gradient.dtype == dtype else next(results) for gradient in given]
+    return given
 
 
 def _no_autocast(query: Tensor) -> AbstractContextManager:
@@ -475,7 +487,7 @@ def _layer_backward(
     saved = [tensor for tensor in (out, lse, out_sparse, out_linear) if tensor is not None]
     with _no_autocast(query):
         gradients, grad_proj = run_backward_layer(chosen, grad_out, inputs, proj, saved)
-    return [gradient.to(query.dtype) for gradient in (*gradients, *grad_proj) if gradient is not None]
+    return _in_dtype((*gradients, *grad_proj), query.dtype)
 
 
 @torch.library.register_fake(_layer)
