@@ -158,7 +158,7 @@ with compiled._triton_target(90):
     kept = len(launch._kept)
 
 def words(name, *args):  # but for the hooks of a profiler, and with tensors as what they are like
-    return [name, *(launch.layout(x) if isinstance(x, torch.Tensor) else x for x in (*args[:6], *args[9:]))]
+    return [name, *((x.shape, launch.layout(x)) if isinstance(x, torch.Tensor) else x for x in (*args[:6], *args[9:]))]
 
 first, again = calls[:2], calls[2:]
 same = [str(words(*call)) for call in first] == [str(words(*call)) for call in again]

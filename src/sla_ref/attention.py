@@ -23,7 +23,7 @@ from .block_map import (
 )
 from .checks import FLOATS, check_layout, check_scale, check_tensors
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
-from .operators import fold_into_batch, one_by_one, operator
+from .operators import fold_into_batch, one_by_one, operator, positional
 from .protocol import (
     Backend,
     Gradients,
@@ -342,14 +342,14 @@ def _backward(
 
 
 def _in_dtype(gradients: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    """Those that there are; one kernel casts all of another dtype."""
+    """Those that there are, in this dtype; one kernel casts all that are in another."""
     given = [gradient for gradient in gradients if gradient is not None]
-    if others := [gradient for gradient in given if gradient.dtype != dtype]:
-        cast = [torch.empty_like(gradient, dtype=dtype) for gradient in others]
-        torch._foreach_copy_(cast, others)
-        results = iter(cast)
-        given = [gradient if gradient.dtype == dtype else next(results) for gradient in given]
-    return given
+    others = [gradient for gradient in given if gradient.dtype != dtype]
+    if not others:
+        return given
+    results = [gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype) for gradient in given]
+    torch._foreach_copy_([new for new, old in zip(results, given, strict=True) if new is not old], others)
+    return results
 
 
 def _no_autocast(query: Tensor) -> AbstractContextManager:
@@ -378,9 +378,17 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:  # without names: torch would bind them in every call
-        *tensors, options = arguments
-        return _forward(*tensors, *options)
+    @positional
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_query: Tensor | None,
+        phi_key: Tensor | None,
+        labels: Tensor,
+        options: tuple[int, bool, bool, int, int, float, str],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(query, key, value, phi_query, phi_key, labels, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -516,9 +524,19 @@ class _Layer(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, options = arguments
-        return tuple(_layer(*tensors, *options))
+    @positional
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_query: Tensor | None,
+        phi_key: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        labels: Tensor,
+        options: tuple[int, bool, bool, int, int, float, str],
+    ) -> tuple[Tensor, ...]:
+        return tuple(_layer(query, key, value, phi_query, phi_key, weight, bias, labels, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

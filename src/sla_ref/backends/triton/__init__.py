@@ -54,7 +54,7 @@ MAX_HEAD_DIM = 128
 
 def unavailable() -> str | None:
     """Why this backend cannot be used on this machine; None if it can."""
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED or torch.cuda.is_initialized() or torch.cuda.is_available():  # the last takes long to say it
         return None
     return (
         "no CUDA GPU is usable here; to run the kernels slowly on the CPU, in Triton's interpreter, "
@@ -194,16 +194,16 @@ def _backward(
         return strided(make(like, dtype=dtype, memory_format=torch.contiguous_format))
 
     with torch.cuda.device_of(query):
-        call = Call(inputs, out, lse, grad_out, grad_linear, grad_lse, *proj or ())
+        of_out, of_grad = strided(out), strided(grad_out)
+        of_linear = of_grad if grad_linear is grad_out else strided(grad_linear)
+        call = Call(inputs, of_out, of_grad, of_linear, lse, grad_lse, *proj or ())
         dphi_dtype = query.dtype if call.softmax else torch.float32
         dphi_Q, dphi_K, dV = grad(query, dphi_dtype), grad(inputs.key, dphi_dtype), grad(inputs.value, query.dtype)
-        of_out = strided(grad_out)
         call.lists = read_labels(block_map, call.state_dtype, backward=True)
         if block_map.has_marginal:
             if proj is not None:
                 weight, rows = proj.weight, block_map.labels.shape[2] * block_map.block_q
                 row_Dl = torch.empty(call.heads, rows, dtype=torch.float32, device=query.device)
-            of_linear = of_out if grad_linear is grad_out else strided(grad_linear)
             linear.backward(call, of_linear, weight, row_Dl, dphi_Q, dphi_K, dV)
             if proj is not None:
                 grad_weight = linear.grad_weight(call, dV)
@@ -213,7 +213,7 @@ def _backward(
             dQ, dK = dphi_Q, dphi_K
         else:  # the states of the linear branch are gone now
             dQ, dK = grad(query, query.dtype), grad(inputs.key, query.dtype)
-        grad_bias = sparse.backward(call, strided(out), lse, of_out, grad_lse, dQ, dK, dV, proj, row_Dl)
+        grad_bias = sparse.backward(call, of_out, lse, of_grad, grad_lse, dQ, dK, dV, proj, row_Dl)
     of_phi = (None, None) if call.softmax else (dphi_Q.data, dphi_K.data)
     gradients = Gradients(dQ.data, dK.data, dV.data, *of_phi)
     if grad_weight is None or grad_bias is None:

@@ -109,8 +109,9 @@ def pool(query: Tensor, key: Tensor, block_q: int, block_k: int) -> tuple[Tensor
     numbers = [math.ceil(length / block) for length, block in zip(lengths, blocks, strict=True)]
     kind: dict[str, Any] = {"dtype": torch.float64, "device": query.device}
     pooled_query, pooled_key = (torch.empty(batch * heads, number, head_dim, **kind) for number in numbers)
-    args = (strided(query), strided(key), pooled_query, pooled_key, batch * heads, heads, *lengths, *blocks, head_dim)
+    tokens = (strided(query), strided(key))
+    args = (*tokens, pooled_query, pooled_key, batch * heads, heads, *lengths, *blocks, head_dim)
     cut = (columns_of(head_dim), max(1, 8192 // columns_of(head_dim)))
-    programs, case = batch * heads * sum(numbers), case_of(layout(query), layout(key))
+    programs, case = batch * heads * sum(numbers), case_of(head_dim, *map(layout, tokens))
     start(pool_kernel, programs, *args, *cut, case=case, num_warps=4)
     return pooled_query, pooled_key

@@ -67,9 +67,11 @@ def _architecture(driver: Any, device: int) -> int:
     return driver.get_current_target().arch
 
 
-def layout(tensor: Tensor | None) -> Hashable:
-    """What Triton can see of a tensor, as a part of a case."""
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+def layout(argument: Tokens | Tensor | None) -> Hashable:
+    """What Triton can see of an argument, as a part of a case. Tokens begin at 16 bytes."""
+    if isinstance(argument, Tokens):
+        return argument.data.dtype, argument.batch, argument.head, argument.token
+    return None if argument is None else (argument.dtype, argument.data_ptr() % 16)
 
 
 class Case:
@@ -239,29 +241,30 @@ class Cut(NamedTuple):
 class Call:
     """One forward or backward: what all of its kernels have in common."""
 
-    def __init__(self, inputs: Inputs, *others: Tensor | None) -> None:
-        """`others` are the tensors besides the inputs that kernels get and that were not made for this call."""
+    def __init__(self, inputs: Inputs, *others: Tokens | Tensor | None) -> None:
+        """`others` are what kernels get besides the inputs and was not made for this call."""
         query, key, value, phi_query, phi_key, block_map, _ = inputs
-        tensors = (query, key, value, phi_query, phi_key, *others)
-        self.case = case_of(block_map.block_q, block_map.block_k, *map(layout, tensors))
         self.inputs = inputs
         self.query, self.key, self.value = strided(query), strided(key), strided(value)
         self.softmax = phi_query is None  # then the kernels read Q and K where they would read phi
         self.phi_query = self.query if phi_query is None else strided(phi_query)
         self.phi_key = self.key if phi_key is None else strided(phi_key)
+        tokens = (self.query, self.key, self.value, self.phi_query, self.phi_key)
+        self.case = case_of(*map(layout, (*tokens, *others)))
         batch, self.num_heads, _, self.head_dim = query.shape
         self.heads = batch * self.num_heads
         self.columns = columns_of(self.head_dim)
         # Features and their sums leave float16's range at both ends. tf32 has float16's precision and float32's range.
         self.tf32 = query.dtype == torch.float16
         self.state_dtype = torch.float32 if self.tf32 else query.dtype
-        self.exact = query.element_size() == 4 and not INTERPRETED
+        exact = query.element_size() == 4 and not INTERPRETED
+        blocks = (block_map.block_q, block_map.block_k)
+        self.size = (_launcher.architecture, self.head_dim, *blocks, exact, self.softmax, self.tf32)
         self.lists: Any = None  # what the labels say: `labels.Lists`, once they are read
 
     def cut(self, kernel: str) -> Cut:
         """How this kernel is cut on the GPU in use."""
-        blocks = (self.inputs.block_map.block_q, self.inputs.block_map.block_k)
-        return _cut(kernel, _launcher.architecture, self.head_dim, *blocks, self.exact, self.softmax, self.tf32)
+        return _cut(kernel, *self.size)
 
     def start(self, kernel: Any, cut: Cut, programs: int, *args: Any, first_head: int = 0) -> None:
         """Start a kernel on these arguments, SIZES and the plan."""

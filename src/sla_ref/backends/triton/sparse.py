@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -249,7 +248,6 @@ def backward(
     block_map, scale, device = call.inputs.block_map, call.inputs.scale, lse.device
     *_, num_query_blocks, num_key_blocks = block_map.labels.shape
 
-    @functools.cache  # the two kernels may be cut alike
     def inputs(rows: int, keys: int) -> list[Any]:
         return tiled((call.query, rows), (call.key, keys), (call.value, keys), (grad_out, rows))
 
