@@ -22,8 +22,9 @@ No kernel reads a pair of blocks that is not critical. Every output element is w
 order and there are no atomics, so results repeat bit for bit. One-letter names are those of the glossary in
 `sla_ref.reference`.
 
-The rooms: `launch` says how kernels are cut and started, `tokens` reads and writes tiles, `labels` makes lists and
-weights of a block map, `sparse` and `linear` hold the two branches, and this page puts them together.
+The rooms: `launch` says how kernels are cut, what they are given and how they are started, `tokens` reads and writes
+tiles, `labels` makes lists and weights of a block map, `sparse` and `linear` hold the two branches, and this page puts
+them together.
 """
 
 from __future__ import annotations

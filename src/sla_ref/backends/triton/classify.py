@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .labels import IS_CRITICAL, IS_MARGINAL, IS_NEGLIGIBLE
-from .launch import case_of, columns_of, layout, start, strided
+from .launch import columns_of, layout, start, strided
 
 LOWEST = tl.constexpr(-(2**63))  # int64's smallest number, which is also the value of its first bit
 
@@ -112,6 +112,6 @@ def pool(query: Tensor, key: Tensor, block_q: int, block_k: int) -> tuple[Tensor
     tokens = (strided(query), strided(key))
     args = (*tokens, pooled_query, pooled_key, batch * heads, heads, *lengths, *blocks, head_dim)
     cut = (columns_of(head_dim), max(1, 8192 // columns_of(head_dim)))
-    programs, case = batch * heads * sum(numbers), case_of(head_dim, *map(layout, tokens))
+    programs, case = batch * heads * sum(numbers), (head_dim, *map(layout, tokens))
     start(pool_kernel, programs, *args, *cut, case=case, num_warps=4)
     return pooled_query, pooled_key

@@ -74,19 +74,6 @@ def layout(argument: Tokens | Tensor | None) -> Hashable:
     return None if argument is None else (argument.dtype, argument.data_ptr() % 16)
 
 
-class Case:
-    """What a case says. `case_of` makes one object of equal ones, so that no start has to hash or compare it all."""
-
-    def __init__(self, *facts: Hashable) -> None:
-        self.facts = facts
-
-    def __repr__(self) -> str:
-        return f"Case{self.facts}"
-
-
-case_of = functools.lru_cache(4096)(Case)
-
-
 _launcher = Launcher()
 
 
@@ -250,7 +237,7 @@ class Call:
         self.phi_query = self.query if phi_query is None else strided(phi_query)
         self.phi_key = self.key if phi_key is None else strided(phi_key)
         tokens = (self.query, self.key, self.value, self.phi_query, self.phi_key)
-        self.case = case_of(*map(layout, (*tokens, *others)))
+        self.case = tuple(map(layout, (*tokens, *others)))
         batch, self.num_heads, _, self.head_dim = query.shape
         self.heads = batch * self.num_heads
         self.columns = columns_of(self.head_dim)

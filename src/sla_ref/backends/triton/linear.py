@@ -371,7 +371,8 @@ def grad_weight(call: Call, dV: Tokens) -> Tensor:
     partial = torch.empty(parts, call.columns, call.columns, dtype=torch.float32, device=dV.data.device)
     programs = parts * (call.columns // cut.plan.FEATURES)
     call.start(grad_weight_kernel, cut, programs, dV, call.value, partial)
-    return partial.sum(0)[: call.head_dim, : call.head_dim]
+    total = partial.sum(0)
+    return total if call.head_dim == call.columns else total[: call.head_dim, : call.head_dim]
 
 
 def backward(
