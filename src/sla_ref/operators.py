@@ -21,6 +21,8 @@ class _Bound(NamedTuple):
 
 
 class _Positional(inspect.Signature):
+    """A signature that takes arguments as they are. Its names are there for torch.compile, which counts them."""
+
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         return _Bound(args, kwargs)
 
@@ -28,7 +30,7 @@ class _Positional(inspect.Signature):
 def positional(function: Callable) -> Callable:
     """Decorator for the forward of an autograd function, all of whose arguments are given by position.
 
-    `torch.autograd.Function.apply` binds arguments to names in every call, which takes as long as starting ten kernels.
+    `torch.autograd.Function.apply` binds arguments to names in every call, which takes longer than to start a kernel.
     """
     function.__signature__ = _Positional(list(inspect.signature(function).parameters.values()))  # type: ignore[attr-defined]
     return function
