@@ -95,6 +95,14 @@ def test_a_feature_map_that_works_in_place_changes_nothing():
     assert_same(compiled, lambda *inputs: both_branches(*inputs, feature_map="relu", **SMALL), qkv())
 
 
+def test_a_frozen_layer():
+    """Without a tensor to differentiate, the compiler counts the names that an autograd function has for its inputs."""
+    layer = layer_for(4, **SMALL).double().requires_grad_(False)
+    inputs = [tokens(seed=seed) for seed in range(3)]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), layer(*inputs))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_inductor_on_a_cpu():
     """Four key blocks, one of them critical and one negligible."""

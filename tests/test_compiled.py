@@ -89,7 +89,7 @@ from sla_ref import backends, testing
 from sla_ref.backends.triton.classify import classify
 backend = backends.load("triton")
 launch = backend.launch
-backend.tokens.SHORT = 0  # descriptors for short sequences too
+launch.SHORT = 0  # descriptors for short sequences too
 blind = sys.argv[1] == "True"
 found, wrong = {}, set()
 
@@ -158,7 +158,7 @@ with compiled._triton_target(90):
     kept = len(launch._kept)
 
 def words(name, *args):  # but for the hooks of a profiler, and with tensors as what they are like
-    return [name, *(launch.layout(x) if isinstance(x, torch.Tensor) else x for x in (*args[:6], *args[9:]))]
+    return [name, *((x.shape, launch.layout(x)) if isinstance(x, torch.Tensor) else x for x in (*args[:6], *args[9:]))]
 
 first, again = calls[:2], calls[2:]
 same = [str(words(*call)) for call in first] == [str(words(*call)) for call in again]

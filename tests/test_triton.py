@@ -24,7 +24,7 @@ if (reason := backends.list_backends()["triton"]) is not None:
     pytest.skip(reason, allow_module_level=True)
 triton = backends.load("triton")
 classify = importlib.import_module(f"{triton.__name__}.classify")
-labels, launch, linear, tokens = triton.labels, triton.launch, triton.linear, triton.tokens
+labels, launch, linear = triton.labels, triton.launch, triton.linear
 
 
 # --- the checker is checked: a fault planted in each kernel is caught -------------------------------------------------
@@ -256,7 +256,7 @@ def test_tiles_read_by_descriptor_give_the_same_bits(dtype: torch.dtype, device:
     problem = make(device, **IN_CHUNKS, batch=2, dtype=dtype)
     runs = []
     for fit in (True, False):
-        monkeypatch.setattr(tokens, "descriptors_fit", lambda *tensors, fit=fit: fit)
+        monkeypatch.setattr(launch, "descriptors_fit", lambda *tensors, fit=fit: fit)
         runs.append(run(triton, problem))
     assert_same_bits(*runs)
 
@@ -306,7 +306,7 @@ def test_float16_holds_sums_that_would_overflow(device: str) -> None:
 
 def test_huge_strides_between_tokens() -> None:
     view = torch.empty(1, device="meta").as_strided((1, 1, 4, 16), (1, 1, 2**24, 1))
-    assert tokens.strided(view)[1:] == (0, 0, 16)
+    assert launch.strided(view)[1:] == (0, 0, 16)
 
 
 @needs_gpu  # with 10 GB
@@ -319,7 +319,7 @@ def test_strides_whose_multiples_pass_two_to_the_31(shape: tuple[int, int]) -> N
 
     def far(tensor: torch.Tensor) -> torch.Tensor:
         view = buffer.as_strided(tensor.shape, (stride, stride, 16, 1), next(starts))
-        assert tokens.strided(view).data is view, "it is read where it lies, and not copied before"
+        assert launch.strided(view).data is view, "it is read where it lies, and not copied before"
         return view.copy_(tensor)
 
     assert_same_bits(run(triton, near), run(triton, near._map_tensors(far)))

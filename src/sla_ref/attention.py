@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,7 +23,7 @@ from .block_map import (
 )
 from .checks import FLOATS, check_layout, check_scale, check_tensors
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
-from .operators import fold_into_batch, one_by_one, operator
+from .operators import fold_into_batch, one_by_one, operator, positional
 from .protocol import (
     Backend,
     Gradients,
@@ -353,7 +353,18 @@ def _backward(
     with without_autocast(query):
         saved = Saved(out_sparse, out_linear, lse)
         gradients = run_backward(chosen, grad_sparse, grad_linear, grad_lse, inputs, saved)
-    return [gradient.to(query.dtype) for gradient in gradients if gradient is not None]
+    return _in_dtype(gradients, query.dtype)
+
+
+def _in_dtype(gradients: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """Those that there are, in this dtype; one kernel casts all that are in another."""
+    given = [gradient for gradient in gradients if gradient is not None]
+    others = [gradient for gradient in given if gradient.dtype != dtype]
+    if not others:
+        return given
+    results = [gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype) for gradient in given]
+    torch._foreach_copy_([new for new, old in zip(results, given, strict=True) if new is not old], others)
+    return results
 
 
 @torch.library.register_fake(_forward)
@@ -377,6 +388,7 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
         query: Tensor,
         key: Tensor,
@@ -387,8 +399,6 @@ class _Attention(torch.autograd.Function):
         options: tuple[int, bool, bool, int, int, float, str],
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _forward(query, key, value, phi_query, phi_key, labels, *options)
-
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # torch asks for it in every call
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -418,23 +428,9 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad_sparse: Tensor,
-        grad_linear: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor | None,
-        phi_key: Tensor | None,
-        out_sparse: Tensor,
-        out_linear: Tensor,
-        lse: Tensor,
-        labels: Tensor,
-        options: tuple[int, bool, bool, int, int, float, str],
-    ) -> tuple[Tensor, ...]:
-        grads, inputs = (grad_sparse, grad_linear, grad_lse), (query, key, value, phi_query, phi_key)
-        return tuple(_backward(*grads, *inputs, out_sparse, out_linear, lse, labels, *options))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, options = arguments
+        return tuple(_backward(*tensors, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -509,7 +505,7 @@ def _layer_backward(
     saved = [tensor for tensor in (out, lse, out_sparse, out_linear) if tensor is not None]
     with without_autocast(query):
         gradients, grad_proj = run_backward_layer(chosen, grad_out, inputs, proj, saved)
-    return [gradient.to(query.dtype) for gradient in (*gradients, *grad_proj) if gradient is not None]
+    return _in_dtype((*gradients, *grad_proj), query.dtype)
 
 
 @torch.library.register_fake(_layer)
@@ -538,6 +534,7 @@ class _Layer(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
         query: Tensor,
         key: Tensor,
@@ -563,7 +560,10 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *rest: None) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 9
-        gradients = _LayerGradient.apply(grad_out, *ctx.saved_tensors, ctx.options)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _LayerGradient.apply(grad_out, *ctx.saved_tensors, ctx.options)
+        else:
+            gradients = _layer_backward(grad_out, *ctx.saved_tensors, *ctx.options)
         *of_tokens, grad_weight, grad_bias = gradients
         return *of_tokens, *[None] * (5 - len(of_tokens)), grad_weight, grad_bias, None, None
 
@@ -572,21 +572,6 @@ class _LayerGradient(_Gradient):
     """The gradients of query, key and value, of phi_query and phi_key if given, and of Proj's weight and bias."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        phi_query: Tensor | None,
-        phi_key: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        out_sparse: Tensor | None,
-        out_linear: Tensor | None,
-        labels: Tensor,
-        options: tuple[int, bool, bool, int, int, float, str],
-    ) -> tuple[Tensor, ...]:
-        inputs, saved = (query, key, value, phi_query, phi_key, weight, bias), (out, lse, out_sparse, out_linear)
-        return tuple(_layer_backward(grad_out, *inputs, *saved, labels, *options))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, options = arguments
+        return tuple(_layer_backward(*tensors, *options))

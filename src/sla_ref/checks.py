@@ -65,6 +65,8 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if 0 in shape:
             raise ValueError(f"{name} must have no empty dimension, got shape {tuple(shape)}")
+        if tensor is first:
+            continue
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, got {tensor.dtype}")
         if tensor.device != first.device:

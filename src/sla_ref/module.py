@@ -156,6 +156,7 @@ class SparseLinearAttention(nn.Module):
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS_OF_ALL = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
 def _weight_and_bias(proj_l: nn.Module, query: Tensor) -> Proj | None:
@@ -165,12 +166,12 @@ def _weight_and_bias(proj_l: nn.Module, query: Tensor) -> Proj | None:
     those of all modules; a forward that was replaced; weights of another dtype than the tokens, where autocast does not
     cast them; and weights that are no plain tensors.
     """
-    if type(proj_l) is not nn.Linear or proj_l.bias is None or "forward" in vars(proj_l):
+    if type(proj_l) is not nn.Linear or "forward" in (own := vars(proj_l)):
         return None
-    if any(getattr(proj_l, hooks) or getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
+    if any(own[hooks] for hooks in _HOOKS) or any(getattr(nn.modules.module, hooks) for hooks in _HOOKS_OF_ALL):
         return None
-    parts = proj_l.weight, proj_l.bias
-    if any(type(part) not in (nn.Parameter, Tensor) or part.shape[-1] != query.shape[-1] for part in parts):
+    parts, head_dim = (proj_l.weight, proj_l.bias), query.shape[-1]
+    if any(type(part) not in (nn.Parameter, Tensor) or part.shape[-1] != head_dim for part in parts):
         return None
     if query.dtype == autocast_dtype(query):
         return Proj(*(part.to(query.dtype) for part in parts))

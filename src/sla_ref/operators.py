@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class _Bound(NamedTuple):
+    """Arguments as `inspect.BoundArguments` has them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _Positional(inspect.Signature):
+    """A signature that takes arguments as they are. Its names are there for torch.compile, which counts them."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+def positional(function: Callable) -> Callable:
+    """Decorator for the forward of an autograd function, all of whose arguments are given by position.
+
+    `torch.autograd.Function.apply` binds arguments to names in every call, which takes longer than to start a kernel.
+    """
+    function.__signature__ = _Positional(list(inspect.signature(function).parameters.values()))  # type: ignore[attr-defined]
+    return function
 
 
 def operator(name: str) -> Callable[[Callable], Any]:
@@ -19,11 +46,10 @@ def operator(name: str) -> Callable[[Callable], Any]:
     def define(function: Callable) -> Any:
         def run(*arguments: Any) -> Any:
             results = function(*arguments)
-            taken = {argument.data_ptr() for argument in arguments if isinstance(argument, Tensor)}
-            for result in (results,) if isinstance(results, Tensor) else results:
-                if result.data_ptr() in taken:
-                    raise RuntimeError(f"{qualified} must return new tensors, got an argument or one result twice")
-                taken.add(result.data_ptr())
+            given = {argument.data_ptr() for argument in arguments if isinstance(argument, Tensor)}
+            made = [result.data_ptr() for result in ((results,) if isinstance(results, Tensor) else results)]
+            if len(given.union(made)) != len(given) + len(made):
+                raise RuntimeError(f"{qualified} must return new tensors, got an argument or one result twice")
             return results
 
         schema = torch.library.infer_schema(function, mutates_args=())

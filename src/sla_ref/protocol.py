@@ -141,24 +141,24 @@ class Backend(Protocol):
 
 def check_saved(saved: Saved, inputs: Inputs, backend: Backend) -> None:
     """Raise TypeError unless a forward returned what `Saved` says: type, shapes, dtypes, device, contiguous memory."""
-    out, rows = _like(inputs.query), (tuple(inputs.query.shape[:3]), _sum_dtype(inputs))
+    out, rows = _like(inputs.query), (inputs.query.shape[:3], _sum_dtype(inputs))
     _check("forward", Saved, saved, [out, out, rows], inputs, backend)
 
 
 def check_saved_layer(saved: SavedLayer, inputs: Inputs, backend: Backend) -> None:
     """The same for the forward of a whole layer."""
-    expected = [_like(inputs.query), (tuple(inputs.query.shape[:3]), _sum_dtype(inputs))]
+    expected = [_like(inputs.query), (inputs.query.shape[:3], _sum_dtype(inputs))]
     _check("forward_layer", SavedLayer, saved, expected, inputs, backend)
 
 
 def check_gradients(gradients: Gradients, inputs: Inputs, backend: Backend) -> None:
     """Raise TypeError unless a backward returned what `Gradients` says for the inputs that it got."""
-    phi = [None if each is None else (tuple(each.shape), _sum_dtype(inputs)) for each in inputs[3:5]]
+    phi = [None if each is None else (each.shape, _sum_dtype(inputs)) for each in inputs[3:5]]
     _check("backward", Gradients, gradients, [*map(_like, inputs[:3]), *phi], inputs, backend)
 
 
-def _like(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(tensor.shape), tensor.dtype
+def _like(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _sum_dtype(inputs: Inputs) -> torch.dtype:
@@ -189,5 +189,5 @@ def _check(
 def _words(form: object) -> str:
     match form:
         case (tuple(shape), torch.dtype() as dtype):
-            return f"{str(dtype).removeprefix('torch.')} of shape {shape}"
+            return f"{str(dtype).removeprefix('torch.')} of shape {tuple(shape)}"
     return "None" if form is None else type(form).__name__

@@ -22,8 +22,9 @@ No kernel reads a pair of blocks that is not critical. Every output element is w
 order and there are no atomics, so results repeat bit for bit. One-letter names are those of the glossary in
 `sla_ref.reference`.
 
-The rooms: `launch` says how kernels are cut and started, `tokens` reads and writes tiles, `labels` makes lists and
-weights of a block map, `sparse` and `linear` hold the two branches, and this page puts them together.
+The rooms: `launch` says how kernels are cut, what they are given and how they are started, `tokens` reads and writes
+tiles, `labels` makes lists and weights of a block map, `sparse` and `linear` hold the two branches, and this page puts
+them together.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from ...block_map import BlockMap
 from ...protocol import Gradients, Inputs, Proj, Saved, SavedLayer
 from . import linear, sparse
 from .labels import read_labels
-from .launch import INTERPRETED, SIZES, Call
+from .launch import INTERPRETED, SIZES, Call, Tokens, strided, tiled
 from .linear import MarginalSums, linear_rows, state_of
 from .sparse import sparse_rows
-from .tokens import Head, head_of, load, load_slab, own_rows, store, strided, tiled
+from .tokens import Head, head_of, load, load_slab, own_rows, store
 
 name = "triton"
 softmax_inside = True
@@ -54,7 +55,7 @@ MAX_HEAD_DIM = 128
 
 def unavailable() -> str | None:
     """Why this backend cannot be used on this machine; None if it can."""
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED or torch.cuda.is_initialized() or torch.cuda.is_available():  # the last takes long to say it
         return None
     return (
         "no CUDA GPU is usable here; to run the kernels slowly on the CPU, in Triton's interpreter, "
@@ -140,22 +141,23 @@ def forward_layer(inputs: Inputs, proj: Proj) -> SavedLayer:
 def _forward(inputs: Inputs, out_linear: Tensor | None, proj: Proj | None) -> tuple[Tensor, Tensor]:
     """`out` and lse as `forward_kernel` writes them."""
     weight, bias = proj or (None, None)
-    call = Call(inputs, weight, bias)
-    query, key, value, block_map = inputs.query, inputs.key, inputs.value, inputs.block_map
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    tiles = call.tiles("forward")
+    query, block_map = inputs.query, inputs.block_map
     with torch.cuda.device_of(query):
-        tokens = (*tiled((query, tiles.rows), (key, tiles.keys), (value, tiles.keys)), strided(call.phi_query))
+        call = Call(inputs, weight, bias)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = torch.empty(*query.shape[:3], dtype=torch.float32, device=query.device)
+        cut = call.cut("forward")
+        rows, keys = cut.plan.ROWS, cut.plan.KEYS
+        tokens = (*tiled((call.query, rows), (call.key, keys), (call.value, keys)), call.phi_query)
         call.lists = read_labels(block_map, call.state_dtype, backward=False)
         outputs = (bias, strided(out), None if out_linear is None else strided(out_linear), lse)
         chunks: Iterable[tuple[int, int, Tensor | None]] = [(0, call.heads, None)]
         if block_map.has_marginal:  # the backward needs more memory than four tensors
             chunks = MarginalSums(call, weight, None, per_query_block=1, tensors=4)
         for first, heads, sums in chunks:
-            programs = heads * block_map.labels.shape[2] * (block_map.block_q // tiles.rows)
+            programs = heads * block_map.labels.shape[2] * (block_map.block_q // rows)
             args = (*tokens, call.lists.keys, sums, *outputs, inputs.scale)
-            call.start(forward_kernel, tiles, programs, *args, first_head=first)
+            call.start(forward_kernel, cut, programs, *args, first_head=first)
     return out, lse
 
 
@@ -184,34 +186,37 @@ def _backward(
     proj: Proj | None,
 ) -> tuple[Gradients, Proj | None]:
     """Both branches back; `out` as `forward_kernel` writes it, and with Proj inside both gradients are that of O."""
-    call = Call(inputs, out, lse, grad_out, grad_linear, grad_lse, *proj or ())
-    has_marginal, dtype = inputs.block_map.has_marginal, inputs.query.dtype
+    query, block_map = inputs.query, inputs.block_map
     weight = row_Dl = grad_weight = None
-    if proj is not None:
-        weight, grad_weight = proj.weight, torch.zeros_like(proj.weight, dtype=torch.float32)
-    make = torch.empty if has_marginal else torch.zeros  # the sparse branch adds to what the linear one has left
+    # The sparse branch adds to what the linear one has left.
+    make = torch.empty_like if block_map.has_marginal else torch.zeros_like
 
-    def grad(like: Tensor, dtype: torch.dtype) -> Tensor:
-        return make(like.shape, dtype=dtype, device=like.device)
+    def grad(like: Tensor, dtype: torch.dtype) -> Tokens:
+        return strided(make(like, dtype=dtype, memory_format=torch.contiguous_format))
 
-    dphi_dtype = dtype if call.softmax else torch.float32
-    dphi_Q, dphi_K = grad(inputs.query, dphi_dtype), grad(inputs.key, dphi_dtype)
-    dV = grad(inputs.value, dtype)
-    with torch.cuda.device_of(inputs.query):
-        call.lists = read_labels(inputs.block_map, call.state_dtype, backward=True)
-        if has_marginal:
+    with torch.cuda.device_of(query):
+        of_out, of_grad = strided(out), strided(grad_out)
+        of_linear = of_grad if grad_linear is grad_out else strided(grad_linear)
+        call = Call(inputs, of_out, of_grad, of_linear, lse, grad_lse, *proj or ())
+        dphi_dtype = query.dtype if call.softmax else torch.float32
+        dphi_Q, dphi_K, dV = grad(query, dphi_dtype), grad(inputs.key, dphi_dtype), grad(inputs.value, query.dtype)
+        call.lists = read_labels(block_map, call.state_dtype, backward=True)
+        if block_map.has_marginal:
             if proj is not None:
-                rows = inputs.block_map.labels.shape[2] * inputs.block_map.block_q
-                row_Dl = torch.empty(call.heads, rows, dtype=torch.float32, device=dV.device)
-            linear.backward(call, grad_linear, weight, row_Dl, dphi_Q, dphi_K, dV)
+                weight, rows = proj.weight, block_map.labels.shape[2] * block_map.block_q
+                row_Dl = torch.empty(call.heads, rows, dtype=torch.float32, device=query.device)
+            linear.backward(call, of_linear, weight, row_Dl, dphi_Q, dphi_K, dV)
             if proj is not None:
                 grad_weight = linear.grad_weight(call, dV)
+        elif proj is not None:
+            grad_weight = torch.zeros_like(proj.weight, dtype=torch.float32)
         if call.softmax:  # the gradient through phi is a part of query's and key's, in the same tensors
             dQ, dK = dphi_Q, dphi_K
-        else:
-            dQ, dK = grad(inputs.query, dtype), grad(inputs.key, dtype)  # the states of the linear branch are gone now
-        grad_bias = sparse.backward(call, out, lse, grad_out, grad_lse, dQ, dK, dV, proj, row_Dl)
-    gradients = Gradients(dQ, dK, dV, *(None, None) if call.softmax else (dphi_Q, dphi_K))
+        else:  # the states of the linear branch are gone now
+            dQ, dK = grad(query, query.dtype), grad(inputs.key, query.dtype)
+        grad_bias = sparse.backward(call, of_out, lse, of_grad, grad_lse, dQ, dK, dV, proj, row_Dl)
+    of_phi = (None, None) if call.softmax else (dphi_Q.data, dphi_K.data)
+    gradients = Gradients(dQ.data, dK.data, dV.data, *of_phi)
     if grad_weight is None or grad_bias is None:
         return gradients, None
     return gradients, Proj(grad_weight, grad_bias)

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .labels import IS_CRITICAL, IS_MARGINAL, IS_NEGLIGIBLE
-from .launch import columns_of, layout, start
-from .tokens import strided
+from .launch import columns_of, layout, start, strided
 
 LOWEST = tl.constexpr(-(2**63))  # int64's smallest number, which is also the value of its first bit
 
@@ -93,13 +92,13 @@ def classify(query: Tensor, key: Tensor, num_critical: int, num_negligible: int,
     with torch.cuda.device_of(query):
         pooled_query, pooled_key = pool(query, key, block_q, block_k)
         scores = torch.bmm(pooled_query, pooled_key.mT)  # (B * H, Tq, Tk) [Eq. 2] [Alg. 1 L5]
-        _, num_query_blocks, num_key_blocks = scores.shape
-        shape = (*query.shape[:2], num_query_blocks, num_key_blocks)
-        labels = torch.empty(shape, dtype=torch.int8, device=query.device)
-        width = triton.next_power_of_2(num_key_blocks)
+        (batch, heads, _, _), (_, num_query_blocks, num_key_blocks) = query.shape, scores.shape
+        shape = (batch, heads, num_query_blocks, num_key_blocks)
+        labels = torch.empty(*shape, dtype=torch.int8, device=query.device)
+        width = 1 << (num_key_blocks - 1).bit_length()
         args = (scores, labels, num_key_blocks, num_critical, num_negligible, width)
         warps = min(max(width // 512, 1), 16)
-        start(labels_kernel, labels.numel() // num_key_blocks, *args, case=width, num_warps=warps)
+        start(labels_kernel, batch * heads * num_query_blocks, *args, case=width, num_warps=warps)
     return labels
 
 
@@ -110,8 +109,9 @@ def pool(query: Tensor, key: Tensor, block_q: int, block_k: int) -> tuple[Tensor
     numbers = [math.ceil(length / block) for length, block in zip(lengths, blocks, strict=True)]
     kind: dict[str, Any] = {"dtype": torch.float64, "device": query.device}
     pooled_query, pooled_key = (torch.empty(batch * heads, number, head_dim, **kind) for number in numbers)
-    args = (strided(query), strided(key), pooled_query, pooled_key, batch * heads, heads, *lengths, *blocks, head_dim)
+    tokens = (strided(query), strided(key))
+    args = (*tokens, pooled_query, pooled_key, batch * heads, heads, *lengths, *blocks, head_dim)
     cut = (columns_of(head_dim), max(1, 8192 // columns_of(head_dim)))
-    programs, case = batch * heads * sum(numbers), (layout(query), layout(key))
+    programs, case = batch * heads * sum(numbers), (head_dim, *map(layout, tokens))
     start(pool_kernel, programs, *args, *cut, case=case, num_warps=4)
     return pooled_query, pooled_key

@@ -141,11 +141,11 @@ def lists_kernel(
 def read_labels(block_map: BlockMap, dtype: torch.dtype, *, backward: bool) -> Lists:
     """The lists, which are those that BlockMap makes with many kernels of torch's, and weights of this dtype."""
     labels = block_map.labels.contiguous()
-    batch, heads, rows, columns = labels.shape
+    (batch, heads, rows, columns), device = labels.shape, labels.device
     capacity, padded = block_map.max_critical, [math.ceil(n / WEIGHTS_TILE) * WEIGHTS_TILE for n in (rows, columns)]
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=labels.device)
+        return torch.empty(*shape, dtype=dtype, device=device)
 
     keys = KeyLists(empty(batch, heads, rows), empty(batch, heads, rows, capacity))
     queries, programs = None, batch * heads * (padded[0] // ROWS)

@@ -23,20 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .labels import WEIGHTS_TILE
-from .launch import INTERPRETED, SIZES, Call, start
-from .tokens import (
-    dot,
-    for_linear,
-    head_of,
-    load_phi,
-    load_slab,
-    own_rows,
-    phi_of,
-    store,
-    strided,
-    to_tf32,
-    weight_slab,
-)
+from .launch import INTERPRETED, SIZES, Call, Tokens, start
+from .tokens import dot, for_linear, head_of, load_phi, load_slab, own_rows, phi_of, store, to_tf32, weight_slab
 
 UNCUT = 0 if INTERPRETED else 2**26  # elements of states: more launches would cost more than 128 MiB are worth
 PARTS = tl.constexpr(16)  # of a head's keys, in the gradient of Proj's weight
@@ -196,7 +184,7 @@ def add_up(call: Call, weights: Tensor, states: Tensor, sums: Tensor) -> None:
     heads, num_in, size = states.shape
     num_out = sums.shape[1]
     if states.element_size() == 2:
-        torch.bmm(weights[:, :num_out, :num_in], states, out=sums)
+        torch.bmm(weights, states, out=sums)
         return
     tile = 4096 if INTERPRETED else 128  # in the interpreter a program costs more than an element
     programs = heads * math.ceil(num_out / WEIGHTS_TILE) * math.ceil(size / tile)
@@ -219,7 +207,7 @@ def chunks_of_heads(call: Call, per_query_block: int, tensors: int) -> list[tupl
 
 def part(of_heads: Tensor, first: int, heads: int) -> Tensor:
     """What belongs to some heads; a slice of all of them would be work for nothing."""
-    return of_heads if heads == len(of_heads) else of_heads[first : first + heads]
+    return of_heads if heads == of_heads.shape[0] else of_heads[first : first + heads]
 
 
 class MarginalSums:
@@ -230,30 +218,30 @@ class MarginalSums:
     """
 
     def __init__(
-        self, call: Call, weight: Tensor | None, projected: Tensor | None, per_query_block: int, tensors: int
+        self, call: Call, weight: Tensor | None, projected: Tokens | None, per_query_block: int, tensors: int
     ) -> None:
-        query, labels = call.inputs.query, call.inputs.block_map.labels
+        device, (_, _, rows, columns) = call.inputs.query.device, call.inputs.block_map.labels.shape
         self.call, self.chunks = call, chunks_of_heads(call, per_query_block, tensors)
-        kept = None if projected is None else strided(projected)
-        self.keys = (strided(call.phi_key), strided(call.inputs.value), weight, kept)
-        self.weights = call.lists.weights
+        self.keys = (call.phi_key, call.value, weight, projected)
+        self.weights = call.lists.weights[:, :rows, :columns]
         (_, heads), size = self.chunks[0], (call.columns + 2) * call.columns
-        self.states = torch.empty(heads, labels.shape[3], size, dtype=call.state_dtype, device=query.device)
-        self.sums = torch.empty(heads, labels.shape[2], size, dtype=call.state_dtype, device=query.device)
+        self.states = torch.empty(heads, columns, size, dtype=call.state_dtype, device=device)
+        self.sums = torch.empty(heads, rows, size, dtype=call.state_dtype, device=device)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
         """The first head of each chunk, how many there are, and their sums (heads, Tq, size of a state)."""
-        tiles = self.call.tiles("states")
+        cut = self.call.cut("states")
         for first, heads in self.chunks:
             states, sums = part(self.states, 0, heads), part(self.sums, 0, heads)
-            self.call.start(states_kernel, tiles, heads * states.shape[1], *self.keys, states, first_head=first)
+            self.call.start(states_kernel, cut, heads * states.shape[1], *self.keys, states, first_head=first)
             add_up(self.call, part(self.weights, first, heads), states, sums)
             yield first, heads, sums
 
     def back(self, first: int, grad_sums: Tensor) -> Tensor:
         """The gradients of a chunk's states from those of its sums, in the place of the states. [Alg. 2 L14]"""
-        states = part(self.states, 0, len(grad_sums))
-        add_up(self.call, part(self.weights, first, len(grad_sums)).mT, grad_sums, states)
+        heads = grad_sums.shape[0]
+        states = part(self.states, 0, heads)
+        add_up(self.call, part(self.weights, first, heads).mT, grad_sums, states)
         return states
 
 
@@ -377,24 +365,24 @@ def grad_weight_kernel(
     tl.store(partial + (row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]), acc)
 
 
-def grad_weight(call: Call, dV: Tensor) -> Tensor:
+def grad_weight(call: Call, dV: Tokens) -> Tensor:
     """The gradient of Proj's weight from the linear branch's share of dV: the sum of dV^T V. # (D, D) float32"""
-    value, tiles = call.inputs.value, call.tiles("grad_weight")
-    shape = (call.heads * PARTS.value, call.columns, call.columns)
-    partial = torch.empty(shape, dtype=torch.float32, device=value.device)
-    programs = len(partial) * (call.columns // tiles.features)
-    call.start(grad_weight_kernel, tiles, programs, strided(dV), strided(value), partial)
-    return partial.sum(0)[: value.shape[-1], : value.shape[-1]]
+    cut, parts = call.cut("grad_weight"), call.heads * PARTS.value
+    partial = torch.empty(parts, call.columns, call.columns, dtype=torch.float32, device=dV.data.device)
+    programs = parts * (call.columns // cut.plan.FEATURES)
+    call.start(grad_weight_kernel, cut, programs, dV, call.value, partial)
+    total = partial.sum(0)
+    return total if call.head_dim == call.columns else total[: call.head_dim, : call.head_dim]
 
 
 def backward(
     call: Call,
-    grad_linear: Tensor,
+    grad_linear: Tokens,
     weight: Tensor | None,
     row_Dl: Tensor | None,
-    dphi_Q: Tensor,
-    dphi_K: Tensor,
-    dV: Tensor,
+    dphi_Q: Tokens,
+    dphi_K: Tokens,
+    dV: Tokens,
 ) -> None:
     """Fill dphi_Q and dphi_K (with a share of dQ and dK where phi is softmax), and dV with this branch's share.
 
@@ -403,15 +391,11 @@ def backward(
     """
     sums_of = MarginalSums(call, weight, None if weight is None else dV, per_query_block=2, tensors=2)
     all_grad_sums = torch.empty_like(sums_of.sums)
-    of_queries = tuple(map(strided, (call.phi_query, grad_linear, dphi_Q)))
-    values = call.inputs.value if weight is None else dV
-    of_keys = tuple(map(strided, (call.phi_key, values, dphi_K, dV)))
-    query_tiles, key_tiles = call.tiles("grad_sums"), call.tiles("grad_keys")
+    of_keys = (call.phi_key, call.value if weight is None else dV, dphi_K, dV)
+    query_cut, key_cut = call.cut("grad_sums"), call.cut("grad_keys")
     for first, heads, sums in sums_of:
         grad_sums = part(all_grad_sums, 0, heads)
-        programs = heads * sums.shape[1]
-        args = (*of_queries, None if row_Dl is None else row_Dl[first:], sums, grad_sums)
-        call.start(grad_sums_kernel, query_tiles, programs, *args, first_head=first)
+        args = (call.phi_query, grad_linear, dphi_Q, None if row_Dl is None else row_Dl[first:], sums, grad_sums)
+        call.start(grad_sums_kernel, query_cut, heads * sums.shape[1], *args, first_head=first)
         grad_states = sums_of.back(first, grad_sums)
-        programs = heads * grad_states.shape[1]
-        call.start(grad_keys_kernel, key_tiles, programs, *of_keys, grad_states, first_head=first)
+        call.start(grad_keys_kernel, key_cut, heads * grad_states.shape[1], *of_keys, grad_states, first_head=first)

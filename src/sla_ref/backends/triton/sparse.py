@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...protocol import Proj
-from .launch import SIZES, Call
-from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, strided, tiled, weight_slab
+from .launch import SIZES, Call, Tokens, tiled
+from .tokens import LOG2_E, dot, head_of, load, load_slab, own_rows, store, weight_slab
 
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -231,13 +230,13 @@ def dkdv_kernel(
 
 def backward(
     call: Call,
-    out: Tensor,
+    out: Tokens,
     lse: Tensor,
-    grad_out: Tensor,
+    grad_out: Tokens,
     grad_lse: Tensor | None,
-    dQ: Tensor,
-    dK: Tensor,
-    dV: Tensor,
+    dQ: Tokens,
+    dK: Tokens,
+    dV: Tokens,
     proj: Proj | None = None,
     row_Dl: Tensor | None = None,
 ) -> Tensor | None:
@@ -246,36 +245,26 @@ def backward(
     `out` is O^s. With Proj inside it is O, and the result is the gradient of the bias, (D,) float32; `row_Dl` is what
     the linear branch has left, if there is one.
     """
-    query, key, value, *_, block_map, scale = call.inputs
+    block_map, scale, device = call.inputs.block_map, call.inputs.scale, lse.device
     *_, num_query_blocks, num_key_blocks = block_map.labels.shape
 
-    @functools.cache  # the two kernels may be cut alike
     def inputs(rows: int, keys: int) -> list[Any]:
-        return tiled((query, rows), (key, keys), (value, keys), (grad_out, rows))
+        return tiled((call.query, rows), (call.key, keys), (call.value, keys), (grad_out, rows))
 
     shape = (call.heads, num_query_blocks * block_map.block_q)
-    scratch = RowScratch(*torch.empty(2, *shape, dtype=torch.float32, device=query.device))
-    tiles = call.tiles("dq")
-    programs = call.heads * num_query_blocks * (block_map.block_q // tiles.rows)
+    scratch = RowScratch(*(torch.empty(*shape, dtype=torch.float32, device=device) for _ in range(2)))
+    cut = call.cut("dq")
+    programs = call.heads * num_query_blocks * (block_map.block_q // cut.plan.ROWS)
     weight = bias = grad_bias = None
     if proj is not None:
-        bias, grad_bias = proj.bias, torch.empty(programs, call.columns, dtype=torch.float32, device=query.device)
+        bias, grad_bias = proj.bias, torch.empty(programs, call.columns, dtype=torch.float32, device=device)
         weight = None if row_Dl is None else proj.weight
-    of_rows = (None if grad_lse is None else grad_lse.contiguous(), strided(out), lse.contiguous())
-    args = (
-        *inputs(tiles.rows, tiles.keys),
-        *of_rows,
-        bias,
-        grad_bias,
-        row_Dl,
-        call.lists.keys,
-        scratch,
-        strided(dQ),
-        scale,
-    )
-    call.start(dq_kernel, tiles, programs, *args)
-    tiles = call.tiles("dkdv")
-    programs = call.heads * num_key_blocks * (block_map.block_k // tiles.keys)
-    args = (*inputs(tiles.rows, tiles.keys), weight, call.lists.queries, scratch, strided(dK), strided(dV), scale)
-    call.start(dkdv_kernel, tiles, programs, *args)
-    return None if grad_bias is None else grad_bias.sum(0)[: query.shape[-1]]
+    of_rows = (None if grad_lse is None else grad_lse.contiguous(), out, lse.contiguous())
+    of_proj = (bias, grad_bias, row_Dl)
+    args = (*inputs(cut.plan.ROWS, cut.plan.KEYS), *of_rows, *of_proj, call.lists.keys, scratch, dQ, scale)
+    call.start(dq_kernel, cut, programs, *args)
+    cut = call.cut("dkdv")
+    programs = call.heads * num_key_blocks * (block_map.block_k // cut.plan.KEYS)
+    args = (*inputs(cut.plan.ROWS, cut.plan.KEYS), weight, call.lists.queries, scratch, dK, dV, scale)
+    call.start(dkdv_kernel, cut, programs, *args)
+    return None if grad_bias is None else grad_bias.sum(0)[: call.head_dim]

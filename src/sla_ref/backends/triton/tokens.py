@@ -1,35 +1,21 @@
-"""Tokens as kernels see them: a (B, H, N, D) tensor as an argument, one head of it inside, then tiles in registers."""
+"""Tokens inside kernels: one head of a (B, H, N, D) tensor, then tiles of it in registers."""
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import INTERPRETED, columns_of, reads_shared_memory
+from .launch import INTERPRETED
 
-SHORT = 2**22  # elements of a tensor
 LOG2_E = tl.constexpr(math.log2(math.e))
 IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
 
-class Tokens(NamedTuple):
-    """A (B, H, N, D) tensor as an argument, unless it is a descriptor by which the hardware reads tiles (TMA)."""
-
-    data: Any  # the tensor; in a kernel a pointer to its first element
-    batch: int  # strides of batch, head and token, in elements
-    head: int
-    token: int
-
-
 class Head(NamedTuple):
-    """One head of it, (N, D), inside a kernel."""
+    """One head of `launch.Tokens`, (N, D)."""
 
     data: Any  # a pointer to its first element, or the descriptor of all heads
     batch: Any  # of a descriptor: which batch and head
@@ -183,59 +169,3 @@ def for_linear(tile, tokens, plan: tl.constexpr):
     else:
         tile = tile.to(tokens.data.dtype.element_ty)
     return tile
-
-
-# --- outside ---------------------------------------------------------------------------------------------------------
-
-
-def strided(tensor: Tensor) -> Tokens:
-    """A tensor by pointer and strides.
-
-    Triton compiles one kernel for strides that are multiples of 16 and another for those that are not, and these may
-    add up in another order. A view that would get another kernel than its contiguous copy is copied, for equal bits.
-    """
-    strides, as_it_is = _outer_strides(tensor.shape, tensor.stride())
-    if as_it_is and tensor.data_ptr() % 16 == 0:
-        return Tokens(tensor, *strides)
-    tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return Tokens(tensor, *_outer_strides(tensor.shape, tensor.stride())[0])
-
-
-@functools.lru_cache(4096)
-def _outer_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-    """The first three, 0 where they do not matter, and whether kernels can use them."""
-    _, heads, length, head_dim = shape
-    own, contiguous = (
-        tuple(0 if size == 1 else stride for size, stride in zip(shape[:3], outer, strict=True))
-        for outer in (strides[:3], (heads * length * head_dim, length * head_dim, head_dim))
-    )
-    alike = all((a % 16 == 0, a == 1) == (b % 16 == 0, b == 1) for a, b in zip(own, contiguous, strict=True))
-    # Between tokens 2^24 at most: beyond that a tile of 128 tokens would overflow the int32 inside it.
-    return own, alike and strides[3] == 1 and own[2] < 2**24
-
-
-def tiled(*tensors_and_rows: tuple[Tensor, int]) -> list[Any]:
-    """Tensors that are read in whole tiles of so many rows: by descriptor if all of them can be, else `strided`."""
-    if not descriptors_fit(*(tensor for tensor, _ in tensors_and_rows)):
-        return [strided(tensor) for tensor, _ in tensors_and_rows]
-    return [
-        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns_of(tensor.shape[-1])])
-        for tensor, rows in tensors_and_rows
-    ]
-
-
-def descriptors_fit(*tensors: Tensor) -> bool:
-    """Whether to let the hardware read tiles of these tensors by descriptor (TMA).
-
-    It needs rows on 16 bytes. It pays where matrix instructions read shared memory themselves; where their operands
-    come from registers, as on sm_120, it costs registers. Python needs longer for a descriptor than for a pointer,
-    which short sequences do not win back.
-    """
-    if INTERPRETED or not reads_shared_memory() or tensors[0].element_size() != 2 or tensors[0].numel() < SHORT:
-        return False
-    return all(
-        tensor.data_ptr() % 16 == 0
-        and tensor.stride(3) == 1
-        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
-        for tensor in tensors
-    )
