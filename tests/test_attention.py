@@ -10,7 +10,7 @@ import torch
 from torch.func import grad, jacfwd, jvp, linearize, vmap
 
 import sla_ref
-from sla_ref import backends, reference, testing
+from sla_ref import backends, block_map, reference, testing
 
 SMALL = {"critical_ratio": 0.3, "negligible_ratio": 0.3, "block_q": 8, "block_k": 8}
 
@@ -111,15 +111,6 @@ def test_bad_input(changes, error, message, monkeypatch):
         sla_ref.sparse_linear_attention(**{"query": Q, "key": Q, "value": Q} | changes)
 
 
-def test_bad_input_of_classify_blocks():
-    with pytest.raises(ValueError, match="critical_ratio must be"):
-        sla_ref.classify_blocks(Q, Q, 0.0)
-    with pytest.raises(ValueError, match="block_q must be"):
-        sla_ref.block_scores(Q, Q, block_q=0)
-    with pytest.raises(ValueError, match="key must have query's head_dim"):
-        sla_ref.block_scores(Q, Q[..., :1])
-
-
 # --- one operator ----------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +154,17 @@ def test_features_of_another_dtype_are_cast():
     )
     assert torch.equal(found.linear, expected.linear)
     assert all(map(torch.equal, gradients(found, inputs), gradients(expected, inputs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_backend_gets_the_default_features_in_single_precision(dtype, monkeypatch):
+    """Features of half precision are worth a rounding error more."""
+    backend, seen = backends.load("torch"), []
+    original = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda inputs: seen.append(inputs) or original(inputs))
+    sla_ref.sparse_linear_attention(Q.to(dtype), 2 * Q.to(dtype), Q.to(dtype), **SMALL, backend="torch")
+    assert torch.equal(seen[0].phi_query, Q.to(dtype).float().softmax(-1))
+    assert torch.equal(seen[0].phi_key, (2 * Q.to(dtype)).float().softmax(-1))
 
 
 @pytest.mark.parametrize("result", ["an argument", "one tensor twice"])
@@ -324,6 +326,15 @@ def test_vmap_of_a_classification_and_of_its_map():
         block_map = sla_ref.classify_blocks(query, key, 0.3, 0.3, block_q=8, block_k=8)
         assert torch.equal(block_map.labels, labels_)
         torch.testing.assert_close(out, sla_ref.sparse_linear_attention(query, key, key, block_map=block_map).sparse)
+
+
+def test_under_vmap_samples_join_the_batch(spy, monkeypatch):
+    """One call for all of them. Without a rule, torch would make one for each."""
+    scored, original = [], block_map.block_scores
+    monkeypatch.setattr(block_map, "block_scores", lambda *q_k, **sizes: scored.append(1) or original(*q_k, **sizes))
+    with sla_ref.use_backend("spy"):
+        vmap(grad(loss))(samples(0), samples(10), samples(20))
+    assert (scored, spy.calls) == ([1], ["forward", "backward"])
 
 
 # torch's own, when its forward mode is first used

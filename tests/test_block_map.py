@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import sla_ref
 from sla_ref import reference
-from sla_ref.block_map import pool_blocks
+from sla_ref.block_map import class_sizes, pool_blocks
 
 sizes = st.integers(1, 70)
 blocks = st.sampled_from([1, 4, 7, 16, 64])
@@ -33,8 +34,10 @@ def test_classes_are_those_of_the_specification(nq, nk, block_q, block_k, critic
     assert torch.equal(block_map.labels, reference.classify(query, key, critical, negligible, block_q, block_k))
     num_blocks = math.ceil(nk / block_k)
     num_critical = max(1, int(critical * num_blocks))
+    num_negligible = min(int(negligible * num_blocks), num_blocks - num_critical)
     assert ((block_map.labels == 1).sum(-1) == num_critical).all()
-    assert ((block_map.labels == -1).sum(-1) == min(int(negligible * num_blocks), num_blocks - num_critical)).all()
+    assert ((block_map.labels == -1).sum(-1) == num_negligible).all()
+    assert class_sizes(critical, negligible, num_blocks) == (num_critical, num_negligible)
     assert block_map.max_critical == num_critical
     assert block_map.sparsity == pytest.approx(1 - num_critical / num_blocks)
 
@@ -58,6 +61,44 @@ def test_near_ties_and_extreme_sizes_rank_as_in_the_specification(dtype, size):
         scores = sla_ref.block_scores(query, key, block_q=block, block_k=max(1, block // 4))
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., : block_map.num_critical]
         assert (block_map.labels.gather(-1, best) == 1).all(), "scores rank as the classes do"
+
+
+def test_the_defaults_are_those_of_the_paper():
+    """5 % critical, 10 % negligible, blocks of 64 by 64."""
+    block_map = sla_ref.classify_blocks(tokens(1300), tokens(2550))
+    assert block_map.labels.shape == (2, 2, 21, 40)
+    assert [(block_map.labels == label).sum(-1).unique().tolist() for label in (1, 0, -1)] == [[2], [34], [4]]
+
+
+def test_whether_any_block_is_marginal():
+    """Without one, backends leave out the linear branch."""
+    for critical, negligible, expected in ((0.5, 0.5, False), (0.5, 0.25, True), (0.75, 0.5, False), (1.0, 0.0, False)):
+        block_map = sla_ref.classify_blocks(tokens(16), tokens(16), critical, negligible, block_q=4, block_k=4)
+        assert block_map.has_marginal is expected
+        assert sla_ref.BlockMap(block_map.labels, 4, 4, 16, 16).has_marginal is expected
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "options", "error", "message"),
+    [
+        ([1.0], tokens(8), {}, TypeError, "query must be a torch.Tensor, got list"),
+        (tokens(8), tokens(8)[0], {}, ValueError, r"key must have shape \(batch, heads, tokens, head_dim\)"),
+        (tokens(8), tokens(8).float(), {}, TypeError, "key must have query's dtype torch.float64, got torch.float32"),
+        (tokens(8), tokens(8)[..., :1], {}, ValueError, "key must have query's head_dim 4, got 1"),
+        (tokens(8), tokens(8), {"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),
+        (tokens(8), tokens(8), {"block_k": 0}, ValueError, "block_k must be an int >= 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("function", [sla_ref.block_scores, sla_ref.classify_blocks])
+def test_bad_tokens(function, query, key, options, error, message):
+    with pytest.raises(error, match=message):
+        function(query, key, **options)
+
+
+@pytest.mark.parametrize("bad", [{"critical_ratio": 0.0}, {"negligible_ratio": 1.5}], ids=str)
+def test_bad_ratios(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+        sla_ref.classify_blocks(tokens(8), tokens(8), **bad)
 
 
 def test_ratio_is_truncated_as_float_arithmetic_gives_it():
@@ -251,6 +292,18 @@ def test_copies_of_a_map(copied):
                 assert getattr(other, field.name) == getattr(block_map, field.name)
         assert torch.equal(other.labels, block_map.labels)
         assert torch.equal(other.q_indices, block_map.q_indices)
+
+
+def test_a_printed_map_shows_what_it_was_made_of():
+    fields = re.findall(r"(\w+)=", repr(hand_made()))
+    assert fields[-6:] == ["block_q", "block_k", "query_length", "key_length", "num_critical", "max_critical"]
+    assert "has_marginal" not in fields and "labels" in fields
+
+
+def test_a_path_in_a_tree_names_the_labels():
+    """As in an error of torch.export about an argument that holds a map."""
+    (path, _), *others = torch.utils._pytree.tree_flatten_with_path({"a map": hand_made()})[0]
+    assert torch.utils._pytree.keystr(path) == "['a map'].labels" and not others
 
 
 def test_a_map_moves_to_another_device():

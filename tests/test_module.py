@@ -106,6 +106,7 @@ def test_feature_map_formulas():
     wx = x @ hedgehog.weight.T
     torch.testing.assert_close(hedgehog(x), torch.cat([wx.softmax(-1), (-wx).softmax(-1)], -1))
     assert hedgehog.weight.shape == (3, 6)
+    assert sla_ref.Hedgehog(2).weight.shape == (1, 2), "the smallest"
 
 
 def test_hedgehog_starts_with_orthonormal_rows_and_a_reset_draws_others():

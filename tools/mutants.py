@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -29,14 +30,18 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.guarantees import MUTANTS, digest_of
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "src/sla_ref"
 LISTED = ROOT / "tools" / "mutants.toml"
+COUNTS = ("mutants", "listed", "run", "caught_at_first", "caught")
 TESTS = {
     "reference": "reference block_map",
     "reference_sla2": "reference_sla2",
@@ -60,7 +65,9 @@ SELECTED = "not triton and not numba"  # the tests of kernels, in an interpreter
 PATIENCE, MORE = 4, 30.0  # a mutant may take so many times as long as the tests without one, and so many seconds more
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch"])  # its import takes as long as many a run of tests
+IMPORTED = ["pytest", "hypothesis.strategies", "torch._dynamo", "torch._inductor.compile_fx", "diffusers"]
+SIMULATED = {"TRITON_INTERPRET": "1", "NUMBA_ENABLE_CUDASIM": "1"}  # tests/conftest.py asks for it too late
+PROCESSES.set_forkserver_preload([*IMPORTED, "triton", "numba.cuda"])  # all that takes longer than many a run of tests
 
 Name = tuple[str, ...]
 """What a mutant is called by, wherever in its function it is: module, function, the lines before and after."""
@@ -92,7 +99,7 @@ OTHER_OPERATOR = _both_ways([*ORDER, *ARITHMETIC, (ast.And, ast.Or)])
 OTHER_FUNCTION = _both_ways([("min", "max"), ("sym_min", "sym_max"), ("any", "all"), ("zeros", "ones")])
 LEFT_OUT = {"to", "double", "float", "clone", "contiguous", "detach", "clamp", "clamp_", "masked_fill", "masked_fill_"}
 SYMMETRIC = {"min", "max", "sym_min", "sym_max", "promote_types"}  # the order of arguments does not matter
-HARMLESS = {"device", "strict"}  # keywords: on a CPU there is one device, and `strict` only asks for equal lengths
+HARMLESS = {"device", "strict", "stacklevel"}  # on a CPU there is one device; the others ask for equal lengths and say where a warning points
 NO_CONTEXT = "__import__('contextlib').nullcontext()"
 
 
@@ -214,50 +221,78 @@ def copy_of_the_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-def run_tests(module: str, tree: Path, limit: float | None = None) -> tuple[str, float]:
-    """What came out, "passed", "too slow" or the line of a test that failed, and the seconds that it took."""
-    started, log = time.perf_counter(), tree / "pytest.log"
-    process = PROCESSES.Process(target=_pytest, args=(module, tree, log))
-    process.start()
-    try:
-        process.join(limit)
-    finally:
-        slow = process.exitcode is None
-        with suppress(ProcessLookupError):  # nothing is left
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-    if slow:
-        return "too slow", time.perf_counter() - started
-    text = log.read_text(encoding="utf-8")
-    if process.exitcode not in (0, 1, 2, 4):  # passed; a test failed; what is tested, or conftest.py, does not load
-        raise RuntimeError(f"pytest ended with {process.exitcode}:\n{text}")
-    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    result = "passed" if process.exitcode == 0 else (failed or text.strip().splitlines()[-1:])[0][:200]
-    return result, time.perf_counter() - started
+class Tests:
+    """The tests of a module. Those that caught the most mutants a second run first."""
 
+    def __init__(self, module: str, tree: Path) -> None:
+        self.files, self.tree = [f"tests/test_{name}.py" for name in TESTS[module].split()], tree
+        self.seconds: dict[str, float] = {}  # of each test without a mutant
+        self.caught: Counter[str] = Counter()
+        result, self.clean = self.run()
+        if result != "passed":
+            raise RuntimeError(f"the tests of {module} fail without a mutant: {result}")
 
-def _pytest(module: str, tree: Path, log: Path) -> None:
-    """The tests of a module, in a process of their own and with their output in a file."""
-    os.setsid()  # to end with all processes that a test may start
-    os.chdir(tree)
-    with log.open("w", encoding="utf-8") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    sys.path.insert(0, str(tree / "src"))
-    os.environ["PYTHONPATH"] = str(tree / "src")
-    # No bytecode: that of a mutant could be taken for the next one's, which is made in the same second.
-    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
-    import pytest
+    def run(self, limit: float | None = None) -> tuple[str, float]:
+        """What came out, "passed", "too slow" or the line of a test that failed, and the seconds that it took."""
+        started, log, times = time.perf_counter(), self.tree / "pytest.log", self.tree / "pytest.json"
+        process = PROCESSES.Process(target=self._pytest, args=(log, times))
+        process.start()
+        try:
+            process.join(limit)
+        finally:
+            slow = process.exitcode is None
+            with suppress(ProcessLookupError):  # nothing is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        seconds = time.perf_counter() - started
+        if slow:
+            return "too slow", seconds
+        text = log.read_text(encoding="utf-8")
+        if process.exitcode not in (0, 1, 2, 4):  # passed; a test failed; what is tested, or conftest.py, does not load
+            raise RuntimeError(f"pytest ended with {process.exitcode}:\n{text}")
+        found = json.loads(times.read_text(encoding="utf-8"))
+        self.seconds = self.seconds or found["seconds"]
+        self.caught.update(found["failed"])
+        failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        result = "passed" if process.exitcode == 0 else (failed or text.strip().splitlines()[-1:])[0][:200]
+        return result, seconds
 
-    files = [f"tests/test_{name}.py" for name in TESTS[module].split()]
-    code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-k", SELECTED, *files])
-    sys.stdout.flush()
-    os._exit(code)
+    def _pytest(self, log: Path, times: Path) -> None:
+        """In a process of its own, with its output in a file."""
+        os.setsid()  # to end with all processes that a test may start
+        os.chdir(self.tree)
+        with log.open("w", encoding="utf-8") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        sys.path.insert(0, str(self.tree / "src"))
+        os.environ["PYTHONPATH"] = str(self.tree / "src")
+        # No bytecode: that of a mutant could be taken for the next one's, which is made in the same second.
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+        gc.freeze()  # pytest collects garbage at its end, and would go through all that is imported already
+        import pytest
+
+        assert "sla_ref" not in sys.modules, "not the one that has the mutant"
+        order, seconds, failed = {test: self.seconds[test] / (1 + self.caught[test]) for test in self.seconds}, {}, []
+
+        class Plugin:
+            def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+                items.sort(key=lambda item: order.get(item.nodeid, 0.0))
+
+            def pytest_runtest_logreport(self, report: Any) -> None:
+                seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
+                if report.failed:
+                    failed.append(report.nodeid)
+
+        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--assert=plain", "-k", SELECTED]
+        code = pytest.main([*options, *self.files], plugins=[Plugin()])
+        times.write_text(json.dumps({"seconds": seconds, "failed": failed}), encoding="utf-8")
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def run(mutants: Iterable[Mutant], out: Path) -> None:
     """Run the tests on each in a copy of the tree, and append a line for each to `out`."""
-    clean: dict[str, float] = {}  # seconds without a mutant
+    tests: dict[str, Tests] = {}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, out.open("a", encoding="utf-8") as file:
         tree = Path(folder)
@@ -266,38 +301,70 @@ def run(mutants: Iterable[Mutant], out: Path) -> None:
             module = mutant.name[0]
             path = tree / PACKAGE / f"{module}.py"
             source = path.read_text(encoding="utf-8")
-            if module not in clean:
-                result, clean[module] = run_tests(module, tree)
-                if result != "passed":
-                    raise RuntimeError(f"the tests of {module} fail without a mutant: {result}")
+            if module not in tests:
+                tests[module] = Tests(module, tree)
             path.write_text(mutant.source, encoding="utf-8")
-            result, seconds = run_tests(module, tree, PATIENCE * clean[module] + MORE)
+            result, seconds = tests[module].run(PATIENCE * tests[module].clean + MORE)
             path.write_text(source, encoding="utf-8")
-            line = {"mutant": mutant.name, "source": digest(source), "result": result, "seconds": round(seconds, 1)}
+            line = {"mutant": mutant.name, "source": digest_of(source), "result": result, "seconds": round(seconds, 1)}
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
             print(f"{'SURVIVED' if result == 'passed' else 'caught':8} {mutant}", flush=True)
 
 
-def results(out: Path) -> dict[Name, str]:
-    """The last result of each mutant whose module is still the same."""
-    sources = {module: digest(source_of(module)) for module in TESTS}
-    lines = map(json.loads, out.read_text(encoding="utf-8").splitlines() if out.exists() else [])
-    return {tuple(line["mutant"]): line["result"] for line in lines if sources.get(line["mutant"][0]) == line["source"]}
+def results(out: Path) -> dict[Name, list[str]]:
+    """What came out for each mutant whose module is still the same, each time that it ran."""
+    sources, found = {module: digest_of(source_of(module)) for module in TESTS}, {}
+    for line in map(json.loads, out.read_text(encoding="utf-8").splitlines() if out.exists() else []):
+        if sources.get(line["mutant"][0]) == line["source"]:
+            found.setdefault(tuple(line["mutant"]), []).append(line["result"])
+    return found
 
 
-def table(mutants: list[Mutant], found: dict[Name, str], uncatchable: dict[Name, str]) -> str:
-    """How many were caught and which survived, by module. The rate is that of the mutants that ran."""
-    lines = [f"{'module':26}{'mutants':>9}{'listed':>9}{'run':>9}{'caught':>9}{'rate':>9}"]
-    modules = list(dict.fromkeys(mutant.name[0] for mutant in mutants))
-    for title, members in (*((module, {module}) for module in modules), ("all", set(modules))):
-        names = [mutant.name for mutant in mutants if mutant.name[0] in members]
-        ran = [found[name] for name in names if name in found and name not in uncatchable]
-        caught = len(ran) - ran.count("passed")
-        rate = f"{100 * caught / len(ran):.0f} %" if ran else "-"
-        number_listed = sum(name in uncatchable for name in names)
-        lines.append(f"{title:26}{len(names):9}{number_listed:9}{len(ran):9}{caught:9}{rate:>9}")
-    survivors = (each for each in mutants if found.get(each.name) == "passed" and each.name not in uncatchable)
-    return "\n".join([*lines, *(f"survived: {mutant}" for mutant in survivors)])
+def summary(mutants: list[Mutant], found: dict[Name, list[str]], uncatchable: dict[Name, str]) -> dict[str, Any]:
+    """By module how many mutants there are, are listed, ran, were caught the first and the last time that they ran."""
+    rows: dict[str, Any] = {}
+    for mutant in mutants:
+        row = rows.setdefault(mutant.name[0], dict.fromkeys(COUNTS, 0) | {"survived": []})
+        row["mutants"] += 1
+        if mutant.name in uncatchable:
+            row["listed"] += 1
+        elif (seen := found.get(mutant.name)) is not None:
+            row["run"] += 1
+            row["caught_at_first"] += seen[0] != "passed"
+            row["caught"] += seen[-1] != "passed"
+            row["survived"] += [str(mutant)] * (seen[-1] == "passed")
+    return {module: rows[module] for module in TESTS if module in rows}
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The summary as text. The rate is that of the mutants that ran."""
+    rows = rows | {"all": {name: sum(row[name] for row in rows.values()) for name in COUNTS}}
+    lines = [f"{'module':26}{''.join(f'{name:>9}' for name in ('mutants', 'listed', 'run', 'caught', 'rate'))}"]
+    for module, row in rows.items():
+        rate = f"{100 * row['caught'] / row['run']:.0f} %" if row["run"] else "-"
+        lines.append(f"{module:26}{row['mutants']:9}{row['listed']:9}{row['run']:9}{row['caught']:9}{rate:>9}")
+    return "\n".join([*lines, *(f"survived: {each}" for row in rows.values() for each in row.get("survived", []))])
+
+
+def record(rows: dict[str, Any], seed: int) -> None:
+    """Write the summary to `MUTANTS`. A module of which nothing ran with its present code keeps what was recorded."""
+    import torch
+
+    from sla_ref.files import whole
+    from sla_ref.lab.machine import machine
+
+    git = ["git", "-C", str(ROOT)]
+    if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", PACKAGE, "tests"]).returncode:
+        raise SystemExit(f"commit {PACKAGE} and tests first: the record names the commit that the mutants were made of")
+    commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], encoding="utf-8").strip()
+    about = {"date": time.strftime("%Y-%m-%d"), "seed": seed, **machine(torch.device("cpu"))}
+    modules = json.loads(MUTANTS.read_text(encoding="utf-8"))["modules"] if MUTANTS.exists() else {}
+    for module, row in rows.items():
+        if row["run"]:
+            modules[module] = {"commit": commit, "source": digest_of(source_of(module)), **row}
+    with whole(MUTANTS) as temporary:
+        modules = {module: modules[module] for module in TESTS if module in modules}
+        temporary.write_text(json.dumps({"about": about, "modules": modules}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -307,17 +374,22 @@ def main() -> None:
     parser.add_argument("--module", action="append", choices=TESTS, help="only its mutants; may be given several times")
     parser.add_argument("--again", action="store_true", help="begin with those that survived before")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.jsonl", help="where the lines go")
+    parser.add_argument("--record", action="store_true", help=f"write the table to {MUTANTS.relative_to(ROOT)}")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(SIMULATED)
     mutants, uncatchable, found = in_order(options.seed, options.module or TESTS), listed(), results(options.out)
-    chosen = [mutant for mutant in mutants if options.again and found.get(mutant.name) == "passed"]
+    chosen = [mutant for mutant in mutants if options.again and found.get(mutant.name, [""])[-1] == "passed"]
     chosen += [mutant for mutant in mutants if mutant.name not in found]
     chosen = [mutant for mutant in chosen if mutant.name not in uncatchable]
     try:
         run(chosen[: options.count], options.out)
     except KeyboardInterrupt:
         print("interrupted: the mutant that was running will run again", file=sys.stderr)
-    print(table(mutants, results(options.out), uncatchable))
+    rows = summary(mutants, results(options.out), uncatchable)
+    print(table(rows))
+    if options.record:
+        record(rows, options.seed)
 
 
 if __name__ == "__main__":
