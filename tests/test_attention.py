@@ -395,7 +395,7 @@ def test_a_block_takes_no_more_room_than_its_tokens(block):
 class Spy:
     """The torch backend under another name, counting its calls and the threads they came from."""
 
-    name, softmax_inside = "spy", False
+    name = "spy"  # without softmax_inside and proj_inside: False if missing
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -441,6 +441,22 @@ def test_a_compiled_function_follows_a_later_change_of_backend(spy):
     sla_ref.reset_backend()
     compiled(*inputs)
     assert spy.calls == ["forward", "forward"]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["function", "layer"])
+def test_one_tensor_as_query_key_and_value_compiles(whole):
+    """A compiler does not follow an autograd.Function that gets one tensor twice."""
+    torch._dynamo.reset()
+    layer = sla_ref.SparseLinearAttention(4, 0.3, 0.3, block_q=8, block_k=8, proj_init="identity").double()
+    x = tokens().requires_grad_()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return layer(x, x, x) if whole else sum(sla_ref.sparse_linear_attention(x, x, x, **SMALL)[:2])
+
+    found, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), x) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_backward_runs_on_the_backend_of_its_forward(spy):

@@ -161,6 +161,19 @@ def test_torch_backend_makes_no_states_without_a_marginal_block(monkeypatch: pyt
     assert not any(found[name].any() for name in ("linear", "grad_phi_query", "grad_phi_key"))
 
 
+@pytest.mark.backend("torch")
+def test_torch_backend_makes_steps_as_long_as_their_scores_allow() -> None:
+    """On a CPU the scores of a thread fit its cache; elsewhere a step is worth a call of a kernel."""
+    index = torch.empty(20_000, 3)
+    for device, limit in (("cpu", 2**18 * torch.get_num_threads()), ("meta", 2**26)):
+        queries, keys = torch.empty(1, 64, 16, device=device), torch.empty(1, 32, 16, device=device)
+        steps = pytorch._steps(index, queries, keys)
+        assert torch.equal(torch.cat([torch.arange(20_000)[step] for step in steps]), torch.arange(20_000))
+        assert {step.stop - step.start for step in steps[:-1]} == {limit // (64 * 3 * 32)}
+    wide = torch.empty(1, 1, 1).expand(1, 2**40, 16)
+    assert len(pytorch._steps(index, wide, keys)) == 20_000, "at least one query block"
+
+
 def test_torch_backend_repeats_on_two_threads() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

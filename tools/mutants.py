@@ -54,7 +54,7 @@ TESTS = {
     "backends/__init__": "registry attention",
     "backends/pytorch": "backends attention",
     "integrations/checkpoints": "checkpoints",
-    "integrations/diffusers": "diffusers",
+    "integrations/diffusers": "diffusers distributed",
     "integrations/sdpa": "sdpa",
     "integrations/thu_ml": "thu_ml",
     "integrations/ulysses": "distributed",
