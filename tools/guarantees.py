@@ -201,7 +201,8 @@ def mutants(evidence: dict[str, Recording], now: dict[str, str]) -> list[str]:
 
 def table_of_mutants(found: dict[str, Any], same: dict[str, bool]) -> list[str]:
     """`same` says for each module whether its code is still what it was."""
-    rows = ["| module | commit | mutants | listed | run | caught at first | 95 % interval | caught now |", "|---" * 8 + "|"]
+    rows = ["| module | commit | mutants | listed | run | caught at first | 95 % interval | caught now |"]
+    rows.append("|---" * 8 + "|")
     total: Counter[str] = Counter()
     for module, row in found["modules"].items():
         earlier = "" if same[module] else ", earlier code"
@@ -211,7 +212,7 @@ def table_of_mutants(found: dict[str, Any], same: dict[str, bool]) -> list[str]:
     about = found["about"]
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     last = f"Last recorded on {about['date']}, on {about['cpu']} ({versions}), with seed {about['seed']}."
-    survivors = [f"- {text}" for row in found["modules"].values() for text in row["survived"]]
+    survivors = [f"- `{text}`" for row in found["modules"].values() for text in row["survived"]]
     return [last, "", *rows, *(["", "These survive:", "", *survivors] if survivors else [])]
 
 
