@@ -140,10 +140,13 @@ def test_opcheck(inside):
 
 
 def test_compilers_are_told_the_dtypes_of_results():
-    """lse is float32 for half precision."""
+    """lse is float32 for half precision, and gradients are not."""
     tensors, options = operator_arguments(dtype=torch.bfloat16)[:6], operator_arguments()[6:]
     detached = [tensor.detach() for tensor in tensors]
     torch.library.opcheck(forward, (*detached, *options), test_utils="test_faketensor")
+    saved = forward(*detached, *options)
+    arguments = (*saved, *detached[:5], *saved, detached[5], *options)
+    torch.library.opcheck(backward, arguments, test_utils="test_faketensor")
 
 
 def test_features_of_another_dtype_are_cast():

@@ -299,6 +299,8 @@ def test_the_operator_runs_with_autocast_off(dtype: torch.dtype) -> None:
         inside = both()
     assert all(map(torch.equal, inside, outside))
     torch.library.opcheck(layer, (*tensors, block_map.labels, *options), test_utils="test_faketensor")
+    of_backward = (problem.grad_sparse, *tensors, *outside[:4], block_map.labels, *options)
+    torch.library.opcheck(backward, of_backward, test_utils="test_faketensor")
 
 
 def test_gradcheck() -> None:

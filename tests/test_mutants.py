@@ -81,6 +81,7 @@ def small(monkeypatch, tmp_path):
             return "passed" if namespace["f"]([1]) == [] else "FAILED", 0.1
 
     new = {"ROOT": tmp_path, "PACKAGE": "src", "TESTS": {"m": "m"}, "Tests": Tests, "MUTANTS": tmp_path / "found.json"}
+    new["fill_page"] = lambda: None
     for name, value in new.items():
         monkeypatch.setattr(mutants, name, value)
     monkeypatch.setattr(mutants, "copy_of_the_tree", lambda to: shutil.copytree(tmp_path / "src", to / "src"))

@@ -234,9 +234,14 @@ PLACES: dict[str, Callable[[dict[str, Recording], dict[str, str]], list[str]]]
 PLACES = {"devices": devices, "errors": errors, "faults": faults, "mutants": mutants}
 
 
-if __name__ == "__main__":
-    from sla_ref.files import whole
+def fill_page() -> None:
+    """Write the page anew."""
+    from sla_ref.files import whole  # not above: tools/mutants.py loads a changed sla_ref
 
     text = fill(PAGE.read_text(encoding="utf-8"), read(), sources())
     with whole(PAGE) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    fill_page()

@@ -4,10 +4,11 @@
     make mutants ARGS="--count 500 --seed 1"      in another order
     make mutants ARGS="--module router --again"   those of one module, and first once more those that survived
     make mutants ARGS="--count 0"                 only the table of what was found so far
+    make mutants ARGS="--count 0 --record"        the same, on the page docs/guarantees.md, too
 
 The working tree stays as it is: mutants run in a copy of it, one after the other. Each of them leaves a line in
 `runs/mutants.jsonl`. A run may be interrupted at any time, and the next one goes on behind the last line. A line counts
-until its module changes.
+until the code of its module changes.
 
 A mutant is caught if a test of its module (`TESTS`) fails, or takes much longer than without the mutant.
 `tools/mutants.toml` lists mutants that no test can catch, with the reason of each. They are not run.
@@ -36,7 +37,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.guarantees import MUTANTS, digest_of
+from tools.guarantees import MUTANTS, digest_of, fill_page
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "src/sla_ref"
@@ -346,7 +347,7 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def record(rows: dict[str, Any], seed: int) -> None:
-    """Write the summary to `MUTANTS`. A module of which nothing ran with its present code keeps what was recorded."""
+    """Write the summary to `MUTANTS` and to the page. A module whose present code had no run keeps its old record."""
     import torch
 
     from sla_ref.files import whole
@@ -364,6 +365,7 @@ def record(rows: dict[str, Any], seed: int) -> None:
     with whole(MUTANTS) as temporary:
         modules = {module: modules[module] for module in TESTS if module in modules}
         temporary.write_text(json.dumps({"about": about, "modules": modules}, indent=1) + "\n", encoding="utf-8")
+    fill_page()
 
 
 def main() -> None:
@@ -373,7 +375,7 @@ def main() -> None:
     parser.add_argument("--module", action="append", choices=TESTS, help="only its mutants; may be given several times")
     parser.add_argument("--again", action="store_true", help="begin with those that survived before")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.jsonl", help="where the lines go")
-    parser.add_argument("--record", action="store_true", help=f"write the table to {MUTANTS.relative_to(ROOT)}")
+    parser.add_argument("--record", action="store_true", help="write the table to benchmarks/results and the page")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.update(SIMULATED)
