@@ -40,6 +40,16 @@ def test_from_the_identity_a_fresh_layer_is_the_sum_of_both_branches():
     assert torch.equal(layer.proj_l.weight, torch.eye(16)) and not layer.proj_l.bias.any()
 
 
+def test_proj_is_made_in_single_precision():
+    """Whatever the dtype in which a model around it is made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert sla_ref.SparseLinearAttention(16).proj_l.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_critical_ratio_one_is_exact_attention():
     layer = sla_ref.SparseLinearAttention(16, 1.0, **BLOCKS)
     torch.testing.assert_close(layer(*inputs()), F.scaled_dot_product_attention(*inputs()))

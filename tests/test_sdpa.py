@@ -49,6 +49,15 @@ def attention() -> Attention:
 TOKENS = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(2))
 
 
+def test_the_layer_moves_to_the_modules_device():
+    module = attention().to("meta")
+    replace_sdpa(module, layer())
+    assert all(parameter.is_meta for parameter in module.sla.parameters())
+    empty = nn.Module()
+    replace_sdpa(empty, made := layer())
+    assert empty.sla is made, "a module without parameters has no device"
+
+
 def test_the_layer_runs_and_goes_again():
     module, x = attention(), TOKENS
     dense, names, attributes = module(x), list(module.state_dict()), set(vars(module))

@@ -184,6 +184,25 @@ class Int8Linear(torch.nn.Module):
         return torch.nn.functional.linear(tokens, self.weight.to(tokens.dtype) * self.step, self.bias)
 
 
+def test_proj_is_made_in_single_precision():
+    """Whatever the dtype in which a model around it is made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert SparseLinearAttention(D, 0.2).proj_l.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("variant", ["main", "SLA-1"])
+def test_proj_gets_half_precision(variant):
+    """A quantised one computes in the dtype of what it gets."""
+    made, seen = layer(variant=variant, use_bf16=False), []
+    made.proj_l.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    made(*inputs(dtype=torch.float32))
+    assert seen == [torch.float16]
+
+
 def test_a_quantised_projection_is_called_as_it_is():
     made = layer()
     expected = theirs(*inputs(), 0.3, "softmax", "main", made.proj_l.weight, made.proj_l.bias)
@@ -243,3 +262,5 @@ def test_bad_inputs():
         layer()(q[0], k, v)
     with pytest.raises(ValueError, match="k must have q's number of heads 2, got 1"):
         layer()(q, k[:, :1], v)
+    with pytest.raises(TypeError, match="v must have q's dtype torch.bfloat16, got torch.float64"):
+        layer()(q, k, v.double())

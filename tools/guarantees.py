@@ -235,7 +235,7 @@ PLACES = {"devices": devices, "errors": errors, "faults": faults, "mutants": mut
 
 
 def fill_page() -> None:
-    """Write the page anew."""
+    """Write the page with what is recorded now."""
     from sla_ref.files import whole  # not above: tools/mutants.py loads a changed sla_ref
 
     text = fill(PAGE.read_text(encoding="utf-8"), read(), sources())

@@ -140,7 +140,7 @@ def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
             for keyword in keywords:
                 if keyword.arg not in HARMLESS:
                     yield having(keywords=[each for each in keywords if each is not keyword])
-            if len(arguments) > 1 and name not in SYMMETRIC:
+            if len(arguments) > 1 and name not in SYMMETRIC and ast.dump(arguments[0]) != ast.dump(arguments[1]):
                 yield having(args=[arguments[1], arguments[0], *arguments[2:]])
             if isinstance(function, ast.Attribute) and name in LEFT_OUT:
                 yield node, ast.unparse(function.value)
@@ -154,14 +154,17 @@ def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 
 
 def places(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, str]]:
-    """The nodes that may be changed, and the function or class that each is in: no annotation, decorator or message."""
+    """The nodes that may be changed, and the function or class that each is in.
+
+    No annotation, decorator or message is changed, and no `assert`: it tells mypy what holds for all callers.
+    """
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         function = f"{function}.{node.name}".lstrip(".")
         defaults = [*node.args.defaults, *node.args.kw_defaults] if isinstance(node, ast.FunctionDef) else []
         inner: Iterable[ast.AST | None] = [*defaults, *node.body]
     elif isinstance(node, ast.AnnAssign):
         inner = [node.value]
-    elif isinstance(node, ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg in HARMLESS):
+    elif isinstance(node, (ast.JoinedStr, ast.Assert)) or (isinstance(node, ast.keyword) and node.arg in HARMLESS):
         inner = []
     else:
         yield node, function
@@ -379,6 +382,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.update(SIMULATED)
+    for end in (signal.SIGINT, signal.SIGTERM):  # a shell lets a program in its background ignore the first
+        signal.signal(end, signal.default_int_handler)
     mutants, uncatchable, found = in_order(options.seed, options.module or TESTS), listed(), results(options.out)
     chosen = [mutant for mutant in mutants if options.again and found.get(mutant.name, [""])[-1] == "passed"]
     chosen += [mutant for mutant in mutants if mutant.name not in found]
