@@ -170,6 +170,12 @@ def test_a_backend_gets_the_default_features_in_single_precision(dtype, monkeypa
     assert torch.equal(seen[0].phi_key, (2 * Q.to(dtype)).float().softmax(-1))
 
 
+def test_gradients_through_the_operators_softmax_have_the_inputs_dtype():
+    problem = testing.make_problem(query_length=20, head_dim=4, block_q=8, block_k=8, dtype=torch.bfloat16)
+    found = testing.run_backend(backends.load("torch"), problem.default_phi())
+    assert {found[f"grad_{name}"].dtype for name in ("query", "key", "value")} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("result", ["an argument", "one tensor twice"])
 def test_results_that_share_memory_are_refused(result, monkeypatch):
     """Compilers take the results of an operator for tensors of their own."""

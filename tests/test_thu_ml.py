@@ -153,6 +153,20 @@ def test_sparsity_is_the_share_of_critical_blocks():
     out, share = layer(0.3)(*inputs(), return_sparsity=True)
     assert out.shape == (B, H, N, D)
     assert share == 3 / 12
+    made = SparseLinearAttention(D, 0.3, BLKQ=2 * BLOCK, BLKK=BLOCK)
+    assert made(*inputs(), return_sparsity=True)[1] == 3 / 12, "of the key blocks"
+
+
+def test_the_backend_is_the_layers_own():
+    made = layer(backend="torch")
+    made.backend = "nope"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        made(*inputs())
+
+
+def test_a_feature_map_of_another_dtype():
+    made, same = layer(feature_map=lambda x: x.float().softmax(-1)), layer()
+    torch.testing.assert_close(made(*inputs()), same(*inputs()))
 
 
 @pytest.mark.parametrize("use_bf16", [True, False])
