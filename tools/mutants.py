@@ -156,7 +156,8 @@ def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 def places(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, str]]:
     """The nodes that may be changed, and the function or class that each is in.
 
-    No annotation, decorator or message is changed, and no `assert`: it tells mypy what holds for all callers.
+    No annotation, decorator or message is changed, and nothing that is there for mypy: imports if TYPE_CHECKING, and
+    `assert`, which says what holds for all callers.
     """
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         function = f"{function}.{node.name}".lstrip(".")
@@ -166,6 +167,8 @@ def places(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, str]]:
         inner = [node.value]
     elif isinstance(node, (ast.JoinedStr, ast.Assert)) or (isinstance(node, ast.keyword) and node.arg in HARMLESS):
         inner = []
+    elif isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+        inner = node.orelse
     else:
         yield node, function
         inner = [] if isinstance(node, ast.Raise) else ast.iter_child_nodes(node)
