@@ -11,6 +11,7 @@ from torch.func import grad, jacfwd, jvp, linearize, vmap
 
 import sla_ref
 from sla_ref import backends, block_map, reference, testing
+from sla_ref.protocol import SavedLayer
 
 SMALL = {"critical_ratio": 0.3, "negligible_ratio": 0.3, "block_q": 8, "block_k": 8}
 
@@ -478,6 +479,47 @@ def test_the_backward_runs_on_the_backend_of_its_forward(spy):
     with sla_ref.use_backend("spy"):
         gradients(out, inputs)
     assert spy.calls == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("function", ["forward", "backward", "forward_layer", "backward_layer"])
+def test_what_a_backend_returns_is_checked(function, spy):
+    layer = sla_ref.SparseLinearAttention(4, block_q=8, block_k=8, backend="spy")
+    if function.endswith("layer"):
+        spy.proj_inside = True
+        spy.forward_layer = lambda inputs, proj: SavedLayer(torch.zeros_like(inputs.query), torch.zeros(1, 2, 30))
+    setattr(spy, function, lambda *_: (None, None))
+    with pytest.raises(TypeError, match=r"backend 'spy': (for|back)ward(_layer)? must return a sla_ref\.protocol\."):
+        layer(*qkv(torch.float32)).sum().backward()
+
+
+def test_a_backend_is_told_that_nothing_was_made_of_lse(spy):
+    """It need not read a gradient of zeros then."""
+    seen, original = [], spy.backward
+    spy.backward = lambda *args: seen.append(args[2]) or original(*args)
+    inputs = qkv()
+    out = sla_ref.sparse_linear_attention(*inputs, backend="spy", **SMALL)
+    gradients(out, inputs)
+    sla_ref.sparse_linear_attention(*inputs, backend="spy", **SMALL).lse.sum().backward()
+    assert seen[0] is None and seen[1] is not None
+
+
+class Dropped(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_comes_of_none(spy):
+    layer = sla_ref.SparseLinearAttention(4, block_q=8, block_k=8, backend="spy").double()
+    wanted = (*(inputs := qkv()), *layer.parameters())
+    assert torch.autograd.grad(Dropped.apply(layer(*inputs)).sum(), wanted, allow_unused=True) == (None,) * 5
+    assert spy.calls == ["forward"]
 
 
 def test_precedence_call_module_with_set(spy, monkeypatch):
