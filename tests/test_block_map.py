@@ -82,10 +82,13 @@ def test_whether_any_block_is_marginal():
     ("query", "key", "options", "error", "message"),
     [
         ([1.0], tokens(8), {}, TypeError, "query must be a torch.Tensor, got list"),
+        (tokens(8), [1.0], {}, TypeError, "key must be a torch.Tensor, got list"),
         (tokens(8), tokens(8)[0], {}, ValueError, r"key must have shape \(batch, heads, tokens, head_dim\)"),
         (tokens(8), tokens(8).float(), {}, TypeError, "key must have query's dtype torch.float64, got torch.float32"),
         (tokens(8), tokens(8)[..., :1], {}, ValueError, "key must have query's head_dim 4, got 1"),
         (tokens(8), tokens(8), {"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),
+        (tokens(8), tokens(8), {"block_q": "8"}, TypeError, "block_q must be an int >= 1, got '8' of type str"),
+        (tokens(8), tokens(8), {"block_k": "8"}, TypeError, "block_k must be an int >= 1, got '8' of type str"),
         (tokens(8), tokens(8), {"block_k": 0}, ValueError, "block_k must be an int >= 1, got 0"),
     ],
 )
@@ -118,6 +121,7 @@ def test_index_lists_hold_the_critical_pairs(data, tq, tk):
     by_query = [block_map.kv_indices[0, 0, i, : block_map.kv_num_blocks[0, 0, i]].tolist() for i in range(tq)]
     assert {(i, j) for i, row in enumerate(by_query) for j in row} == pairs
     assert all(row == sorted(set(row)) for row in by_query)
+    assert not any(block_map.kv_indices[0, 0, i, len(row) :].any() for i, row in enumerate(by_query)), "filled up"
 
     offsets = block_map.q_offsets[0, 0].tolist()
     by_key = [block_map.q_indices[0, 0, offsets[j] : offsets[j + 1]].tolist() for j in range(tk)]
@@ -255,6 +259,8 @@ def test_a_map_whose_labels_cannot_be_read():
     counted, given = hand_made(labels=labels), hand_made(labels=labels, num_critical=2)
     assert (counted.max_critical, counted.is_uniform, counted.has_marginal) == (3, False, True)
     assert (given.max_critical, given.is_uniform, given.has_marginal) == (2, True, True)
+    one = sla_ref.BlockMap(labels[..., :1], 4, 4, query_length=12, key_length=4)
+    assert (one.max_critical, one.is_uniform) == (1, False), "it need not be critical"
 
 
 def test_nothing_is_read_after_a_map_is_made(monkeypatch):
@@ -300,10 +306,15 @@ def test_a_printed_map_shows_what_it_was_made_of():
     assert "has_marginal" not in fields and "labels" in fields
 
 
-def test_a_path_in_a_tree_names_the_labels():
-    """As in an error of torch.export about an argument that holds a map."""
-    (path, _), *others = torch.utils._pytree.tree_flatten_with_path({"a map": hand_made()})[0]
-    assert torch.utils._pytree.keystr(path) == "['a map'].labels" and not others
+def test_a_map_is_a_node_of_a_tree():
+    """As torch.export needs it: with the path of its labels, and with what it serialises."""
+    pytree, tree = torch.utils._pytree, {"a map": hand_made()}
+    (path, _), *others = pytree.tree_flatten_with_path(tree)[0]
+    assert pytree.keystr(path) == "['a map'].labels" and not others
+    same = pytree.tree_map_with_path(lambda path, labels: labels, tree)["a map"]
+    assert (repr(same), same.is_uniform, same.has_marginal) == (repr(tree["a map"]), False, True)
+    spec = pytree.tree_flatten(tree)[1]
+    assert pytree.treespec_loads(text := pytree.treespec_dumps(spec)) == spec and '"sla_ref.BlockMap"' in text
 
 
 def test_a_map_moves_to_another_device():
