@@ -144,6 +144,15 @@ def test_pooling_averages_real_tokens_only():
     assert pool_blocks(x.half(), 4).dtype == torch.float64
 
 
+def test_of_equal_scores_the_earlier_block_ranks_higher():
+    """In long rows too, where torch's plain sort keeps no order among equals."""
+    query, key = torch.ones(1, 1, 2, 1), torch.tensor([1.0, 0.0]).repeat(50).view(1, 1, 100, 1)
+    labels = [1] * 30 + [0] * 20 + [0] * 40 + [-1] * 10  # by rank: the even blocks are ahead of the odd ones
+    expected = torch.tensor(labels, dtype=torch.int8).view(2, 50).mT.flatten().expand(1, 1, 2, 100)
+    assert torch.equal(sla_ref.classify_blocks(query, key, 0.3, 0.1, block_q=1, block_k=1).labels, expected)
+    assert torch.equal(reference.classify(query, key, 0.3, 0.1, 1, 1), expected)
+
+
 def test_scores_are_not_squashed_by_a_softmax():
     """Scores whose softmax underflows to equal zeros must keep their order."""
     query, key = torch.full((1, 1, 1, 1), 1000.0), torch.tensor([0.0, 9, 1, 2]).view(1, 1, 4, 1)

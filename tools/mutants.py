@@ -99,7 +99,15 @@ ARITHMETIC = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.FloorDiv, ast.Mod), 
 OTHER_OPERATOR = _both_ways([*ORDER, *ARITHMETIC, (ast.And, ast.Or)])
 OTHER_FUNCTION = _both_ways([("min", "max"), ("sym_min", "sym_max"), ("any", "all"), ("zeros", "ones")])
 LEFT_OUT = {"to", "double", "float", "clone", "contiguous", "detach", "clamp", "clamp_", "masked_fill", "masked_fill_"}
-SYMMETRIC = {"min", "max", "sym_min", "sym_max", "promote_types"}  # the order of arguments does not matter
+SYMMETRIC = {
+    "min",
+    "max",
+    "sym_min",
+    "sym_max",
+    "promote_types",
+    "mul",
+    "add",
+}  # the order of arguments does not matter
 HARMLESS = {"device", "strict", "stacklevel"}  # one device, equal lengths, and where a warning points
 NO_CONTEXT = "__import__('contextlib').nullcontext()"
 
