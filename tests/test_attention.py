@@ -235,6 +235,16 @@ def test_one_output_alone_can_be_differentiated(name):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_bits_are_the_same(context):
+    inputs = qkv()
+    layer = sla_ref.SparseLinearAttention(4, 0.3, 0.3, block_q=8, block_k=8, proj_init="identity").double()
+    for run in (layer, lambda *qkv: torch.cat(sla_ref.sparse_linear_attention(*qkv, **SMALL)[:2])):
+        with context():
+            found = run(*inputs)
+        assert not found.requires_grad and torch.equal(found, run(*inputs))
+
+
 def test_scale_default_and_given():
     inputs = qkv()
     default = sla_ref.sparse_linear_attention(*inputs, **SMALL)
