@@ -139,6 +139,48 @@ def test_what_ran_is_recorded_with_its_commit(small, monkeypatch):
     assert json.loads(found.read_text(encoding="utf-8"))["modules"] == first["modules"], "nothing ran with this code"
 
 
+@pytest.mark.long
+def test_tests_run_in_a_process_of_their_own(monkeypatch, tmp_path):
+    """The quickest first, and earlier still those that have caught a mutant; and each time with the source of then."""
+    for folder in ("src", "tests"):
+        (tmp_path / folder).mkdir()
+    module, tests = tmp_path / "src" / "module_of_a_test.py", tmp_path / "tests" / "test_m.py"
+    tests.write_text(
+        """
+import os, signal, time
+import module_of_a_test as m
+def test_slow():
+    time.sleep(1)
+    assert m.RIGHT < 2
+def test_quick():
+    assert m.RIGHT < 1
+def test_ends():
+    time.sleep(0.2)
+    if m.RIGHT == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(100 * (m.RIGHT == 4))
+""",
+        encoding="utf-8",
+    )
+    for name, value in mutants.SIMULATED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mutants, "TESTS", {"m": "m"})
+    module.write_text("RIGHT = 0", encoding="utf-8")
+    made = mutants.Tests("m", tmp_path)
+    assert made.run()[0] == "passed"
+    for value, result in ((1, "FAILED tests/test_m.py::test_quick"), (2, "FAILED tests/test_m.py::test_quick")):
+        module.write_text(f"RIGHT = {value}", encoding="utf-8")
+        assert made.run()[0].startswith(result)
+    tests.write_text(tests.read_text(encoding="utf-8").replace("m.RIGHT < 1", "True"), encoding="utf-8")
+    assert made.run()[0].startswith("FAILED tests/test_m.py::test_slow")
+    for value, limit, result in ((3, None, "crashed with signal 11"), (4, 10, "too slow")):
+        module.write_text(f"RIGHT = {value}", encoding="utf-8")
+        assert made.run(limit)[0] == result
+    module.write_text("RIGHT = 2", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="the tests of m fail without a mutant"):
+        mutants.Tests("m", tmp_path)
+
+
 def test_a_listed_mutant_exists_and_has_a_reason():
     listed = mutants.listed()
     names = {mutant.name for mutant in mutants.in_order(0, {name[0] for name in listed})}

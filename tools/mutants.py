@@ -248,7 +248,7 @@ class Tests:
             raise RuntimeError(f"the tests of {module} fail without a mutant: {result}")
 
     def run(self, limit: float | None = None) -> tuple[str, float]:
-        """What came out, "passed", "too slow" or the line of a test that failed, and the seconds that it took."""
+        """What came out: "passed", "too slow", a crash or the line of a test that failed; and the seconds it took."""
         started, log, times = time.perf_counter(), self.tree / "pytest.log", self.tree / "pytest.json"
         process = PROCESSES.Process(target=self._pytest, args=(log, times))
         process.start()
@@ -262,6 +262,8 @@ class Tests:
         seconds = time.perf_counter() - started
         if slow:
             return "too slow", seconds
+        if process.exitcode in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE):
+            return f"crashed with signal {-process.exitcode}", seconds
         text = log.read_text(encoding="utf-8")
         if process.exitcode not in (0, 1, 2, 4):  # passed; a test failed; what is tested, or conftest.py, does not load
             raise RuntimeError(f"pytest ended with {process.exitcode}:\n{text}")
