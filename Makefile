@@ -58,7 +58,7 @@ evidence: $(VENV)/.has-dev
 
 # Hours, if all of them are to run: each call goes on where the last one stopped.
 mutants: $(VENV)/.has-dev
-	$(VENV)/bin/python tools/mutants.py $(ARGS)
+	$(RUN) tools.mutants $(ARGS)
 
 lint: $(VENV)/.has-dev
 	$(RUN) ruff check

@@ -10,7 +10,8 @@ import torch
 from torch.func import grad, jacfwd, jvp, linearize, vmap
 
 import sla_ref
-from sla_ref import backends, reference, testing
+from sla_ref import backends, block_map, reference, testing
+from sla_ref.protocol import SavedLayer
 
 SMALL = {"critical_ratio": 0.3, "negligible_ratio": 0.3, "block_q": 8, "block_k": 8}
 
@@ -111,15 +112,6 @@ def test_bad_input(changes, error, message, monkeypatch):
         sla_ref.sparse_linear_attention(**{"query": Q, "key": Q, "value": Q} | changes)
 
 
-def test_bad_input_of_classify_blocks():
-    with pytest.raises(ValueError, match="critical_ratio must be"):
-        sla_ref.classify_blocks(Q, Q, 0.0)
-    with pytest.raises(ValueError, match="block_q must be"):
-        sla_ref.block_scores(Q, Q, block_q=0)
-    with pytest.raises(ValueError, match="key must have query's head_dim"):
-        sla_ref.block_scores(Q, Q[..., :1])
-
-
 # --- one operator ----------------------------------------------------------------------------------------------------
 
 
@@ -149,10 +141,13 @@ def test_opcheck(inside):
 
 
 def test_compilers_are_told_the_dtypes_of_results():
-    """lse is float32 for half precision."""
+    """lse is float32 for half precision, and gradients are not."""
     tensors, options = operator_arguments(dtype=torch.bfloat16)[:6], operator_arguments()[6:]
     detached = [tensor.detach() for tensor in tensors]
     torch.library.opcheck(forward, (*detached, *options), test_utils="test_faketensor")
+    saved = forward(*detached, *options)
+    arguments = (*saved, *detached[:5], *saved, detached[5], *options)
+    torch.library.opcheck(backward, arguments, test_utils="test_faketensor")
 
 
 def test_features_of_another_dtype_are_cast():
@@ -163,6 +158,23 @@ def test_features_of_another_dtype_are_cast():
     )
     assert torch.equal(found.linear, expected.linear)
     assert all(map(torch.equal, gradients(found, inputs), gradients(expected, inputs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_backend_gets_the_default_features_in_single_precision(dtype, monkeypatch):
+    """Features of half precision are worth a rounding error more."""
+    backend, seen = backends.load("torch"), []
+    original = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda inputs: seen.append(inputs) or original(inputs))
+    sla_ref.sparse_linear_attention(Q.to(dtype), 2 * Q.to(dtype), Q.to(dtype), **SMALL, backend="torch")
+    assert torch.equal(seen[0].phi_query, Q.to(dtype).float().softmax(-1))
+    assert torch.equal(seen[0].phi_key, (2 * Q.to(dtype)).float().softmax(-1))
+
+
+def test_gradients_through_the_operators_softmax_have_the_inputs_dtype():
+    problem = testing.make_problem(query_length=20, head_dim=4, block_q=8, block_k=8, dtype=torch.bfloat16)
+    found = testing.run_backend(backends.load("torch"), problem.default_phi())
+    assert {found[f"grad_{name}"].dtype for name in ("query", "key", "value")} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("result", ["an argument", "one tensor twice"])
@@ -221,6 +233,16 @@ def test_one_output_alone_can_be_differentiated(name):
     everything = getattr(out, name).sum() + 0 * sum(output.sum() for output in out)
     for one, other in zip(alone, torch.autograd.grad(everything, inputs), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_bits_are_the_same(context):
+    inputs = qkv()
+    layer = sla_ref.SparseLinearAttention(4, 0.3, 0.3, block_q=8, block_k=8, proj_init="identity").double()
+    for run in (layer, lambda *qkv: torch.cat(sla_ref.sparse_linear_attention(*qkv, **SMALL)[:2])):
+        with context():
+            found = run(*inputs)
+        assert not found.requires_grad and torch.equal(found, run(*inputs))
 
 
 def test_scale_default_and_given():
@@ -326,6 +348,15 @@ def test_vmap_of_a_classification_and_of_its_map():
         torch.testing.assert_close(out, sla_ref.sparse_linear_attention(query, key, key, block_map=block_map).sparse)
 
 
+def test_under_vmap_samples_join_the_batch(spy, monkeypatch):
+    """One call for all of them. Without a rule, torch would make one for each."""
+    scored, original = [], block_map.block_scores
+    monkeypatch.setattr(block_map, "block_scores", lambda *q_k, **sizes: scored.append(1) or original(*q_k, **sizes))
+    with sla_ref.use_backend("spy"):
+        vmap(grad(loss))(samples(0), samples(10), samples(20))
+    assert (scored, spy.calls) == ([1], ["forward", "backward"])
+
+
 # torch's own, when its forward mode is first used
 no_jit_warning = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -384,7 +415,7 @@ def test_a_block_takes_no_more_room_than_its_tokens(block):
 class Spy:
     """The torch backend under another name, counting its calls and the threads they came from."""
 
-    name, softmax_inside = "spy", False
+    name = "spy"  # without softmax_inside and proj_inside: False if missing
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -432,6 +463,22 @@ def test_a_compiled_function_follows_a_later_change_of_backend(spy):
     assert spy.calls == ["forward", "forward"]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["function", "layer"])
+def test_one_tensor_as_query_key_and_value_compiles(whole):
+    """A compiler does not follow an autograd.Function that gets one tensor twice."""
+    torch._dynamo.reset()
+    layer = sla_ref.SparseLinearAttention(4, 0.3, 0.3, block_q=8, block_k=8, proj_init="identity").double()
+    x = tokens().requires_grad_()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return layer(x, x, x) if whole else sum(sla_ref.sparse_linear_attention(x, x, x, **SMALL)[:2])
+
+    found, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), x) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_backward_runs_on_the_backend_of_its_forward(spy):
     inputs = qkv()
     with sla_ref.use_backend("spy"):
@@ -442,6 +489,47 @@ def test_the_backward_runs_on_the_backend_of_its_forward(spy):
     with sla_ref.use_backend("spy"):
         gradients(out, inputs)
     assert spy.calls == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("function", ["forward", "backward", "forward_layer", "backward_layer"])
+def test_what_a_backend_returns_is_checked(function, spy):
+    layer = sla_ref.SparseLinearAttention(4, block_q=8, block_k=8, backend="spy")
+    if function.endswith("layer"):
+        spy.proj_inside = True
+        spy.forward_layer = lambda inputs, proj: SavedLayer(torch.zeros_like(inputs.query), torch.zeros(1, 2, 30))
+    setattr(spy, function, lambda *_: (None, None))
+    with pytest.raises(TypeError, match=r"backend 'spy': (for|back)ward(_layer)? must return a sla_ref\.protocol\."):
+        layer(*qkv(torch.float32)).sum().backward()
+
+
+def test_a_backend_is_told_that_nothing_was_made_of_lse(spy):
+    """It need not read a gradient of zeros then."""
+    seen, original = [], spy.backward
+    spy.backward = lambda *args: seen.append(args[2]) or original(*args)
+    inputs = qkv()
+    out = sla_ref.sparse_linear_attention(*inputs, backend="spy", **SMALL)
+    gradients(out, inputs)
+    sla_ref.sparse_linear_attention(*inputs, backend="spy", **SMALL).lse.sum().backward()
+    assert seen[0] is None and seen[1] is not None
+
+
+class Dropped(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_comes_of_none(spy):
+    layer = sla_ref.SparseLinearAttention(4, block_q=8, block_k=8, backend="spy").double()
+    wanted = (*(inputs := qkv()), *layer.parameters())
+    assert torch.autograd.grad(Dropped.apply(layer(*inputs)).sum(), wanted, allow_unused=True) == (None,) * 5
+    assert spy.calls == ["forward"]
 
 
 def test_precedence_call_module_with_set(spy, monkeypatch):

@@ -96,14 +96,17 @@ def test_a_bad_number_goes_where_the_maths_puts_it(backend_name: str, bad: float
     labels = problem.inputs.block_map.labels
     classes = [[set(column.tolist()) for column in labels[0, h].T] for h in range(2)]
     block = [of_head.index({-1, 0, 1}) for of_head in classes]  # a key block that is of each class to some query block
+    clean = backends.load(backend_name).forward(problem.inputs)
     problem.inputs.key[0, 0, 16 * block[0] + 3] = bad
     problem.inputs.phi_key[0, 0, 16 * block[0] + 3] = float("nan")
     problem.inputs.value[0, 1, 16 * block[1] + 3] = bad
     saved = backends.load(backend_name).forward(problem.inputs)
-    for out, label in ((saved.out_sparse, 1), (saved.out_linear, 0)):
+    for name, label in (("out_sparse", 1), ("out_linear", 0)):
+        out, other = getattr(saved, name), getattr(clean, name)
         spoilt = ~out.isfinite().all(-1)  # (B, H, Nq)
         expected = [(labels[0, h, :, block[h]] == label).repeat_interleave(16) for h in range(2)]
         assert torch.equal(spoilt[0], torch.stack(expected))
+        torch.testing.assert_close(out[~spoilt], other[~spoilt])
 
 
 @pytest.mark.parametrize("has_marginal", [True, False])
@@ -159,6 +162,30 @@ def test_torch_backend_makes_no_states_without_a_marginal_block(monkeypatch: pyt
     monkeypatch.setattr(pytorch, "_sum_over", lambda *_: pytest.fail("there is nothing to add up"))
     found = testing.run_backend(pytorch, without)
     assert not any(found[name].any() for name in ("linear", "grad_phi_query", "grad_phi_key"))
+
+
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize(("head_dim", "heads_at_a_time"), [(16, 2), (64, 1), (8, 4)])
+def test_torch_backend_holds_no_more_states_than_tokens(head_dim: int, heads_at_a_time: int) -> None:
+    """A state has as many numbers as head_dim tokens, a key block as block_k tokens."""
+    inputs = testing.make_problem(
+        heads=8, query_length=24, key_length=36, head_dim=head_dim, block_q=6, block_k=4, labels="marginal"
+    ).inputs
+    lengths = [len(at.HZ) for _, at in pytorch._linear_states(inputs)]
+    assert lengths == [heads_at_a_time] * (8 // heads_at_a_time)
+
+
+@pytest.mark.backend("torch")
+def test_torch_backend_makes_steps_as_long_as_their_scores_allow() -> None:
+    """On a CPU the scores of a thread fit its cache; elsewhere a step is worth a call of a kernel."""
+    index = torch.empty(20_000, 3)
+    for device, limit in (("cpu", 2**18 * torch.get_num_threads()), ("meta", 2**26)):
+        queries, keys = torch.empty(1, 64, 16, device=device), torch.empty(1, 32, 16, device=device)
+        steps = pytorch._steps(index, queries, keys)
+        assert torch.equal(torch.cat([torch.arange(20_000)[step] for step in steps]), torch.arange(20_000))
+        assert {step.stop - step.start for step in steps[:-1]} == {limit // (64 * 3 * 32)}
+    wide = torch.empty(1, 1, 1).expand(1, 2**40, 16)
+    assert len(pytorch._steps(index, wide, keys)) == 20_000, "at least one query block"
 
 
 def test_torch_backend_repeats_on_two_threads() -> None:

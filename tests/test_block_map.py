@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import sla_ref
 from sla_ref import reference
-from sla_ref.block_map import pool_blocks
+from sla_ref.block_map import class_sizes, pool_blocks
 
 sizes = st.integers(1, 70)
 blocks = st.sampled_from([1, 4, 7, 16, 64])
@@ -33,8 +34,10 @@ def test_classes_are_those_of_the_specification(nq, nk, block_q, block_k, critic
     assert torch.equal(block_map.labels, reference.classify(query, key, critical, negligible, block_q, block_k))
     num_blocks = math.ceil(nk / block_k)
     num_critical = max(1, int(critical * num_blocks))
+    num_negligible = min(int(negligible * num_blocks), num_blocks - num_critical)
     assert ((block_map.labels == 1).sum(-1) == num_critical).all()
-    assert ((block_map.labels == -1).sum(-1) == min(int(negligible * num_blocks), num_blocks - num_critical)).all()
+    assert ((block_map.labels == -1).sum(-1) == num_negligible).all()
+    assert class_sizes(critical, negligible, num_blocks) == (num_critical, num_negligible)
     assert block_map.max_critical == num_critical
     assert block_map.sparsity == pytest.approx(1 - num_critical / num_blocks)
 
@@ -60,6 +63,47 @@ def test_near_ties_and_extreme_sizes_rank_as_in_the_specification(dtype, size):
         assert (block_map.labels.gather(-1, best) == 1).all(), "scores rank as the classes do"
 
 
+def test_the_defaults_are_those_of_the_paper():
+    """5 % critical, 10 % negligible, blocks of 64 by 64."""
+    block_map = sla_ref.classify_blocks(tokens(1300), tokens(2550))
+    assert block_map.labels.shape == (2, 2, 21, 40)
+    assert [(block_map.labels == label).sum(-1).unique().tolist() for label in (1, 0, -1)] == [[2], [34], [4]]
+
+
+def test_whether_any_block_is_marginal():
+    """Without one, backends leave out the linear branch."""
+    for critical, negligible, expected in ((0.5, 0.5, False), (0.5, 0.25, True), (0.75, 0.5, False), (1.0, 0.0, False)):
+        block_map = sla_ref.classify_blocks(tokens(16), tokens(16), critical, negligible, block_q=4, block_k=4)
+        assert block_map.has_marginal is expected
+        assert sla_ref.BlockMap(block_map.labels, 4, 4, 16, 16).has_marginal is expected
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "options", "error", "message"),
+    [
+        ([1.0], tokens(8), {}, TypeError, "query must be a torch.Tensor, got list"),
+        (tokens(8), [1.0], {}, TypeError, "key must be a torch.Tensor, got list"),
+        (tokens(8), tokens(8)[0], {}, ValueError, r"key must have shape \(batch, heads, tokens, head_dim\)"),
+        (tokens(8), tokens(8).float(), {}, TypeError, "key must have query's dtype torch.float64, got torch.float32"),
+        (tokens(8), tokens(8)[..., :1], {}, ValueError, "key must have query's head_dim 4, got 1"),
+        (tokens(8), tokens(8), {"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),
+        (tokens(8), tokens(8), {"block_q": "8"}, TypeError, "block_q must be an int >= 1, got '8' of type str"),
+        (tokens(8), tokens(8), {"block_k": "8"}, TypeError, "block_k must be an int >= 1, got '8' of type str"),
+        (tokens(8), tokens(8), {"block_k": 0}, ValueError, "block_k must be an int >= 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("function", [sla_ref.block_scores, sla_ref.classify_blocks])
+def test_bad_tokens(function, query, key, options, error, message):
+    with pytest.raises(error, match=message):
+        function(query, key, **options)
+
+
+@pytest.mark.parametrize("bad", [{"critical_ratio": 0.0}, {"negligible_ratio": 1.5}], ids=str)
+def test_bad_ratios(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+        sla_ref.classify_blocks(tokens(8), tokens(8), **bad)
+
+
 def test_ratio_is_truncated_as_float_arithmetic_gives_it():
     query = key = tokens(100)
     block_map = sla_ref.classify_blocks(query, key, 0.29, 0.0, block_q=1, block_k=1)
@@ -77,6 +121,7 @@ def test_index_lists_hold_the_critical_pairs(data, tq, tk):
     by_query = [block_map.kv_indices[0, 0, i, : block_map.kv_num_blocks[0, 0, i]].tolist() for i in range(tq)]
     assert {(i, j) for i, row in enumerate(by_query) for j in row} == pairs
     assert all(row == sorted(set(row)) for row in by_query)
+    assert not any(block_map.kv_indices[0, 0, i, len(row) :].any() for i, row in enumerate(by_query)), "filled up"
 
     offsets = block_map.q_offsets[0, 0].tolist()
     by_key = [block_map.q_indices[0, 0, offsets[j] : offsets[j + 1]].tolist() for j in range(tk)]
@@ -97,6 +142,15 @@ def test_pooling_averages_real_tokens_only():
     expected = torch.stack([x[:, :, :4].mean(2), x[:, :, 4:8].mean(2), x[:, :, 8:].mean(2)], 2)
     torch.testing.assert_close(pooled, expected)
     assert pool_blocks(x.half(), 4).dtype == torch.float64
+
+
+def test_of_equal_scores_the_earlier_block_ranks_higher():
+    """In long rows too, where torch's plain sort keeps no order among equals."""
+    query, key = torch.ones(1, 1, 2, 1), torch.tensor([1.0, 0.0]).repeat(50).view(1, 1, 100, 1)
+    labels = [1] * 30 + [0] * 20 + [0] * 40 + [-1] * 10  # by rank: the even blocks are ahead of the odd ones
+    expected = torch.tensor(labels, dtype=torch.int8).view(2, 50).mT.flatten().expand(1, 1, 2, 100)
+    assert torch.equal(sla_ref.classify_blocks(query, key, 0.3, 0.1, block_q=1, block_k=1).labels, expected)
+    assert torch.equal(reference.classify(query, key, 0.3, 0.1, 1, 1), expected)
 
 
 def test_scores_are_not_squashed_by_a_softmax():
@@ -214,6 +268,8 @@ def test_a_map_whose_labels_cannot_be_read():
     counted, given = hand_made(labels=labels), hand_made(labels=labels, num_critical=2)
     assert (counted.max_critical, counted.is_uniform, counted.has_marginal) == (3, False, True)
     assert (given.max_critical, given.is_uniform, given.has_marginal) == (2, True, True)
+    one = sla_ref.BlockMap(labels[..., :1], 4, 4, query_length=12, key_length=4)
+    assert (one.max_critical, one.is_uniform) == (1, False), "it need not be critical"
 
 
 def test_nothing_is_read_after_a_map_is_made(monkeypatch):
@@ -251,6 +307,23 @@ def test_copies_of_a_map(copied):
                 assert getattr(other, field.name) == getattr(block_map, field.name)
         assert torch.equal(other.labels, block_map.labels)
         assert torch.equal(other.q_indices, block_map.q_indices)
+
+
+def test_a_printed_map_shows_what_it_was_made_of():
+    fields = re.findall(r"(\w+)=", repr(hand_made()))
+    assert fields[-6:] == ["block_q", "block_k", "query_length", "key_length", "num_critical", "max_critical"]
+    assert "has_marginal" not in fields and "labels" in fields
+
+
+def test_a_map_is_a_node_of_a_tree():
+    """As torch.export needs it: with the path of its labels, and with what it serialises."""
+    pytree, tree = torch.utils._pytree, {"a map": hand_made()}
+    (path, _), *others = pytree.tree_flatten_with_path(tree)[0]
+    assert pytree.keystr(path) == "['a map'].labels" and not others
+    same = pytree.tree_map_with_path(lambda path, labels: labels, tree)["a map"]
+    assert (repr(same), same.is_uniform, same.has_marginal) == (repr(tree["a map"]), False, True)
+    spec = pytree.tree_flatten(tree)[1]
+    assert pytree.treespec_loads(text := pytree.treespec_dumps(spec)) == spec and '"sla_ref.BlockMap"' in text
 
 
 def test_a_map_moves_to_another_device():

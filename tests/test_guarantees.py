@@ -14,7 +14,20 @@ import pytest
 from evidence import Recorder, worst
 
 from sla_ref import backends, testing
-from tools.guarantees import FOLDER, PAGE, ROOT, Recording, code, fill, named_in, read, sources, split
+from tools.guarantees import (
+    FOLDER,
+    PAGE,
+    ROOT,
+    Recording,
+    code,
+    fill,
+    named_in,
+    read,
+    sources,
+    split,
+    table_of_mutants,
+    wilson,
+)
 
 NOW = {"torch": "a", "the operator": "b"}
 MACHINE = {"date": "2026-01-02", "device": "CPU", "cpu": "A CPU", "versions": {"torch": "2.11"}, "sources": NOW}
@@ -156,6 +169,28 @@ def test_the_tables_show_medians_the_largest_budget_and_every_fault():
     filled = fill(places, evidence, NOW)
     assert "| CPU | torch | float32 | 3 | 27 | 2.0e-07 | 1.0e-07 | 1.5 | 70 % |" in filled
     assert "- `test_x.py::test_a_fault_is_caught`, 2: b; a." in filled
+
+
+def test_the_table_of_mutants():
+    row = {"commit": "abc", "mutants": 1200, "listed": 1, "run": 100, "caught_at_first": 95, "caught": 99}
+    found = {"about": MACHINE | {"seed": 3}, "modules": {"m": row | {"survived": ["m.py:1 f: a  ->  b"]}}}
+    lines = table_of_mutants(found, {"m": True})
+    assert lines[0] == "Last recorded on 2026-01-02, on A CPU (torch 2.11), with seed 3."
+    numbers = "1,200 | 1 | 100 | 95 (95.0 %) | 88.8 to 97.8 % | 99 (99.0 %) |"
+    assert f"| `m` | abc | {numbers}" in lines
+    assert f"| all | | {numbers}" in lines
+    assert lines[-1] == "- `m.py:1 f: a  ->  b`"
+    assert f"| `m` | abc, earlier code | {numbers}" in table_of_mutants(found, {"m": False})
+    del found["modules"]["m"]["survived"][0]
+    assert table_of_mutants(found, {"m": True}) == lines[:-4]
+
+
+@pytest.mark.parametrize(
+    ("hits", "tries", "low", "high"),
+    [(95, 100, 0.8882, 0.9785), (10, 10, 0.7225, 1.0), (0, 10, 0.0, 0.2775), (1, 2, 0.0945, 0.9055)],
+)
+def test_wilsons_interval(hits, tries, low, high):
+    assert wilson(hits, tries) == pytest.approx((low, high), abs=5e-5)
 
 
 # --- the recorder ----------------------------------------------------------------------------------------------------

@@ -257,6 +257,10 @@ def test_no_bias_another_dtype_and_no_plain_tensor_are_left_to_a_call() -> None:
     layer, x = layer_and_tokens()
     assert _weight_and_bias(layer.proj_l, x[0].bfloat16()) is None
     assert _weight_and_bias(nn.Linear(16, 16, bias=False), x[0]) is None
+    for part in ("weight", "bias"):
+        mixed = nn.Linear(16, 16)
+        setattr(mixed, part, nn.Parameter(getattr(mixed, part).detach().bfloat16()))
+        assert _weight_and_bias(mixed, x[0]) is None
     layer.proj_l.weight = nn.Parameter(torch.randn(16, 16).as_subclass(type("Packed", (torch.Tensor,), {})))
     assert _weight_and_bias(layer.proj_l, x[0]) is None
 
@@ -295,6 +299,8 @@ def test_the_operator_runs_with_autocast_off(dtype: torch.dtype) -> None:
         inside = both()
     assert all(map(torch.equal, inside, outside))
     torch.library.opcheck(layer, (*tensors, block_map.labels, *options), test_utils="test_faketensor")
+    of_backward = (problem.grad_sparse, *tensors, *outside[:4], block_map.labels, *options)
+    torch.library.opcheck(backward, of_backward, test_utils="test_faketensor")
 
 
 def test_gradcheck() -> None:

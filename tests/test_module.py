@@ -40,6 +40,16 @@ def test_from_the_identity_a_fresh_layer_is_the_sum_of_both_branches():
     assert torch.equal(layer.proj_l.weight, torch.eye(16)) and not layer.proj_l.bias.any()
 
 
+def test_proj_is_made_in_single_precision():
+    """Whatever the dtype in which a model around it is made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert sla_ref.SparseLinearAttention(16).proj_l.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_critical_ratio_one_is_exact_attention():
     layer = sla_ref.SparseLinearAttention(16, 1.0, **BLOCKS)
     torch.testing.assert_close(layer(*inputs()), F.scaled_dot_product_attention(*inputs()))
@@ -105,7 +115,9 @@ def test_feature_map_formulas():
     hedgehog = sla_ref.Hedgehog(6)
     wx = x @ hedgehog.weight.T
     torch.testing.assert_close(hedgehog(x), torch.cat([wx.softmax(-1), (-wx).softmax(-1)], -1))
+    assert torch.equal(hedgehog(x.bfloat16()), hedgehog(x.bfloat16().float())), "its weight is float32"
     assert hedgehog.weight.shape == (3, 6)
+    assert sla_ref.Hedgehog(2).weight.shape == (1, 2), "the smallest"
 
 
 def test_hedgehog_starts_with_orthonormal_rows_and_a_reset_draws_others():
@@ -116,6 +128,16 @@ def test_hedgehog_starts_with_orthonormal_rows_and_a_reset_draws_others():
         assert not torch.allclose(phi.weight, start)
         for weight in (phi.weight, start):
             torch.testing.assert_close(weight @ weight.T, torch.eye(8))
+
+
+def test_classify_gives_the_map_of_a_forward():
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0, block_q=8, block_k=4)
+    query, key, value = inputs()
+    block_map = layer.classify(query, key[:, :, :30])
+    expected = sla_ref.classify_blocks(query, key[:, :, :30], 0.3, 0, block_q=8, block_k=4)
+    assert torch.equal(block_map.labels, expected.labels)
+    key, value = key[:, :, :30], value[:, :, :30]
+    assert torch.equal(layer(query, key, value, block_map=block_map), layer(query, key, value))
 
 
 def test_a_given_map_overrides_the_ratios():
@@ -292,15 +314,30 @@ def test_a_setting_that_becomes_nonsense_is_named_at_the_next_forward(setting, v
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((0,), ValueError, "head_dim must be an int >= 1, got 0"),
-        (("64",), TypeError, "head_dim must be an int >= 1, got '64'"),
-        ((16, 0.0), ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0.0"),
-        ((16, 0.5, 2), ValueError, "negligible_ratio must be a number with 0 <= negligible_ratio <= 1, got 2"),
+        ({"head_dim": 0}, ValueError, "head_dim must be an int >= 1, got 0"),
+        ({"head_dim": "64"}, TypeError, "head_dim must be an int >= 1, got '64'"),
+        ({"critical_ratio": 0.0}, ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0.0"),
+        (
+            {"negligible_ratio": 2},
+            ValueError,
+            "negligible_ratio must be a number with 0 <= negligible_ratio <= 1, got 2",
+        ),
+        ({"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),
+        ({"block_k": 0}, ValueError, "block_k must be an int >= 1, got 0"),
     ],
 )
 def test_bad_construction(arguments, error, message):
     with pytest.raises(error, match=message):
-        sla_ref.SparseLinearAttention(*arguments)
+        sla_ref.SparseLinearAttention(**{"head_dim": 16} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "error"),
+    [("16", TypeError), (16.0, TypeError), (True, TypeError), (0, ValueError), (-2, ValueError), (3, ValueError)],
+)
+def test_bad_size_of_hedgehog(head_dim, error):
+    with pytest.raises(error, match=f"head_dim must be an even int >= 2.*, got {head_dim!r}"):
+        sla_ref.Hedgehog(head_dim)
 
 
 def test_bad_names_and_shapes():

@@ -146,3 +146,16 @@ def test_layer_is_the_reference():
         query, key, value, query.softmax(-1), key.softmax(-1), labels, 16, 16, 8**-0.5
     )
     close(layer(query, key, value), reference.combine(sparse, linear, layer.proj_l.weight, layer.proj_l.bias))
+
+
+@pytest.mark.parametrize(("dtype", "power"), [(torch.float32, -96), (torch.float64, -992)], ids=str)
+def test_the_smallest_denominator(dtype, power):
+    """In the specification and in the backend torch, with a single key."""
+    smallest = 2.0**power
+    assert reference.smallest_denominator(dtype) == smallest
+    one, labels = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=torch.int8)
+    for feature, expected in ((smallest, one), (-smallest, one), (smallest * 0.999, 0 * one)):
+        phi, block_map = one * feature, sla_ref.BlockMap(labels, 1, 1, 1, 1)
+        assert torch.equal(reference.sparse_linear_attention(one, one, one, phi, one, labels, 1, 1, 1.0)[1], expected)
+        found = sla_ref.sparse_linear_attention(phi, one, one, block_map=block_map, feature_map=torch.clone)
+        assert torch.equal(found.linear, expected)

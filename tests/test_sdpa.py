@@ -49,6 +49,15 @@ def attention() -> Attention:
 TOKENS = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(2))
 
 
+def test_the_layer_moves_to_the_modules_device():
+    module = attention().to("meta")
+    replace_sdpa(module, layer())
+    assert all(parameter.is_meta for parameter in module.sla.parameters())
+    empty = nn.Module()
+    replace_sdpa(empty, made := layer())
+    assert empty.sla is made, "a module without parameters has no device"
+
+
 def test_the_layer_runs_and_goes_again():
     module, x = attention(), TOKENS
     dense, names, attributes = module(x), list(module.state_dict()), set(vars(module))
@@ -79,7 +88,7 @@ def test_a_mask_that_hides_whole_keys(entries):
     """The same keys in both batch entries, or others in each of them. Hidden keys are not ranked and not summed."""
     module = attention()
     mask = torch.rand(entries, 1, 1, 60, generator=torch.Generator().manual_seed(3)) < 0.6
-    module.keywords = {"attn_mask": mask}
+    module.keywords = {"attn_mask": mask, "scale": 0.5}
     dense = module(TOKENS)
     replace_sdpa(module, layer(critical_ratio=1.0))
     torch.testing.assert_close(module(TOKENS), dense)
@@ -88,7 +97,7 @@ def test_a_mask_that_hides_whole_keys(entries):
     query, key, value = module.qkv(TOKENS).view(2, 60, 3, 2, 16).permute(2, 0, 3, 1, 4)
     for i, found in enumerate(module(TOKENS)):
         shown = mask[i % entries, 0, 0]
-        out = module.sla(query[i : i + 1], key[i : i + 1, :, shown], value[i : i + 1, :, shown])
+        out = module.sla(query[i : i + 1], key[i : i + 1, :, shown], value[i : i + 1, :, shown], scale=0.5)
         torch.testing.assert_close(found, module.out(out[0].transpose(0, 1).flatten(1)))
 
 

@@ -153,6 +153,20 @@ def test_sparsity_is_the_share_of_critical_blocks():
     out, share = layer(0.3)(*inputs(), return_sparsity=True)
     assert out.shape == (B, H, N, D)
     assert share == 3 / 12
+    made = SparseLinearAttention(D, 0.3, BLKQ=2 * BLOCK, BLKK=BLOCK)
+    assert made(*inputs(), return_sparsity=True)[1] == 3 / 12, "of the key blocks"
+
+
+def test_the_backend_is_the_layers_own():
+    made = layer(backend="torch")
+    made.backend = "nope"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        made(*inputs())
+
+
+def test_a_feature_map_of_another_dtype():
+    made, same = layer(feature_map=lambda x: x.float().softmax(-1)), layer()
+    torch.testing.assert_close(made(*inputs()), same(*inputs()))
 
 
 @pytest.mark.parametrize("use_bf16", [True, False])
@@ -182,6 +196,25 @@ class Int8Linear(torch.nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         assert tokens.is_floating_point()
         return torch.nn.functional.linear(tokens, self.weight.to(tokens.dtype) * self.step, self.bias)
+
+
+def test_proj_is_made_in_single_precision():
+    """Whatever the dtype in which a model around it is made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert SparseLinearAttention(D, 0.2).proj_l.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("variant", ["main", "SLA-1"])
+def test_proj_gets_half_precision(variant):
+    """A quantised one computes in the dtype of what it gets."""
+    made, seen = layer(variant=variant, use_bf16=False), []
+    made.proj_l.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    made(*inputs(dtype=torch.float32))
+    assert seen == [torch.float16]
 
 
 def test_a_quantised_projection_is_called_as_it_is():
@@ -243,3 +276,5 @@ def test_bad_inputs():
         layer()(q[0], k, v)
     with pytest.raises(ValueError, match="k must have q's number of heads 2, got 1"):
         layer()(q, k[:, :1], v)
+    with pytest.raises(TypeError, match="v must have q's dtype"):
+        layer()(q, k, v.double())

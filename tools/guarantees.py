@@ -14,16 +14,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from sla_ref.files import whole
-
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "guarantees.md"
 FOLDER = ROOT / "benchmarks" / "results" / "evidence"
+MUTANTS = ROOT / "benchmarks" / "results" / "mutants.json"
 PACKAGE = ROOT / "src" / "sla_ref"
 NO_PROMISE_ABOUT = ("lab", "integrations", "cli.py", "analysis.py", "compiled.py")
 NO_PROMISE_ABOUT += ("sla2.py", "reference_sla2.py", "router.py")
@@ -70,6 +70,11 @@ def sources(package: Path = PACKAGE) -> dict[str, str]:
         return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:16]
 
     return {name: digest(paths) for name, paths in files.items()}
+
+
+def digest_of(source: str) -> str:
+    """A hash of the code of one module."""
+    return hashlib.sha256(str(code(ast.parse(source))).encode()).hexdigest()[:16]
 
 
 # --- evidence --------------------------------------------------------------------------------------------------------
@@ -184,11 +189,59 @@ def faults(evidence: dict[str, Recording], now: dict[str, str]) -> list[str]:
     return [f"- `{test}`, {len(cases)}: {'; '.join(cases)}." for test, cases in names.items()]
 
 
+def mutants(evidence: dict[str, Recording], now: dict[str, str]) -> list[str]:
+    """A table by module, of what `make mutants` recorded."""
+    found = json.loads(MUTANTS.read_text(encoding="utf-8"))
+    same = {
+        module: digest_of((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) == row["source"]
+        for module, row in found["modules"].items()
+    }
+    return table_of_mutants(found, same)
+
+
+def table_of_mutants(found: dict[str, Any], same: dict[str, bool]) -> list[str]:
+    """`same` says for each module whether its code is still what it was."""
+    rows = ["| module | commit | mutants | listed | run | caught at first | 95 % interval | caught now |"]
+    rows.append("|---" * 8 + "|")
+    total: Counter[str] = Counter()
+    for module, row in found["modules"].items():
+        earlier = "" if same[module] else ", earlier code"
+        rows.append(f"| `{module}` | {row['commit']}{earlier} | {cells_of_mutants(row)} |")
+        total.update({name: number for name, number in row.items() if isinstance(number, int)})
+    rows.append(f"| all | | {cells_of_mutants(total)} |")
+    about = found["about"]
+    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+    last = f"Last recorded on {about['date']}, on {about['cpu']} ({versions}), with seed {about['seed']}."
+    survivors = [f"- `{text}`" for row in found["modules"].values() for text in row["survived"]]
+    return [last, "", *rows, *(["", "These survive:", "", *survivors] if survivors else [])]
+
+
+def cells_of_mutants(row: Mapping[str, Any]) -> str:
+    ran, first, now = row["run"], row["caught_at_first"], row["caught"]
+    low, high = wilson(first, ran)
+    cells = [f"{row['mutants']:,}", f"{row['listed']:,}", f"{ran:,}", f"{first:,} ({100 * first / ran:.1f} %)"]
+    return " | ".join([*cells, f"{100 * low:.1f} to {100 * high:.1f} %", f"{now:,} ({100 * now / ran:.1f} %)"])
+
+
+def wilson(hits: int, tries: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate."""
+    z2 = 1.959964**2
+    middle, half = hits + z2 / 2, math.sqrt(z2 * (hits * (tries - hits) / tries + z2 / 4))
+    return (middle - half) / (tries + z2), (middle + half) / (tries + z2)
+
+
 PLACES: dict[str, Callable[[dict[str, Recording], dict[str, str]], list[str]]]
-PLACES = {"devices": devices, "errors": errors, "faults": faults}
+PLACES = {"devices": devices, "errors": errors, "faults": faults, "mutants": mutants}
 
 
-if __name__ == "__main__":
+def fill_page() -> None:
+    """Write the page with what is recorded now."""
+    from sla_ref.files import whole  # not above: tools/mutants.py loads a changed sla_ref
+
     text = fill(PAGE.read_text(encoding="utf-8"), read(), sources())
     with whole(PAGE) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    fill_page()

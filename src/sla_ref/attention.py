@@ -168,8 +168,6 @@ def attend_whole(
 ) -> Tensor:
     """The output of the layer, O = O^s + Proj(O^l), for a Proj that is a weight and a bias in query's dtype. [Eq. 6]"""
     *tensors, labels, options = _arguments(prepared, phi_query, phi_key, block_map)
-    if torch.compiler.is_compiling():  # which does not follow a function that gets one tensor as two arguments
-        tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     if torch.is_grad_enabled():
         return _Layer.apply(*tensors, *proj, labels, options)[0]
     return _layer(*tensors, *proj, labels, *options)[0]
@@ -183,7 +181,10 @@ def _arguments(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, b
     of_map = (block_map.max_critical, block_map.is_uniform, block_map.has_marginal)
     options = (*of_map, block_map.block_q, block_map.block_k, scale, backend)
     features = (None, None) if inside else (_features(phi_query, query, "query"), _features(phi_key, key, "key"))
-    return query, key, value, *features, block_map.labels, options
+    tensors = (query, key, value, *features)
+    if torch.compiler.is_compiling():  # which does not follow a function that gets one tensor as two arguments
+        tensors = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
+    return *tensors, block_map.labels, options
 
 
 def _check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:

@@ -270,7 +270,7 @@ class BlockMap:
     @property
     def q_offsets(self) -> Tensor:
         """Where each key block's list starts in `q_indices`, (B, H, Tk + 1) int32; entry j + 1 is where it ends."""
-        counts = self._critical.sum(-2, dtype=torch.int32)  # (B, H, Tk)
+        counts = self._critical.sum(-2)  # (B, H, Tk)
         return torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
 
     @property

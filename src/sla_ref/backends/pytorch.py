@@ -298,11 +298,11 @@ def _linear_forward(inputs: Inputs) -> Tensor:
     query, block_map = inputs.query, inputs.block_map
     B, H, Tq, _ = block_map.labels.shape
     D = query.shape[-1]
-    out = query.new_zeros(B * H, Tq, block_map.block_q, D, dtype=_compute_dtype(query))
+    out = query.new_zeros(B * H, Tq, block_map.block_q, D)
     for heads, at in _linear_states(inputs):
         fraction = at.phi_Q @ at.HZ  # numerator and denominator, (G, Tq, block_q, D + 1)
         torch.mul(fraction[..., :D], _inverse(fraction[..., D:]), out=out[heads])  # [Alg. 1 L16]
-    return _join(out.flatten(0, 1), query).to(query.dtype)
+    return _join(out.flatten(0, 1), query)
 
 
 def _linear_backward(grad_linear: Tensor, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
