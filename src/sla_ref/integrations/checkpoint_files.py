@@ -168,7 +168,9 @@ def _read_dcp(folder: Path, wanted: _Wanted) -> dict[str, Tensor]:
             f"path must be a folder with an index, {folder / _DCP_INDEX} is damaged or holds code"
         ) from None
     if absent := [file for file in sorted(set().union(*files.values())) if not Path(file).is_file()]:
-        raise FileNotFoundError(f"path must be a folder with all its files, {', '.join(absent)} missing")
+        raise FileNotFoundError(
+            f"path must be a folder with all its files, {', '.join(absent)} missing, which {folder / _DCP_INDEX} names"
+        )
     found = {}
     for name, about in known.items():
         try:

@@ -22,7 +22,7 @@ from .config import check_limits, option
 from .data import DIGITS, MovingDigits
 
 PATCH = 4
-MOST_TOKENS = 2**20
+MOST_TOKENS, MOST_NUMBERS = 2**20, 2**30
 SLA2_DEFAULTS = {"alpha": "head", "router": "pooled"}
 
 
@@ -48,8 +48,14 @@ class ModelConfig:
         check_limits(self)
         if self.size % PATCH:
             raise ValueError(f"size must be a multiple of {PATCH}, got {self.size}")
-        if self.tokens > MOST_TOKENS:
-            raise ValueError(f"frames and size must make at most {MOST_TOKENS:,} tokens, got {shown(self.tokens)}")
+        # A small model: what a machine cannot hold is a mistake, and the system kills a process that finds out later.
+        numbers, weights = self.tokens * self.width, 12 * self.depth * self.width**2
+        if self.tokens > MOST_TOKENS or numbers > MOST_NUMBERS or weights > MOST_NUMBERS:
+            got = f"{shown(self.tokens)}, {shown(numbers)} and {shown(weights)}"
+            raise ValueError(
+                f"frames, size, width and depth must make at most {MOST_TOKENS:,} tokens, {MOST_NUMBERS:,} numbers for "
+                f"them and {MOST_NUMBERS:,} weights, got {got}"
+            )
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of twice the heads ({2 * self.heads}), got {self.width}")
         for name, default in SLA2_DEFAULTS.items():
