@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from sla_ref.cli import Device, find_device
+from sla_ref.cli import Device, find_device, run_app
 
 from . import EXPERIMENTS
 from .report import report
 from .run import RESULTS, run
 from .setting import QUICK, SETTINGS, Context
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command("run")
@@ -44,11 +43,7 @@ def report_command() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. An error that the user can fix is printed as one line, without a traceback."""
-    try:
-        app(arguments)
-    except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
-        print(f"experiments: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    run_app(app, "experiments", arguments)
 
 
 if __name__ == "__main__":

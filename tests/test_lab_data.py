@@ -76,10 +76,10 @@ def test_a_backdrop_is_one_level_per_clip_and_changes_nothing_else():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "test"}, "split must be one of train, held_out, got 'test'"),
+        ({"split": "test"}, "split must be one of .train., .held_out., got 'test'"),
         ({"split": "train", "size": 8}, "size must be at least 16, got 8"),
-        ({"split": "train", "frames": 0}, "frames must be at least 1, got 0"),
-        ({"split": "train", "backdrop": 2}, "backdrop must be between 0 and 1, got 2"),
+        ({"split": "train", "frames": 0}, "frames must be an int >= 1, got 0"),
+        ({"split": "train", "backdrop": 2}, "backdrop must be a number with 0 <= backdrop <= 1, got 2"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

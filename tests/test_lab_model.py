@@ -216,7 +216,7 @@ def test_sampling_takes_equal_steps_from_noise_to_clip():
     expected = math.prod(1 - t / 5 for t in (1.0, 0.8, 0.6, 0.4, 0.2)) * clip()
     torch.testing.assert_close(out, expected.clamp(-1, 1))
     assert done == [1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps must be an int >= 1, got 0"):
         flow.sample(Growing(), clip(), LABELS, 0)
 
 
@@ -233,7 +233,7 @@ def test_flow_ends_are_clip_and_noise_and_the_velocity_joins_them():
     [
         ({"size": 30}, "size must be a multiple of 4, got 30"),
         ({"width": 30, "heads": 4}, r"width must be a multiple of twice the heads \(8\), got 30"),
-        ({"attention": "dense"}, r"attention must be one of full, sla, .*, got 'dense'"),
+        ({"attention": "dense"}, r"attention must be one of 'full', 'sla', .*, got 'dense'"),
         ({"attention": "sla2", "alpha": "row"}, r"alpha must be one of 'head', .*, got 'row'"),
         ({"attention": "sla2", "router": "best"}, r"router must be 'pooled', 'learned' or a callable, got 'best'"),
         (

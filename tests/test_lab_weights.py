@@ -72,9 +72,24 @@ def test_files_that_are_whole_but_for_something_else(stored):
     _rewrite(path, {name: tensor for name, tensor in tensors.items() if "mlp" not in name})
     with pytest.raises(weights.DamagedWeights, match=r"(?s)does not fit .*Missing key.*mlp"):
         weights.load_weights(path)
-    _rewrite(path, tensors | {"out.bias": torch.zeros(3)})
+    _rewrite(path, tensors | {"out.bias": torch.zeros(3, dtype=torch.float16)})
     with pytest.raises(weights.DamagedWeights, match=r"size mismatch for out\.bias"):
         weights.load_weights(path)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        _rewrite(path, tensors | {"out.bias": tensors["out.bias"].to(dtype)})
+        with pytest.raises(weights.DamagedWeights, match=rf"weights must be float16, got {dtype}"):
+            weights.load_weights(path)
+    for config in (
+        {"depth": 10**9},
+        {"width": 2**14, "depth": 1000},
+        {"frames": 10**12},
+        {"depth": "1"},
+        [],
+        "{" * 10**5,
+    ):
+        _rewrite(path, tensors, config=config if isinstance(config, str) else json.dumps(config))
+        with pytest.raises(weights.DamagedWeights, match="does not fit this lab's model"):
+            weights.load_weights(path)
     _rewrite(path, tensors, config=json.dumps({"colour": "red"}))
     with pytest.raises(weights.DamagedWeights, match="colour"):
         weights.load_weights(path)

@@ -266,9 +266,14 @@ def test_a_result_of_the_wrong_type_is_named():
 # --- what "auto" takes -----------------------------------------------------------------------------------------------
 
 
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+
 def on_cuda(query):
-    """A fake CUDA tensor: only what the choice looks at."""
-    return types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=query.dtype, shape=query.shape)
+    return query.as_subclass(OnCuda)
 
 
 @pytest.fixture

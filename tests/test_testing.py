@@ -565,5 +565,5 @@ def test_make_problem_is_the_same_everywhere():
     assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
     half = testing.make_problem(seed=3, dtype=torch.float16)
     torch.testing.assert_close(half.inputs.query.float(), one.inputs.query, atol=2e-3, rtol=2e-3)
-    with pytest.raises(ValueError, match="labels must be 'classified'"):
+    with pytest.raises(ValueError, match="labels must be one of 'classified'"):
         testing.make_problem(labels="nothing")

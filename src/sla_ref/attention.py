@@ -17,11 +17,12 @@ from .block_map import (
     DEFAULT_CRITICAL_RATIO,
     DEFAULT_NEGLIGIBLE_RATIO,
     BlockMap,
+    check_block_map,
     classify_blocks,
     trusted_map,
     version,
 )
-from .checks import FLOATS, check_layout, check_scale, check_tensors
+from .checks import FLOATS, check_layout, check_scale, check_tensors, shown
 from .feature_maps import FeatureMap, resolve_feature_map, softmax
 from .operators import fold_into_batch, one_by_one, operator, positional
 from .protocol import (
@@ -104,7 +105,8 @@ def sparse_linear_attention(
         given |= {"block_q": block_q, "block_k": block_k}
         for name, argument in given.items():
             if argument is not None:
-                raise ValueError(f"{name} must not be given with a block_map, which already says it; got {argument!r}")
+                got = shown(argument)
+                raise ValueError(f"{name} must not be given with a block_map, which already says it; got {got}")
     return attend(prepared, phi, phi, block_map)
 
 
@@ -188,8 +190,7 @@ def _arguments(prepared: Prepared, phi_query: FeatureMap, phi_key: FeatureMap, b
 
 
 def _check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
-    if not isinstance(block_map, BlockMap):
-        raise TypeError(f"block_map must be a sla_ref.BlockMap, got {type(block_map).__name__}")
+    check_block_map(block_map)
     expected = (*query.shape[:3], key.shape[2])
     got = (*block_map.labels.shape[:2], block_map.query_length, block_map.key_length)
     if got != expected:

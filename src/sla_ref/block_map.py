@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import backends
-from .checks import check_block_size, check_layout, check_ratio, check_tensors
+from .checks import check_block_size, check_layout, check_ratio, check_tensors, find_device, shown
 from .operators import fold_into_batch, operator
 
 if TYPE_CHECKING:
@@ -230,9 +230,11 @@ class BlockMap:
         given = self.num_critical
         if given is not None:
             if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
-                raise TypeError(f"num_critical must be an int or None, got {given!r} of type {type(given).__name__}")
+                got = f"{shown(given)} of type {type(given).__name__}"
+                raise TypeError(f"num_critical must be an int or None, got {got}")
             if not 0 <= given <= num_key_blocks:
-                raise ValueError(f"num_critical must be between 0 and the {num_key_blocks} key blocks, got {given}")
+                got = shown(given)
+                raise ValueError(f"num_critical must be between 0 and the {num_key_blocks} key blocks, got {got}")
         if not readable(self.labels):
             return (0, num_key_blocks, True) if given is None else (given, given, True)
         counts = (self.labels == CRITICAL).sum(-1)
@@ -288,7 +290,8 @@ class BlockMap:
         return 1 - int(self._critical.sum()) / self.labels.numel()
 
     def to(self, device: torch.device | str) -> BlockMap:
-        """The same map on another device."""
+        """The same map on another device; TypeError or ValueError if `device` names none that torch can use here."""
+        device = find_device("device", device)
         self.require_unchanged()
         _, *rest = _parts(self)
         return trusted_map(self.labels.to(device), *rest)
@@ -320,6 +323,12 @@ class BlockMap:
             mask_mod=is_critical,
             seq_lengths=(self.query_length, self.key_length),
         )
+
+
+def check_block_map(block_map: object) -> None:
+    """Raise TypeError unless it is a `BlockMap`."""
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"block_map must be a sla_ref.BlockMap, got {type(block_map).__name__}")
 
 
 def trusted_map(

@@ -51,7 +51,7 @@ console = Console(markup=False, emoji=False, highlight=False)  # a path is print
 Out = Annotated[Path, typer.Option(help="A new or empty folder for everything this run writes.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda where there is one.")]
 Backend = Annotated[str | None, typer.Option(help="Backend for SLA; see `sla-ref backends`. Default: auto.")]
-Clips = Annotated[int, typer.Option(help="Held-out clips to evaluate on.", min=1)]
+Clips = Annotated[int, typer.Option(help="Held-out clips to evaluate on.", min=1, max=1_000_000)]
 Objective = Annotated[str, typer.Option(help="flow: the velocity; teacher: the teacher's prediction (white box).")]
 
 TRAINING = ("steps", "batch", "learning_rate", "seed", "precision", "compile", "fsdp", "resume")
@@ -107,7 +107,7 @@ def demo(
     backend: Backend = None,
     clips: Clips = 64,
     samples: Annotated[int, typer.Option(help="Clips to sample, of 0, 1, ...", min=1, max=10)] = 4,
-    sample_steps: Annotated[int, typer.Option(help="Euler steps of a sample.", min=1)] = 20,
+    sample_steps: Annotated[int, typer.Option(help="Euler steps of a sample.", min=1, max=1_000_000)] = 20,
     teacher: Annotated[
         Path | None, typer.Option(help="Weights with full attention. Default: the shipped ones.")
     ] = None,
@@ -293,6 +293,11 @@ def _first_to_fail() -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs a command of `sla-ref`."""
+    run_app(app, "sla-ref", arguments)
+
+
+def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
     """Runs a command; an error the user can mend is one line and exit code 2, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -304,8 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except (UsageError, ArithmeticError, ValueError, OSError, RuntimeError) as error:
         if _first_to_fail():
-            print(f"sla-ref: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
+            print(f"{name}: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
         raise SystemExit(2) from error
     if code == 130 and _first_to_fail():  # newer versions of typer return it
-        print("sla-ref: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
     raise SystemExit(code or 0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_scale
+from .checks import check_block_size, check_dense, check_scale, shown
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -55,7 +55,7 @@ class Softmax:
         check_scale(self.temperature, "temperature")
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        return torch.softmax(self.temperature * tokens, dim=-1)
+        return torch.softmax(float(self.temperature) * tokens, dim=-1)
 
 
 class Hedgehog(nn.Module):
@@ -72,9 +72,8 @@ class Hedgehog(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        if isinstance(head_dim, bool) or not isinstance(head_dim, int):
-            raise TypeError(f"head_dim must be an even int >= 2, got {head_dim!r}")
-        if head_dim < 2 or head_dim % 2:
+        check_block_size("head_dim", head_dim)
+        if head_dim % 2:
             raise ValueError(f"head_dim must be an even int >= 2 for the hedgehog feature map, got {head_dim}")
         self.weight = nn.Parameter(torch.empty(head_dim // 2, head_dim))
         self.reset_parameters()
@@ -84,6 +83,9 @@ class Hedgehog(nn.Module):
         nn.init.orthogonal_(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        check_dense("tokens", tokens)
+        if tokens.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"tokens must have head_dim {self.weight.shape[1]}, got shape {tuple(tokens.shape)}")
         projected = F.linear(tokens.to(self.weight.dtype), self.weight)
         return torch.cat([torch.softmax(projected, dim=-1), torch.softmax(-projected, dim=-1)], dim=-1)
 
@@ -102,7 +104,7 @@ def resolve_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
         if feature_map not in FEATURE_MAPS:
             names = ", ".join(repr(name) for name in FEATURE_MAPS)
             hint = "; 'hedgehog' has weights, so SparseLinearAttention owns it" if feature_map == "hedgehog" else ""
-            raise ValueError(f"feature_map must be one of {names} or a callable, got {feature_map!r}{hint}")
+            raise ValueError(f"feature_map must be one of {names} or a callable, got {shown(feature_map)}{hint}")
         return FEATURE_MAPS[feature_map]
     if not callable(feature_map):
         raise TypeError(f"feature_map must be a name or a callable, got {type(feature_map).__name__}")

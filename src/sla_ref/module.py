@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import backends
 from .attention import attend, attend_whole, autocast_dtype, prepare
 from .block_map import DEFAULT_BLOCK, DEFAULT_CRITICAL_RATIO, DEFAULT_NEGLIGIBLE_RATIO, BlockMap
-from .checks import FLOATS, check_block_size, check_ratio
+from .checks import FLOATS, check_block_size, check_choice, check_ratio
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map
 from .protocol import Proj
 from .router import resolve_router
@@ -74,8 +74,7 @@ class SparseLinearAttention(nn.Module):
         check_ratio("negligible_ratio", negligible_ratio, zero_allowed=True)
         check_block_size("block_q", block_q)
         check_block_size("block_k", block_k)
-        if proj_init not in tuple(PROJ_INITS):
-            raise ValueError(f"proj_init must be one of {', '.join(map(repr, PROJ_INITS))}, got {proj_init!r}")
+        check_choice("proj_init", proj_init, PROJ_INITS)
         if backend is not None:
             backends.require_known(backend)
         self.head_dim = head_dim
@@ -88,7 +87,7 @@ class SparseLinearAttention(nn.Module):
         self.backend = backend
         self.phi_query: FeatureMap
         self.phi_key: FeatureMap
-        if feature_map == "hedgehog":
+        if isinstance(feature_map, str) and feature_map == "hedgehog":
             self.phi_query, self.phi_key = Hedgehog(head_dim), Hedgehog(head_dim)
         else:
             self.phi_query = self.phi_key = resolve_feature_map(feature_map)
@@ -126,9 +125,9 @@ class SparseLinearAttention(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `sla_ref.sparse_linear_attention`; ValueError if D is not head_dim.
         """
-        if isinstance(query, Tensor) and query.dim() == 4 and query.shape[-1] != self.head_dim:
-            raise ValueError(f"query must have head_dim {self.head_dim}, got shape {tuple(query.shape)}")
         prepared = prepare(query, key, value, scale, self.backend)
+        if query.shape[-1] != self.head_dim:
+            raise ValueError(f"query must have head_dim {self.head_dim}, got shape {tuple(query.shape)}")
         if block_map is None:
             block_map = self._classify(prepared.query, prepared.key)
         if (proj := _weight_and_bias(self.proj_l, prepared.query)) is not None:

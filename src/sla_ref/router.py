@@ -20,6 +20,7 @@ from .block_map import (
     DEFAULT_BLOCK,
     BlockMap,
     block_scores,
+    check_block_map,
     class_sizes,
     classify_blocks,
     labels_by_rank,
@@ -29,7 +30,7 @@ from .block_map import (
     ranked_map,
     readable,
 )
-from .checks import check_block_size, check_ratio, check_scale, check_tensors
+from .checks import check_block_size, check_ratio, check_scale, check_slice, check_tensors, shown
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,8 @@ class LearnedScores(nn.Module):
     ) -> Tensor:
         """Arguments and result as `block_scores`, but with a gradient."""
         check_tensors(query=query, key=key)
+        if query.shape[3] != (head_dim := self.proj_q.in_features):
+            raise ValueError(f"query must have head_dim {head_dim}, got shape {tuple(query.shape)}")
         check_block_size("block_q", block_q)
         check_block_size("block_k", block_k)
         return self.proj_q(pool_blocks(query, block_q)) @ self.proj_k(pool_blocks(key, block_k)).mT
@@ -189,7 +192,7 @@ class Router(nn.Module):
             return protect(block_map, **protected)
         check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
         check_ratio("negligible_ratio", negligible_ratio, zero_allowed=True)
-        scores = self.scores(query.detach(), key.detach(), block_q=block_q, block_k=block_k)
+        scores = self._score(query, key, block_q, block_k, detached=True)
         if scores.requires_grad:
             raise RuntimeError(
                 "a hard choice of blocks gives the router no gradient. Train the router with the soft one (stage 1, "
@@ -235,11 +238,26 @@ class Router(nn.Module):
         check_scale(tau, "tau")
         if self.top_p is not None:
             raise ValueError(f"top_p must be None for a soft choice, whose rows have a fixed sum, got {self.top_p}")
-        scores = self.scores(query, key, block_q=block_q, block_k=block_k)
+        scores = self._score(query, key, block_q, block_k)
         num_critical, _ = class_sizes(critical_ratio, 0.0, scores.shape[3])
         rows = _protected_blocks("protected_queries", self.protected_queries, query.shape[2], block_q, query.device)
         columns = _protected_blocks("protected_keys", self.protected_keys, key.shape[2], block_k, query.device)
-        return reference_sla2.soft_top_k(scores, num_critical, tau).masked_fill(rows[:, None] | columns, 1.0)
+        return reference_sla2.soft_top_k(scores, num_critical, float(tau)).masked_fill(rows[:, None] | columns, 1.0)
+
+    def _score(self, query: Tensor, key: Tensor, block_q: int, block_k: int, *, detached: bool = False) -> Tensor:
+        """What `scores` makes of checked arguments; TypeError or ValueError unless that is a score for each pair."""
+        check_tensors(query=query, key=key)
+        check_block_size("block_q", block_q)
+        check_block_size("block_k", block_k)
+        if detached:
+            query, key = query.detach(), key.detach()
+        scores = self.scores(query, key, block_q=block_q, block_k=block_k)
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"scores must return a torch.Tensor, got {type(scores).__name__}")
+        expected = (*query.shape[:2], num_blocks(query.shape[2], block_q), num_blocks(key.shape[2], block_k))
+        if tuple(scores.shape) != expected or not scores.is_floating_point():
+            raise ValueError(f"scores must return floats of shape {expected}, got {scores.dtype} {tuple(scores.shape)}")
+        return scores
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
@@ -261,7 +279,7 @@ def resolve_router(router: str | Callable[..., BlockMap], head_dim: int) -> Call
     """
     if isinstance(router, str):
         if router not in ("pooled", "learned"):
-            raise ValueError(f"router must be 'pooled', 'learned' or a callable, got {router!r}")
+            raise ValueError(f"router must be 'pooled', 'learned' or a callable, got {shown(router)}")
         return Router() if router == "pooled" else Router(LearnedScores(head_dim))
     if not callable(router):
         raise TypeError(f"router must be 'pooled', 'learned' or a callable, got {type(router).__name__}")
@@ -293,9 +311,11 @@ def protect(
         A new map, or the same one where nothing is to be protected.
 
     Raises:
-        TypeError, ValueError: protected tokens have the wrong type, dtype or length, or are all tokens. Then every
-            block would be critical, whatever ratio has been asked for: a critical_ratio of 1 says that.
+        TypeError, ValueError: block_map is not a map; protected tokens have the wrong type, dtype or length, or are all
+            tokens. Then every block would be critical, whatever ratio has been asked for: a critical_ratio of 1 says
+            that.
     """
+    check_block_map(block_map)
     if protected_queries is None and protected_keys is None:
         return block_map
     block_map.require_unchanged()
@@ -308,6 +328,8 @@ def protect(
 
 
 def _check_protected(name: str, tokens: Tensor | slice | None) -> None:
+    if isinstance(tokens, slice):
+        check_slice(name, tokens)
     if tokens is None or isinstance(tokens, slice):
         return
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.bool:
@@ -322,6 +344,7 @@ def _protected_blocks(
 ) -> Tensor:
     """Which blocks hold a protected token, (T,) bool."""
     _check_protected(name, tokens)
+    block = min(block, length)  # the only block of a sequence may be far longer than it
     padded = torch.zeros(num_blocks(length, block) * block, dtype=torch.bool, device=device)
     if isinstance(tokens, slice):
         padded[:length][tokens] = True
@@ -338,6 +361,9 @@ def _protected_blocks(
 
 
 # --- the order of tokens ---------------------------------------------------------------------------------------------
+
+
+_MOST_TOKENS = 2**48  # torch counts elements and bytes in 64 bits
 
 
 def cube_order(frames: int, height: int, width: int, cube: tuple[int, int, int]) -> Tensor:
@@ -365,9 +391,11 @@ def cube_order(frames: int, height: int, width: int, cube: tuple[int, int, int])
     """
     grid = {"frames": frames, "height": height, "width": width}
     if not isinstance(cube, tuple) or len(cube) != 3:
-        raise TypeError(f"cube must be a tuple of three ints, got {cube!r}")
+        raise TypeError(f"cube must be a tuple of three ints, got {shown(cube)}")
     for name, size in (*grid.items(), *(("cube", side) for side in cube)):
         check_block_size(name, size)
+    if (tokens := math.prod(grid.values())) > _MOST_TOKENS:
+        raise ValueError(f"frames, height and width must make at most {_MOST_TOKENS} tokens, got {shown(tokens)}")
     number = torch.zeros(1, dtype=torch.int64)
     for size, side in zip(grid.values(), cube, strict=True):
         along = torch.arange(size) // side

@@ -21,7 +21,7 @@ from .block_map import (
     num_blocks,
     pool_blocks,
 )
-from .checks import check_block_size, check_ratio
+from .checks import check_block_size, check_bool, check_choice, check_ratio, check_scale, check_slice, shown
 from .feature_maps import FeatureMap, Hedgehog, resolve_feature_map, softmax
 from .module import project
 from .router import LearnedScores, Router, resolve_router
@@ -109,14 +109,13 @@ class SLA2Attention(nn.Module):
         check_ratio("critical_ratio", critical_ratio, zero_allowed=False)
         check_block_size("block_q", block_q)
         check_block_size("block_k", block_k)
-        if alpha not in ALPHAS:
-            raise ValueError(f"alpha must be one of {', '.join(map(repr, ALPHAS))}, got {alpha!r}")
+        check_choice("alpha", alpha, ALPHAS)
         if alpha == "block":
             check_block_size("query_length", query_length)
         elif query_length is not None:
-            raise ValueError(f"query_length must be None for alpha={alpha!r}, which accepts any, got {query_length!r}")
-        if not isinstance(proj, bool):
-            raise TypeError(f"proj must be a bool, got {proj!r} of type {type(proj).__name__}")
+            got = shown(query_length)
+            raise ValueError(f"query_length must be None for alpha={alpha!r}, which accepts any, got {got}")
+        check_bool("proj", proj)
         if backend is not None:
             backends.require_known(backend)
         self.head_dim = head_dim
@@ -130,7 +129,7 @@ class SLA2Attention(nn.Module):
         self.backend = backend
         self.phi_query: FeatureMap
         self.phi_key: FeatureMap
-        if feature_map == "hedgehog":
+        if isinstance(feature_map, str) and feature_map == "hedgehog":
             self.phi_query, self.phi_key = Hedgehog(head_dim), Hedgehog(head_dim)
         else:
             self.phi_query = self.phi_key = resolve_feature_map(feature_map)
@@ -213,9 +212,10 @@ class SLA2Attention(nn.Module):
             sparse and linear (B, H, Nq, D) in the dtype of the result, alpha (B, H, Nq) in float32 or better.
         """
         heads = slice(None) if heads is None else heads
-        self._check_query(query, heads)
         prepared = prepare(query, key, value, scale, self.backend)
+        self._check_query(query, heads)
         if tau is not None:
+            check_scale(tau, "tau")
             if block_map is not None:
                 raise ValueError("tau must be None with a block_map, which is a hard choice already")
             with without_autocast(query):
@@ -238,8 +238,7 @@ class SLA2Attention(nn.Module):
     def _check_query(self, query: Tensor, heads: slice) -> None:
         if not isinstance(heads, slice):
             raise TypeError(f"heads must be a slice or None, got {type(heads).__name__}")
-        if not isinstance(query, Tensor) or query.dim() != 4:
-            return  # `prepare` says what is wrong
+        check_slice("heads", heads)
         for name, axis, size in (("heads", 1, len(range(self.heads)[heads])), ("head_dim", 3, self.head_dim)):
             if query.shape[axis] != size:
                 raise ValueError(f"query must have {name} {size}, got shape {tuple(query.shape)}")

@@ -26,7 +26,18 @@ from torch.overrides import TorchFunctionMode
 from . import backends, reference
 from .attention import run_backward, run_forward
 from .block_map import CRITICAL, MARGINAL, NEGLIGIBLE, BlockMap, classify_blocks
-from .feature_maps import resolve_feature_map, softmax
+from .checks import (
+    check_block_size,
+    check_bool,
+    check_callable,
+    check_choice,
+    check_dtype,
+    check_scale,
+    check_seed,
+    find_device,
+    shown,
+)
+from .feature_maps import FEATURE_MAPS, softmax
 from .protocol import Backend, Gradients, Inputs, Saved
 
 OUTPUTS = ("sparse", "linear", "lse")
@@ -110,8 +121,19 @@ def make_problem(
         dtype, device, seed: of the tensors.
 
     Raises:
-        ValueError: an unknown name for labels or feature_map.
+        TypeError, ValueError: an argument has the wrong type or value.
     """
+    sizes = {"batch": batch, "heads": heads, "query_length": query_length, "head_dim": head_dim}
+    sizes |= {"block_q": block_q, "block_k": block_k} | ({} if key_length is None else {"key_length": key_length})
+    for name, size in sizes.items():
+        check_block_size(name, size)
+    check_choice("labels", labels, ("classified", "random", *CLASSES))
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
+    check_scale(spread, "spread")
+    check_bool("equal_keys", equal_keys)
+    check_dtype("dtype", dtype)
+    check_seed(seed)
+    device = find_device("device", device)
     key_length = query_length if key_length is None else key_length
     generator = torch.Generator().manual_seed(seed)
 
@@ -121,15 +143,15 @@ def make_problem(
     query, key, value = (normal(length, head_dim) for length in (query_length, key_length, key_length))
     if equal_keys:
         key = key[:, :, :1].expand_as(key)
-    phi = resolve_feature_map(feature_map)
-    exact = [query * spread, key * spread, value, phi(query), phi(key)]
+    phi = FEATURE_MAPS[feature_map]
+    exact = [query * float(spread), key * float(spread), value, phi(query), phi(key)]
     exact += [normal(query_length, head_dim), normal(query_length, head_dim), normal(query_length)]
     *tensors, grad_lse = (tensor.to(dtype).to(device).contiguous() for tensor in exact)
     query, key = tensors[:2]
     block_map = classify_blocks(query, key, critical_ratio, negligible_ratio, block_q=block_q, block_k=block_k)
     if labels != "classified":
-        sizes = (block_q, block_k, query_length, key_length)
-        block_map = BlockMap(_labels(labels, block_map.labels, generator), *sizes)
+        lengths = (block_q, block_k, query_length, key_length)
+        block_map = BlockMap(_labels(labels, block_map.labels, generator), *lengths)
     inputs = Inputs._make([*tensors[:5], block_map, head_dim**-0.5])
     return Problem(inputs, tensors[5], tensors[6], grad_lse.to(torch.promote_types(dtype, torch.float32)))
 
@@ -137,8 +159,6 @@ def make_problem(
 def _labels(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if kind in CLASSES:
         return torch.full_like(like, CLASSES[kind])
-    if kind != "random":
-        raise ValueError(f"labels must be 'classified', 'random', 'critical', 'marginal' or 'negligible', got {kind!r}")
     share = torch.linspace(0, 1, like.shape[2])[:, None]  # of critical blocks: none in the first row, all in the last
     critical = torch.rand(like.shape, generator=generator) < share
     rest = torch.randint(-1, 1, like.shape, generator=generator)
@@ -559,7 +579,8 @@ def check_backend(
         A report; `report.ok` says whether all is well, `str(report)` what is not.
 
     Raises:
-        ValueError, TypeError: the name is unknown, or the backend lacks a part of the protocol.
+        ValueError, TypeError: the name is unknown, the backend lacks a part of the protocol, or another argument has
+            the wrong type or value.
         RuntimeError: the backend cannot be used on this machine.
     """
     name = backend if isinstance(backend, str) else getattr(backend, "name", backend)
@@ -572,7 +593,9 @@ def check_backend(
         backends.require_parts(backend)
         if (reason := backend.unavailable()) is not None:
             raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = _check_how(device, dtypes, quick)
     report = Report(f"backend {name!r} on {device}")
     for case, dtype in _tries(dtypes, quick):
         if checks := check_case(backend, case, device=device, dtype=dtype):
@@ -595,14 +618,39 @@ def check_function(
     Args:
         function: called as `sla_ref.reference.sparse_linear_attention` is; returns sparse and linear, and maybe lse.
         device, dtypes, quick: as for `check_backend`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
     """
+    check_callable("function", function)
+    dtypes = _check_how(device, dtypes, quick)
     report = Report(f"function {getattr(function, '__name__', function)!r} on {device}")
     for case, dtype in _tries(dtypes, quick):
         problem = make_problem(**case.arguments, dtype=dtype, device=device)._replace(grad_lse=None)
         exact = oracle(problem)
-        checks = _compare(run_function(function, problem), exact, error_budget(problem, exact), problem)
+        try:
+            results = run_function(function, problem)
+            checks = [Check("runs", True), *_compare(results, exact, error_budget(problem, exact), problem)]
+        except Exception as error:  # as of a backend
+            checks = [Check("runs", False, f"{type(error).__name__}: {error}")]
         report.checks += [replace(check, case=case.at(dtype)) for check in checks]
     return report
+
+
+def _check_how(device: object, dtypes: Iterable[torch.dtype], quick: object) -> tuple[torch.dtype, ...]:
+    """The dtypes; TypeError or ValueError unless all three can be what a check is made with."""
+    if find_device("device", device).type == "meta":
+        raise ValueError("device must be one whose tensors hold values, got meta")
+    try:
+        dtypes = tuple(dtypes)
+    except Exception as error:  # what is not iterable says so in many ways
+        raise TypeError(f"dtypes must be several of torch's, got {shown(dtypes)}") from error
+    for dtype in dtypes:
+        check_dtype("dtypes", dtype)
+    if not dtypes:
+        raise ValueError("dtypes must hold at least one, got none")
+    check_bool("quick", quick)
+    return dtypes
 
 
 def _tries(dtypes: Iterable[torch.dtype], quick: bool) -> Iterable[tuple[Case, torch.dtype]]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.utils.checkpoint
 
+from ..checks import check_bool, shown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -115,8 +117,18 @@ def which_backend(query: Tensor, block_map: BlockMap) -> tuple[str, str | None]:
         block_map: query's; `classify_blocks` makes one.
 
     Raises:
-        ValueError, RuntimeError: a backend that was named cannot take this input, or cannot be used on this machine.
+        TypeError: query is not a tensor of floats, or block_map not a map.
+        ValueError, RuntimeError: the two do not fit each other, or a backend that was named cannot take this input or
+            cannot be used on this machine.
     """
+    from ..block_map import check_block_map  # which imports this module
+    from ..checks import check_tensors
+
+    check_tensors(query=query)
+    check_block_map(block_map)
+    if (got := (*block_map.labels.shape[:2], block_map.query_length)) != tuple(query.shape[:3]):
+        expected = tuple(query.shape[:3])
+        raise ValueError(f"block_map must be for (batch, heads, Nq) = {expected}, got one for {tuple(got)}")
     if (name := get_backend()) == AUTO:
         return _auto(query, block_map)
     choose(name, query, block_map)
@@ -211,6 +223,7 @@ def register_backend(name: str, module: Backend, *, replace: bool = False) -> No
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {type(name).__name__}")
+    check_bool("replace", replace)
     if not name or name == AUTO or name in _BUILT_IN:
         reserved = ", ".join(repr(taken) for taken in (AUTO, *_BUILT_IN))
         raise ValueError(f"name must not be empty and none of {reserved}, got {name!r}")
@@ -225,7 +238,8 @@ def require_parts(module: object) -> None:
     """Raise TypeError unless `module` has the functions of a backend."""
     for part in ("unavailable", "unsupported", "forward", "backward"):
         if not callable(getattr(module, part, None)):
-            raise TypeError(f"a backend must have a function {part!r} (see sla_ref.protocol.Backend), got {module!r}")
+            got = shown(module)
+            raise TypeError(f"a backend must have a function {part!r} (see sla_ref.protocol.Backend), got {got}")
 
 
 def list_backends() -> dict[str, str | None]:
@@ -243,7 +257,7 @@ def require_known(name: str) -> None:
     if name not in plug_ins:
         names = ", ".join(repr(known) for known in (AUTO, *_BUILT_IN, *_registered, *plug_ins))
         source = f" (from {ENVIRONMENT_VARIABLE})" if name == _from_environment else ""
-        raise ValueError(f"backend must be one of {names}, got {name!r}{source}")
+        raise ValueError(f"backend must be one of {names}, got {shown(name)}{source}")
 
 
 def is_usable(name: str) -> bool:

@@ -6,6 +6,7 @@ DCP is torch.distributed.checkpoint. No code in a pickle runs, neither in torch'
 from __future__ import annotations
 
 import json
+import operator
 import pickle
 import re
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..checks import check_path, shown
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$|\.distcp$")
 _DCP_INDEX = ".metadata"
@@ -51,16 +54,18 @@ def read_checkpoint(path: str | Path, match: str = "") -> dict[str, Any]:
         ValueError: it is another folder or one shard of several, is damaged, holds more than weights and plain values,
             or disagrees with its index; or match is not a regular expression.
     """
+    path = check_path("path", path)
     try:
         wanted = re.compile(match).search
-    except (re.error, TypeError) as error:
-        raise ValueError(f"match must be a regular expression, got {match!r}: {error}") from error
-    return _read(Path(path), wanted)[0]
+        wanted("")  # one of bytes finds nothing in text
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"match must be a regular expression, got {shown(match)}: {error}") from error
+    return _read(path, wanted)[0]
 
 
 def read_with_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """As `read_checkpoint`, and the metadata of a safetensors file. Others have none."""
-    return _read(Path(path), lambda name: True)
+    return _read(check_path("path", path), lambda name: True)
 
 
 def _read(path: Path, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
@@ -84,7 +89,7 @@ def _read(path: Path, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
         shards = {file: path.parent / file for file in sorted(set(files.values()))}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"path must be an index of shards, {path} has no weight_map of names to files") from error
     if absent := [str(shard) for shard in shards.values() if not shard.is_file()]:
         raise FileNotFoundError(f"path must be an index next to its shards, {path} names {', '.join(absent)}")
@@ -163,17 +168,24 @@ def _read_dcp(folder: Path, wanted: _Wanted) -> dict[str, Tensor]:
             f"path must be a folder with an index, {folder / _DCP_INDEX} is damaged or holds code"
         ) from None
     if absent := [file for file in sorted(set().union(*files.values())) if not Path(file).is_file()]:
-        raise FileNotFoundError(f"path must be a folder with all its files, {', '.join(absent)} missing")
+        raise FileNotFoundError(
+            f"path must be a folder with all its files, {', '.join(absent)} missing, which {folder / _DCP_INDEX} names"
+        )
     found = {}
     for name, about in known.items():
-        found[name] = torch.empty(about.size, dtype=about.properties.dtype)
-        reader, planner = FileSystemReader(folder), DefaultLoadPlanner()
-        reader.set_up_storage_reader(index, True)
-        planner.set_up_planner({name: found[name]}, index, True)
         try:
+            found[name] = torch.empty(about.size, dtype=about.properties.dtype)
+            reader, planner = FileSystemReader(folder), DefaultLoadPlanner()
+            reader.set_up_storage_reader(index, True)
+            planner.set_up_planner({name: found[name]}, index, True)
             reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+            filled = torch.zeros(about.size, dtype=torch.bool)
+            for chunk in about.chunks:
+                filled[tuple(map(slice, chunk.offsets, map(operator.add, chunk.offsets, chunk.sizes)))] = True
+            if not filled.all():
+                raise ValueError("the chunks that the index lists leave a part out")
         except Exception as error:  # of torch, pickle and zipfile
             raise ValueError(
-                f"path must be a whole checkpoint, {' or '.join(sorted(files[name]))} is damaged at {name}"
+                f"path must be a whole checkpoint, {' or '.join(sorted(files[name])) or folder} is damaged at {name}"
             ) from error
     return found

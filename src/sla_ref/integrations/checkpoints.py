@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block_map import num_blocks
+from ..checks import check_path, check_type, shown
 from ..feature_maps import FeatureMap, Softmax
 from ..files import whole
 from ..module import SparseLinearAttention
@@ -108,7 +109,7 @@ def save_sla(model: nn.Module, path: str | Path) -> None:
     """
     from safetensors.torch import save
 
-    tensors, path = _checked(model), Path(path)
+    tensors, path = _checked(model), check_path("path", path)
     if any(adapter.merged == adapter.disable_adapters for adapter in _adapters(model)):
         raise ValueError(
             "model must have the adapters in its SLA layers merged and enabled, or unmerged and disabled: otherwise a "
@@ -162,7 +163,14 @@ def split_sla_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tenso
     """The entries of a whole model's checkpoint that belong to SLA, and all others, both under the names they have.
 
     The first part is for `load_sla_state_dict`; what becomes of the second is yours to say.
+
+    Raises:
+        TypeError: state_dict does not map names to something.
     """
+    check_type("state_dict", state_dict, Mapping)
+    for name in state_dict:
+        if not isinstance(name, str):
+            raise TypeError(f"state_dict must map names to tensors, got {shown(name)} for a name")
     added = {name: value for name, value in state_dict.items() if _ADDED.search(name)}
     return added, {name: value for name, value in state_dict.items() if name not in added}
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..checks import check_layout, check_tensors, check_type, shown
 from ..module import SparseLinearAttention
 from ..sla2 import SLA2Attention
 
@@ -114,14 +115,19 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The arguments of `F.scaled_dot_product_attention`, those of them that SLA has."""
-    if dropout_p:
-        raise ValueError(f"dropout_p must be 0, SLA has no attention weights to drop; got {dropout_p}")
-    if is_causal:
-        raise ValueError("is_causal must be False, SLA attends to all keys; got True")
-    if enable_gqa:
-        raise ValueError("enable_gqa must be False, SLA has a key head for each query head; got True")
+    if not isinstance(dropout_p, (int, float)) or dropout_p:
+        raise ValueError(f"dropout_p must be 0, SLA has no attention weights to drop; got {shown(dropout_p)}")
+    if is_causal is not False:
+        raise ValueError(f"is_causal must be False, SLA attends to all keys; got {shown(is_causal)}")
+    if enable_gqa is not False:
+        raise ValueError(f"enable_gqa must be False, SLA has a key head for each query head; got {shown(enable_gqa)}")
     if attn_mask is None:
         return layer(query, key, value, scale=scale)
+    check_type("attn_mask", attn_mask, Tensor)
+    check_layout("attn_mask", attn_mask)
+    check_tensors(query=query, key=key, value=value)
+    if value.shape[2] != key.shape[2]:
+        raise ValueError(f"value must have key's number of tokens {key.shape[2]}, got {value.shape[2]}")
     batch, keys = key.shape[0], key.shape[2]
     if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in ((batch, 1, 1, keys), (1, 1, 1, keys)):
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..attention import sparse_linear_attention
 from ..block_map import DEFAULT_NEGLIGIBLE_RATIO, classify_blocks
-from ..checks import check_block_size, check_ratio, check_tensors
+from ..checks import check_block_size, check_bool, check_choice, check_ratio, check_tensors
 from ..feature_maps import FeatureMap, resolve_feature_map
 
 VARIANTS = ("main", "SLA-1", "paper")
@@ -71,8 +71,8 @@ class SparseLinearAttention(nn.Module):
         check_ratio("topk", topk, zero_allowed=False)
         check_block_size("BLKQ", BLKQ)
         check_block_size("BLKK", BLKK)
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+        check_bool("use_bf16", use_bf16)
+        check_choice("variant", variant, VARIANTS)
         if backend is not None:
             backends.require_known(backend)
         self.head_dim = head_dim
@@ -106,6 +106,7 @@ class SparseLinearAttention(nn.Module):
             TypeError, ValueError, RuntimeError: as `sla_ref.sparse_linear_attention`; ValueError if D is not head_dim.
         """
         check_tensors(q=q, k=k, v=v)
+        check_bool("return_sparsity", return_sparsity)
         if q.shape[-1] != self.head_dim:
             raise ValueError(f"q must have head_dim {self.head_dim}, got shape {tuple(q.shape)}")
         dtype, device = q.dtype, q.device.type

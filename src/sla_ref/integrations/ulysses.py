@@ -179,7 +179,7 @@ class _AllToAll(torch.autograd.Function):
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
     """The number of ranks in the group; TypeError unless it is one, ValueError unless this process is in it."""
-    if not (isinstance(group, dist.ProcessGroup) or group in (None, dist.GroupMember.NON_GROUP_MEMBER)):
+    if not (group is None or isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if (ranks := dist.get_world_size(group)) < 1:
         raise ValueError("group must hold this process, got one of other ranks")

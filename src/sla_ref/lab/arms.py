@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import sla_ref
 
+from ..checks import check_choice
+
 if TYPE_CHECKING:
     from .model import ModelConfig
 
@@ -98,6 +100,5 @@ ARMS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 
 def make_arm(config: ModelConfig) -> nn.Module:
     """The arm that a configuration names; ValueError if there is none."""
-    if config.attention not in ARMS:
-        raise ValueError(f"attention must be one of {', '.join(ARMS)}, got {config.attention!r}")
+    check_choice("attention", config.attention, ARMS)
     return ARMS[config.attention](config)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
+
+from ..checks import check_choice, shown
 
 PRECISIONS = ("float32", "bfloat16")
 
 
-def option(default: Any, help: str, *, least: int | None = None, most: int | None = None, decides: bool = True) -> Any:
+def option(
+    default: Any, help: str, *, least: float | None = None, most: float | None = None, decides: bool = True
+) -> Any:
     """A field of a dataclass that is a flag, too: `help` is its line in `--help`, `least` and `most` its limits.
 
     With `decides=False` it has no influence on what comes out of a run.
@@ -19,25 +23,31 @@ def option(default: Any, help: str, *, least: int | None = None, most: int | Non
 
 
 def check_limits(config: Any) -> None:
-    """ValueError where a field of a dataclass is outside the limits that its `option` sets."""
+    """TypeError or ValueError where a field of a dataclass has another type, or is outside its `option`'s limits."""
+    kinds = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, least, most = getattr(config, field.name), field.metadata.get("least"), field.metadata.get("most")
+        name, value, kind = field.name, getattr(config, field.name), kinds[field.name]
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise TypeError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {shown(value)}")
+        if kind is float and not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name} must be finite, got {shown(value)}")
+        least, most = field.metadata.get("least"), field.metadata.get("most")
         if least is not None and value < least:
-            raise ValueError(f"{field.name} must be at least {least}, got {value}")
+            raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
         if most is not None and value > most:
-            raise ValueError(f"{field.name} must be at most {most}, got {value}")
+            raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train a model."""
 
-    steps: int = option(12_000, "Training steps.", least=1)
-    batch: int = option(64, "Clips per step, of all processes together.", least=1)
+    steps: int = option(12_000, "Training steps.", least=1, most=10**9)
+    batch: int = option(64, "Clips per step, of all processes together.", least=1, most=10**6)
     learning_rate: float = option(2e-3, "Peak of the one-cycle schedule.")
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    clip_norm: float = 1.0
+    weight_decay: float = option(0.01, "Of AdamW.", least=0)
+    warmup: float = option(0.05, "Share of the steps in which the learning rate grows.", least=0, most=1)
+    clip_norm: float = option(1.0, "Largest norm of a step's gradient.", least=0)
     seed: int = option(0, "Decides clips, noise and initial weights.", least=0, most=2**64 - 1)
     precision: str = option("float32", "float32, or bfloat16 for autocast.")
     compile: bool = option(False, "Run the model through torch.compile.", decides=False)
@@ -47,10 +57,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        check_choice("precision", self.precision, PRECISIONS)
         if self.graph and (self.compile or self.fsdp):
             raise ValueError("graph, compile and fsdp must not go together, got graph and another one")
 

@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..checks import check_block_size, check_choice, check_ratio, check_seed, find_device
+
 SPLITS = ("train", "held_out")
 DIGITS = 10
 
@@ -21,8 +23,7 @@ DIGITS = 10
 @cache
 def digit_images(split: str) -> tuple[Tensor, Tensor]:
     """The digits of one split: images (count, 8, 8) in [0, 1] and their labels (count,) int64."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_choice("split", split, SPLITS)
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -43,17 +44,21 @@ class MovingDigits:
     """
 
     def __init__(self, split: str, seed: int, *, size: int = 32, frames: int = 16, backdrop: float = 0.0) -> None:
-        if not 0 <= backdrop <= 1:
-            raise ValueError(f"backdrop must be between 0 and 1, got {backdrop}")
-        for name, value, least in (("size", size, 16), ("frames", frames, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_choice("split", split, SPLITS)
+        check_seed(seed)
+        check_ratio("backdrop", backdrop, zero_allowed=True)
+        check_block_size("frames", frames)
+        check_block_size("size", size)
+        if size < 16:
+            raise ValueError(f"size must be at least 16, got {size}")
         self.images, self.labels = digit_images(split)
         self.size, self.frames, self.backdrop = size, frames, backdrop
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """The next `count` clips (count, frames, size, size) and the digits that they show (count,), int64."""
+        check_block_size("count", count)
+        device = find_device("device", device)
         # More is drawn than is used, to get the clips that the shipped weights and all measurements come from.
         chosen = torch.randint(len(self.images), (count, 2), generator=self.generator)[:, 0]
         draws = torch.rand(count, 2, 5, generator=self.generator)[:, 0, :4]

@@ -63,7 +63,10 @@ def run(
     sizes = [(model.config.frames, model.config.size) for model in (teacher, shipped)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"student must be for the teacher's frames and size, {sizes[0]}, got {sizes[1]}")
-    long_steps = shipped_card["training"]["steps"]
+    try:
+        long_steps = shipped_card["training"]["steps"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"student must have a card with its training steps, {student_path} has none") from error
     data = evaluate.held_out(teacher, clips)
     new_folder(out)
     console.print(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import sla_ref
 
 from ..analysis import attention_flops
+from ..checks import check_block_size, check_type
 from . import flow
 from .flow import Batch
 from .model import ModelConfig, VideoTransformer
@@ -25,8 +26,8 @@ HELD_OUT_SEED = 1_000_003  # of clips, noise and times; the same for every model
 
 def held_out(model: VideoTransformer, clips: int) -> Batch:
     """A set of so many held-out clips on the CPU, always the same; times are spread evenly over [0, 1]."""
-    if clips < 1:
-        raise ValueError(f"clips must be at least 1, got {clips}")
+    check_type("model", model, VideoTransformer)
+    check_block_size("clips", clips)
     clip, labels = model.config.clips("held_out", HELD_OUT_SEED).batch(clips)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     noise = torch.randn(clip.shape, generator=generator)
@@ -39,6 +40,9 @@ def predict(
     model: VideoTransformer, data: Batch, batch: int = 8, tick: Callable[[int], object] = lambda done: None
 ) -> Tensor:
     """The model's velocities for the whole set (n, F, S, S), in float32 on the CPU."""
+    check_type("model", model, VideoTransformer)
+    check_type("data", data, Batch)
+    check_block_size("batch", batch)
     device = next(model.parameters()).device
     model.eval()
     parts = []
@@ -86,6 +90,7 @@ def attention_cost(config: ModelConfig) -> tuple[float, float]:
     Counted as `sla_ref.analysis.attention_flops` says, plus the products behind SLA2's alpha; linear-only attention has
     sparsity 1.
     """
+    check_type("config", config, ModelConfig)
     critical_share = {"full": 1.0, "linear": 0.0}.get(config.attention)
     if critical_share is None:
         tokens = torch.zeros(1, 1, config.tokens, 1)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_block_size, check_dense, check_layout, check_type
+
 
 class Batch(NamedTuple):
     """Noisy clips x (B, F, S, S), time (B,), labels (B,), and the velocity to find, shaped as x."""
@@ -35,13 +37,21 @@ def velocity(clip: Tensor, noise: Tensor) -> Tensor:
     return noise - clip
 
 
+_MOST_STEPS = 1_000_000  # far more than it needs, for a number that is another one's by mistake
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module, noise: Tensor, labels: Tensor, steps: int, tick: Callable[[int], object] = lambda done: None
 ) -> Tensor:
     """Clips (B, F, S, S) from noise by `steps` equal Euler steps; `tick(done)` after each."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_type("model", model, nn.Module)
+    check_dense("noise", noise, dims=4)
+    check_type("labels", labels, Tensor)
+    check_layout("labels", labels)
+    check_block_size("steps", steps)
+    if steps > _MOST_STEPS:
+        raise ValueError(f"steps must be at most {_MOST_STEPS:,}, got {steps}")
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     x = noise
     for step in range(steps):

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arms import make_arm
+from ..checks import check_choice, check_type, shown
+from .arms import ARMS, make_arm
 from .config import check_limits, option
 from .data import DIGITS, MovingDigits
 
 PATCH = 4
+MOST_TOKENS, MOST_NUMBERS = 2**20, 2**30
 SLA2_DEFAULTS = {"alpha": "head", "router": "pooled"}
 
 
@@ -30,14 +32,14 @@ class ModelConfig:
 
     frames: int = option(16, "Frames of a clip.", least=1)
     size: int = option(32, "Height and width of a frame, in pixels.", least=16)
-    backdrop: float = 0.0  # of the clips it is for: how bright a background may be
-    width: int = option(128, "Width of the model.", least=2)
-    depth: int = option(4, "Blocks of the model.", least=1)
-    heads: int = option(2, "Attention heads.", least=1)
+    backdrop: float = option(0.0, "Of the clips it is for: how bright a background may be.", least=0, most=1)
+    width: int = option(128, "Width of the model.", least=2, most=2**14)
+    depth: int = option(4, "Blocks of the model.", least=1, most=1000)
+    heads: int = option(2, "Attention heads.", least=1, most=2**13)
     attention: str = option("full", "full, sla, sla2, sparse, linear or l+s.")
-    critical_ratio: float = option(0.05, "Share of critical blocks.")
-    negligible_ratio: float = option(0.10, "Share of negligible blocks, of sla alone.")
-    block: int = option(16, "Tokens of a block.", least=1)
+    critical_ratio: float = option(0.05, "Share of critical blocks.", least=0, most=1)
+    negligible_ratio: float = option(0.10, "Share of negligible blocks, of sla alone.", least=0, most=1)
+    block: int = option(16, "Tokens of a block.", least=1, most=MOST_TOKENS)
     # Of sla2 alone: None for any other attention, and replaced by the defaults here for sla2.
     alpha: str | None = option(None, "With sla2: head (default), block, token, block_means or ideal.")
     router: str | None = option(None, "With sla2: pooled (default) or learned.")
@@ -46,14 +48,21 @@ class ModelConfig:
         check_limits(self)
         if self.size % PATCH:
             raise ValueError(f"size must be a multiple of {PATCH}, got {self.size}")
+        # A small model: what a machine cannot hold is a mistake, and the system kills a process that finds out later.
+        numbers, weights = self.tokens * self.width, 12 * self.depth * self.width**2
+        if self.tokens > MOST_TOKENS or numbers > MOST_NUMBERS or weights > MOST_NUMBERS:
+            got = f"{shown(self.tokens)}, {shown(numbers)} and {shown(weights)}"
+            raise ValueError(
+                f"frames, size, width and depth must make at most {MOST_TOKENS:,} tokens, {MOST_NUMBERS:,} numbers for "
+                f"them and {MOST_NUMBERS:,} weights, got {got}"
+            )
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of twice the heads ({2 * self.heads}), got {self.width}")
         for name, default in SLA2_DEFAULTS.items():
             value = getattr(self, name)
             if self.attention != "sla2" and value is not None:
-                raise ValueError(
-                    f"{name} must be left out unless attention is sla2, got {value!r} with {self.attention}"
-                )
+                got = f"{shown(value)} with {self.attention}"
+                raise ValueError(f"{name} must be left out unless attention is sla2, got {got}")
             if self.attention == "sla2" and value is None:
                 object.__setattr__(self, name, default)  # the dataclass is frozen
 
@@ -148,6 +157,7 @@ class VideoTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_type("config", config, ModelConfig)
         width = config.width
         self.config = config
         self.patch_embedding = nn.Linear(PATCH * PATCH, width)
@@ -195,6 +205,8 @@ def with_attention(model: VideoTransformer, attention: str, **changes: Any) -> V
     that only the new attention has (SLA's proj_l) starts as it makes it; one that only the old one had is
     left behind. SLA2's alpha is kept only where its form and its blocks stay.
     """
+    check_type("model", model, VideoTransformer)
+    check_choice("attention", attention, ARMS)
     old = model.config
     if attention != old.attention:
         changes = dict.fromkeys(SLA2_DEFAULTS) | changes

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_block_size, check_callable, check_path, check_type, shown
 from ..files import append_line, run_folder
 from . import distributed, flow
 from .checkpoint import keep_lines, read_checkpoint, write_checkpoint
@@ -88,12 +89,25 @@ def train(
     optimizer states too (FSDP2), else only the batch (DDP).
 
     Raises:
+        TypeError: an argument has the wrong type.
         FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or something is in `out`.
         FloatingPointError: the loss is infinite or NaN.
         RuntimeError: another run is using `out`.
         ValueError: the processes cannot share out the batch evenly, `fsdp` without torchrun, `graph` without a GPU or
             with several, or a checkpoint that is damaged or of another run.
     """
+    check_type("model", model, VideoTransformer)
+    check_type("config", config, TrainConfig)
+    out = None if out is None else check_path("out", out)
+    check_callable("objective", objective)
+    check_callable("tick", tick)
+    for name, mapping in (("about", about), ("rates", rates)):
+        if mapping is not None:
+            check_type(name, mapping, Mapping)
+            if not all(isinstance(key, str) for key in mapping):
+                raise TypeError(f"{name} must have strings for keys, got {shown([*mapping])}")
+    check_block_size("log_every", log_every)
+    check_block_size("save_every", save_every)
     if config.batch % (ranks := distributed.count()):
         raise ValueError(f"batch must be divisible by the number of processes {ranks}, got {config.batch}")
     if config.resume and (out is None or not (out / CHECKPOINT).is_file()):
@@ -188,6 +202,7 @@ class Run:
         half, cache = self.config.precision == "bfloat16", not self.config.graph
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half, cache_enabled=cache):
             loss = self.objective(self.forward, Batch(*batch))
+        check_type("objective's result", loss, Tensor)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
