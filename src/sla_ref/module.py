@@ -135,6 +135,15 @@ class SparseLinearAttention(nn.Module):
         sparse, linear, _ = attend(prepared, self.phi_query, self.phi_key, block_map)
         return sparse + project(self.proj_l, linear).to(sparse.dtype)  # [Eq. 6]
 
+    def classify(self, query: Tensor, key: Tensor) -> BlockMap:
+        """The block map that `forward` makes of query and key if it is given none.
+
+        Raises:
+            TypeError, ValueError: as `sla_ref.sparse_linear_attention`.
+        """
+        prepared = prepare(query, key, key, None, self.backend)
+        return self._classify(prepared.query, prepared.key)
+
     def _classify(self, query: Tensor, key: Tensor) -> BlockMap:
         ratios = self.critical_ratio, self.negligible_ratio
         return self.router(query, key, *ratios, block_q=self.block_q, block_k=self.block_k)
