@@ -314,6 +314,13 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, (*layer.proj_l.parameters(), *leaves), fast_mode=True)
 
 
+def test_a_second_derivative_is_refused_in_words() -> None:
+    layer, x = layer_and_tokens()
+    (first,) = torch.autograd.grad(layer(*x).sum(), layer.proj_l.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
 def test_vmap_over_samples_and_over_weights() -> None:
     layer, _ = layer_and_tokens()
     tokens = torch.randn(3, 1, 2, 60, 16)
