@@ -380,6 +380,16 @@ def in_another_thread(function):
         pool.submit(function).result()
 
 
+@pytest.mark.parametrize("take", [sla_ref.set_backend, lambda name: sla_ref.use_backend(name).__enter__()])
+def test_whoever_sets_a_backend_teaches_checkpointing(take, monkeypatch):
+    """Nothing may have been set before."""
+    taught = []
+    monkeypatch.setattr(backends, "_teach_checkpointing", lambda: taught.append(True))
+    monkeypatch.setattr(backends._thread, "scopes", backends._Scopes())
+    take("torch")
+    assert taught == [True]
+
+
 @pytest.mark.parametrize(("use_reentrant", "compiled"), [(False, False), (True, False), (False, True)])
 def test_checkpointing_keeps_the_backend(calls, use_reentrant, compiled):
     """The forward runs again in the backward pass, where another backend may be in force."""
