@@ -281,7 +281,7 @@ def triton(monkeypatch):
     return backend
 
 
-def test_auto_tells_once_why_it_is_not_triton(triton):
+def test_auto_tells_once_why_it_takes_torch(triton):
     def choose(head_dim):
         query = torch.randn(1, 1, 20, head_dim)
         block_map = sla_ref.classify_blocks(query, query)
