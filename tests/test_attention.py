@@ -11,7 +11,7 @@ from torch.func import grad, jacfwd, jvp, linearize, vmap
 
 import sla_ref
 from sla_ref import backends, block_map, reference, testing
-from sla_ref.protocol import SavedLayer
+from sla_ref.protocol import Gradients, SavedLayer
 
 SMALL = {"critical_ratio": 0.3, "negligible_ratio": 0.3, "block_q": 8, "block_k": 8}
 
@@ -500,6 +500,39 @@ def test_what_a_backend_returns_is_checked(function, spy):
     setattr(spy, function, lambda *_: (None, None))
     with pytest.raises(TypeError, match=r"backend 'spy': (for|back)ward(_layer)? must return a sla_ref\.protocol\."):
         layer(*qkv(torch.float32)).sum().backward()
+
+
+def test_a_backend_gets_proj_in_contiguous_memory(spy):
+    layer = sla_ref.SparseLinearAttention(4, block_q=8, block_k=8, backend="spy")
+    layer.proj_l.weight = torch.nn.Parameter(torch.randn(4, 4).mT)
+    layer.proj_l.bias = torch.nn.Parameter(torch.randn(8)[::2])
+    seen, spy.proj_inside = [], True
+
+    def forward_layer(inputs, proj):
+        seen.append(proj)
+        return SavedLayer(torch.zeros_like(inputs.query), torch.zeros(1, 2, 30))
+
+    def backward_layer(grad_out, inputs, proj, saved):
+        seen.append(proj)
+        tensors = (inputs.query, inputs.key, inputs.value, inputs.phi_query, inputs.phi_key)
+        return Gradients(*map(torch.zeros_like, tensors)), proj
+
+    spy.forward_layer, spy.backward_layer = forward_layer, backward_layer
+    layer(*qkv(torch.float32)).sum().backward()
+    assert len(seen) == 2
+    for proj in seen:
+        assert proj.weight.is_contiguous() and proj.bias.is_contiguous()
+        assert torch.equal(proj.weight, layer.proj_l.weight) and torch.equal(proj.bias, layer.proj_l.bias)
+
+
+def test_a_backend_is_asked_about_the_same_map_without_data(spy):
+    """Under a compiler, too, which has to know what the layer's operator returns."""
+    seen, spy.unsupported = set(), lambda query, block_map: seen.add((block_map.query_length, block_map.key_length))
+    layer = sla_ref.SparseLinearAttention(4, block_q=8, block_k=8, backend="spy")
+    for device in ("cpu", "meta"):
+        query, key = torch.randn(1, 2, 30, 4, device=device), torch.randn(1, 2, 20, 4, device=device)
+        assert layer.to(device)(query, key, key).shape == (1, 2, 30, 4)
+    assert seen == {(30, 20)}
 
 
 def test_a_backend_is_told_that_nothing_was_made_of_lse(spy):

@@ -286,7 +286,7 @@ def triton(monkeypatch):
     return backend
 
 
-def test_auto_tells_once_why_it_is_not_triton(triton):
+def test_auto_tells_once_why_it_takes_torch(triton):
     def choose(head_dim):
         query = torch.randn(1, 1, 20, head_dim)
         block_map = sla_ref.classify_blocks(query, query)
@@ -383,6 +383,16 @@ def make_leaves():
 def in_another_thread(function):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(function).result()
+
+
+@pytest.mark.parametrize("take", [sla_ref.set_backend, lambda name: sla_ref.use_backend(name).__enter__()])
+def test_whoever_sets_a_backend_teaches_checkpointing(take, monkeypatch):
+    """Nothing may have been set before."""
+    taught = []
+    monkeypatch.setattr(backends, "_teach_checkpointing", lambda: taught.append(True))
+    monkeypatch.setattr(backends._thread, "scopes", backends._Scopes())
+    take("torch")
+    assert taught == [True]
 
 
 @pytest.mark.parametrize(("use_reentrant", "compiled"), [(False, False), (True, False), (False, True)])
