@@ -1,9 +1,13 @@
 """What analysis.py measures, against maps whose answers are known by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from sla_ref import analysis, classify_blocks, sparse_linear_attention
+from sla_ref import analysis, backends, classify_blocks, sparse_linear_attention, testing
+from sla_ref.lab.arms import LinearOnly
 
 
 def test_attention_weights_are_what_sdpa_multiplies_the_values_with():
@@ -130,6 +134,44 @@ def test_flops_are_the_critical_share_of_full_attention_plus_linear_attention():
     assert both == pytest.approx(0.05 * full + linear)
     with pytest.raises(ValueError, match="critical_share must be a number with 0 <= critical_share <= 1, got -1"):
         analysis.attention_flops(8, 8, 8, critical_share=-1)
+
+
+def counted(function: Callable[..., object], *arguments: object) -> int:
+    """The operations of all matrix products in a call, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "critical_ratio", "negligible_ratio"),
+    [
+        ({"query_length": 256, "head_dim": 16, "block_q": 16, "block_k": 16}, 0.05, 0.1),
+        ({"query_length": 256, "key_length": 320, "head_dim": 24, "block_q": 32, "block_k": 16}, 0.3, 0.0),
+        ({"query_length": 64, "key_length": 192, "head_dim": 8, "block_q": 8, "block_k": 64}, 0.5, 1.0),
+        ({"query_length": 128, "head_dim": 32, "block_q": 32, "block_k": 32}, 1.0, 0.0),
+    ],
+)
+def test_flops_are_those_of_the_algorithm_as_torch_counts_them(sizes, critical_ratio, negligible_ratio):
+    """Exactly, with the two things that the formula leaves out: the denominators, and the sums of the block states."""
+    problem = testing.make_problem(heads=3, **sizes, critical_ratio=critical_ratio, negligible_ratio=negligible_ratio)
+    of, head_dim = problem.inputs.block_map, sizes["head_dim"]
+    query_length, key_length, query_blocks, key_blocks = of.query_length, of.key_length, *of.labels.shape[2:]
+    share, lengths = of.max_critical / key_blocks, (query_length, key_length)
+    of_a_head = analysis.attention_flops(*lengths, head_dim, critical_share=share, linear=of.has_marginal)
+    if of.has_marginal:
+        of_a_head += 2 * (query_length + key_length) * head_dim  # a column of ones next to V
+        of_a_head += 2 * query_blocks * key_blocks * head_dim * (head_dim + 1)
+    assert counted(backends.load("torch").forward, problem.inputs) == 3 * of_a_head
+
+
+def test_flops_of_the_limits_are_those_of_plain_attention_as_torch_counts_them():
+    query, key, value = torch.randn(3, 2, 3, 40, 8)
+    full = counted(lambda: analysis.attention_weights(query, key) @ value)
+    assert full == 6 * analysis.attention_flops(40, 40, 8)
+    linear = counted(LinearOnly(), query, key, value)
+    denominators = 6 * 2 * 40 * 8
+    assert linear - denominators == 6 * analysis.attention_flops(40, 40, 8, critical_share=0.0, linear=True)
 
 
 def test_the_three_classes_have_a_name_and_a_colour_each():

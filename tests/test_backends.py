@@ -16,6 +16,7 @@ from sla_ref import BlockMap, backends, reference, sparse_linear_attention, test
 from sla_ref.backends import pytorch
 
 HALF = (torch.float16, torch.bfloat16)
+REPEATED = {"heads": 1, "head_dim": 16, "block_q": 16, "block_k": 16, "labels": "random"}
 
 
 @pytest.fixture
@@ -197,6 +198,29 @@ def test_torch_backend_repeats_on_two_threads() -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
     finally:
         torch.set_num_threads(threads)
+
+
+def repeats_give_the_same_bits(backend_name: str, repeats: int, problem: testing.Problem) -> None:
+    for each in (problem, problem.default_phi()):
+        first, *others = (testing.run_backend(backends.load(backend_name), each) for _ in range(repeats))
+        for other in others:
+            assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.backend("torch")
+def test_a_hundred_runs_of_the_torch_backend_give_the_same_bits() -> None:
+    repeats_give_the_same_bits("torch", 100, testing.make_problem(**REPEATED))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_250_runs_on_a_gpu_give_the_same_bits(backend_name: str, device: str) -> None:
+    repeats_give_the_same_bits(backend_name, 250, testing.make_problem(**REPEATED, query_length=2000, device=device))
+
+
+@pytest.mark.long
+def test_a_hundred_runs_of_each_backend_give_the_same_bits(backend_name: str, device: str) -> None:
+    """A simulator takes half a second for one."""
+    repeats_give_the_same_bits(backend_name, 100, testing.make_problem(**REPEATED, query_length=40, device=device))
 
 
 def losses(attend: Callable[..., tuple[torch.Tensor, ...]], steps: int, dtype: torch.dtype, device: str) -> list[float]:

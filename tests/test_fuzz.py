@@ -411,7 +411,7 @@ def test_arguments_are_taken_or_refused_by_name(calls, times, tmp_path, monkeypa
         names = data.draw(st.sets(st.sampled_from([*call.arguments]), min_size=1, max_size=3))
         call.check({name: data.draw(st.sampled_from(VALUES)) for name in sorted(names)})
 
-    try_examples(400 * times, check, data=st.data())
+    try_examples(250 * times, check, data=st.data())
 
 
 @pytest.mark.long
@@ -435,10 +435,9 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     """The content with one to three faults, most of them near its ends, where formats keep what they are made of."""
     found = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
-        middle, last = len(found) // 2, len(found)
-        place = draw(
-            st.one_of(st.integers(0, min(300, last)), st.integers(0, last), st.integers(min(middle, last - 300), last))
-        )
+        last = len(found)
+        near_the_ends = st.integers(0, min(300, last)) | st.integers(max(0, last - 300), last)
+        place = draw(near_the_ends | st.integers(0, last))
         match draw(st.sampled_from(["cut", "flip", "insert", "delete", "number", "repeat"])):
             case "cut":
                 del found[place:]
@@ -500,18 +499,22 @@ FORMATS = {
 }
 
 
+def refusal_of(function: Callable[..., Any], *arguments: Any) -> str:
+    """What a refusal says; nothing where there is none. Any other error is a fault."""
+    try:
+        function(*arguments)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        return str(error)
+    return ""
+
+
 def load_or_refuse(source: Path) -> None:
     """All weights come, or the error names the file, or one that it names, and the model is as it was."""
     model = two_layers()
     before = copy.deepcopy(model.state_dict())
-    try:
-        checkpoints.load_sla(model, source)
-    except Exception as error:
-        assert isinstance(error, (ValueError, TypeError, FileNotFoundError)), repr(error)
-        assert str(source.parent) in str(error)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    else:
-        assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    refusal = refusal_of(checkpoints.load_sla, model, source)
+    same = [torch.equal(value, before[name]) for name, value in model.state_dict().items()]
+    assert str(source.parent) in refusal and all(same) if refusal else not any(same)
 
 
 @SCALES
@@ -717,11 +720,10 @@ def test_damaged_weights_of_the_lab_are_always_noticed(tmp_path, times):
 
     def check(data: st.DataObject) -> None:
         source.write_bytes(data.draw(damaged(content)))
-        try:
-            found, _ = weights.load_weights(source)
-        except weights.DamagedWeights as error:
-            assert str(source) in str(error)
+        if refusal := refusal_of(weights.load_weights, source):
+            assert str(source) in refusal
         else:
+            found, _ = weights.load_weights(source)
             assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
 
     try_examples(50 * times, check, data=st.data())
@@ -741,11 +743,10 @@ def test_hostile_configurations_and_cards_are_refused_or_taken(tmp_path, times):
         changed = data.draw(edited({name: json.loads(metadata[name]) for name in ("config", "card")}, values))
         extra = {name: json.dumps(value) for name, value in changed.items()} | {"sha256": metadata["sha256"]}
         save_file(tensors, source, extra)
-        try:
-            found, _ = weights.load_weights(source)
-        except weights.DamagedWeights as error:
-            assert str(source) in str(error)
+        if refusal := refusal_of(weights.load_weights, source):
+            assert str(source) in refusal
         else:
+            found, _ = weights.load_weights(source)
             assert all(torch.equal(value.half(), tensors[name]) for name, value in found.state_dict().items())
 
     try_examples(50 * times, check, data=st.data())
@@ -798,14 +799,12 @@ def test_hostile_checkpoints_are_refused_or_gone_on_from(finished, tmp_path, tim
         ]
     )
 
-    def check(changed: Any) -> None:
-        write_checkpoint(tmp_path / "run" / "checkpoint.pt", changed)
-        try:
-            resume(tmp_path / "run")
-        except ValueError as error:
-            assert "checkpoint.pt" in str(error) and "\n" not in str(error)
+    def check(data: st.DataObject) -> None:
+        write_checkpoint(tmp_path / "run" / "checkpoint.pt", data.draw(edited(state, values)))
+        refusal = refusal_of(resume, tmp_path / "run")
+        assert "checkpoint.pt" in refusal and "\n" not in refusal if refusal else True
 
-    try_examples(20 * times, check, changed=edited(state, values))
+    try_examples(20 * times, check, data=st.data())
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged line")
@@ -903,7 +902,7 @@ def test_triton_keeps_to_its_budget_on_any_problem_that_it_takes(times):
         assert reason in str(raised.value)
 
     taken = {"head_dims": (8, 16, 40), "block_sizes": (8, 16, 32)}  # some of them
-    try_examples(6 * times, check, problem=problems(most=40, **taken), default_phi=st.booleans())
+    try_examples(4 * times, check, problem=problems(most=40, **taken), default_phi=st.booleans())
 
 
 @SCALES
@@ -992,14 +991,15 @@ def test_command_lines_end_in_one_clear_line(program, times, finished, tmp_path,
         for option in data.draw(st.lists(st.sampled_from([*given, "--nope", "-x"]), max_size=4)):
             arguments += [option, data.draw(values)] if data.draw(st.booleans()) else [f"{option}={data.draw(values)}"]
         arguments += data.draw(st.lists(values, max_size=1))
+        code, said = None, ""
         try:
             run_app(app, program, [command, *arguments])
         except Reached:
             capsys.readouterr()
         except SystemExit as end:
-            said = capsys.readouterr().err
-            assert end.code in (0, 2), (command, arguments)
-            assert end.code == 0 or (said.startswith(f"{program}: ") and said.count("\n") == 1), (arguments, said)
+            code, said = end.code, capsys.readouterr().err
+        assert code in (None, 0, 2), (command, arguments)
+        assert code != 2 or (said.startswith(f"{program}: ") and said.count("\n") == 1), (arguments, said)
         assert not (tmp_path / "out").exists(), (command, arguments)
 
     try_examples(40 * times, check, data=st.data())
