@@ -25,8 +25,8 @@ PAGE = ROOT / "docs" / "guarantees.md"
 FOLDER = ROOT / "benchmarks" / "results" / "evidence"
 MUTANTS = ROOT / "benchmarks" / "results" / "mutants.json"
 PACKAGE = ROOT / "src" / "sla_ref"
-NO_PROMISE_ABOUT = ("lab", "integrations", "cli.py", "analysis.py", "compiled.py")
-NO_PROMISE_ABOUT += ("sla2.py", "reference_sla2.py", "router.py")
+AROUND_THE_OPERATOR = ("lab", "integrations", "cli.py", "analysis.py", "compiled.py")
+AROUND_THE_OPERATOR += ("sla2.py", "reference_sla2.py", "router.py")
 BACKENDS = {"torch": "backends/pytorch.py", "triton": "backends/triton/*.py", "numba": "backends/numba_cuda.py"}
 
 TEST = re.compile(r"`(test_\w+\.py::test_\w+)`")
@@ -59,11 +59,13 @@ def code(tree: Any) -> Any:
 
 
 def sources(package: Path = PACKAGE) -> dict[str, str]:
-    """A hash of the code of each backend, and one of all else that evidence rests on. Comments do not count."""
+    """A hash of the code of each backend, of the operator, and of what is around it. Comments do not count."""
     files = {name: sorted(package.glob(pattern)) for name, pattern in BACKENDS.items()}
     backends = {path for paths in files.values() for path in paths}
     rest = [path for path in sorted(package.rglob("*.py")) if path not in backends]
-    files["the operator"] = [path for path in rest if path.relative_to(package).parts[0] not in NO_PROMISE_ABOUT]
+    around = [path for path in rest if path.relative_to(package).parts[0] in AROUND_THE_OPERATOR]
+    files["the operator"] = [path for path in rest if path not in around]
+    files["what is around it"] = around
 
     def digest(paths: list[Path]) -> str:
         trees = [[path.name, code(ast.parse(path.read_text(encoding="utf-8")))] for path in paths]

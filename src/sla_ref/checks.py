@@ -13,11 +13,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def shown(value: object) -> str:
-    """A value as an error prints it. Python prints no int of thousands of digits, and torch not every tensor."""
+    """A value in one line, as an error prints it. Some have no text: ints of thousands of digits, a few tensors."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return "an int beyond 64 bits"
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except Exception:  # it is somebody else's
         return f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."

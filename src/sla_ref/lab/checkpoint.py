@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..checks import shown
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -47,7 +48,8 @@ def read_checkpoint(path: Path, own: dict[str, Any] | None = None, whole: bool =
     if own is not None:
         for key in own["identity"] | state["identity"]:
             there, here = (each["identity"].get(key, "nothing") for each in (state, own))
-            if there != here:
+            if not isinstance(there, (str, int, float)) or there != here:
+                there = there if isinstance(there, str) else shown(there)
                 raise ValueError(
                     f"checkpoint {path} was made with {key} = {there}, got {here}; a resumed run must keep it"
                 )
