@@ -346,8 +346,8 @@ def trusted_map(
     num_critical = max_critical if is_uniform else None
     sizes = block_q, block_k, query_length, key_length
     values = (labels, *sizes, num_critical, max_critical, is_uniform, has_marginal, version(labels))
-    # The dataclass is frozen, and this takes a third of the time of object.__setattr__ for each field.
-    block_map.__dict__.update(zip(BlockMap.__dataclass_fields__, values, strict=True))
+    for name, value in zip(BlockMap.__dataclass_fields__, values, strict=True):
+        object.__setattr__(block_map, name, value)  # the dataclass is frozen
     return block_map
 
 
