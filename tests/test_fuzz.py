@@ -914,8 +914,10 @@ def test_triton_keeps_to_twice_its_budget_on_any_problem_that_it_takes(times):
             sla_ref.sparse_linear_attention(*problem.inputs[:3], block_map=block_map, backend="triton")
         assert reason in str(raised.value)
 
-    taken = {"head_dims": (8, 16, 40), "block_sizes": (8, 16, 32)}  # some of them
-    try_examples(4 * times, check, problem=problems(most=40, **taken), default_phi=st.booleans())
+    half = (torch.float16, torch.bfloat16)
+    taken = problems(most=40, head_dims=(8, 16, 40), block_sizes=(16, 32), dtypes=(torch.float32, *half))
+    any_other = problems(most=40, head_dims=(8, 300), block_sizes=(8, 16))
+    try_examples(6 * times, check, problem=taken | any_other, default_phi=st.booleans())
 
 
 @SCALES
