@@ -246,9 +246,16 @@ def test_backends_of_many_threads_do_not_leak_into_each_other(rounds):
                 assert sla_ref.get_backend() in names
                 together.wait()
 
+    def work(number: int) -> None:
+        try:
+            (own if number % 2 else everybodys)(number)
+        except BaseException:
+            together.abort()  # the others would wait for this one
+            raise
+
     try:
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda number: (own if number % 2 else everybodys)(number), range(16)))
+            list(pool.map(work, range(16)))
     finally:
         for name in names:
             del sla_ref.backends._registered[name]

@@ -49,9 +49,9 @@ def read_checkpoint(path: Path, own: dict[str, Any] | None = None, whole: bool =
         for key in own["identity"] | state["identity"]:
             there, here = (each["identity"].get(key, "nothing") for each in (state, own))
             if not isinstance(there, (str, int, float)) or there != here:
-                there = there if isinstance(there, str) else shown(there)
+                there = there if isinstance(there, str) and there.isprintable() else shown(there)
                 raise ValueError(
-                    f"checkpoint {path} was made with {key} = {there}, got {here}; a resumed run must keep it"
+                    f"checkpoint {path} was made with {_name(key)} = {there}, got {here}; a resumed run must keep it"
                 )
         if whole:
             _check_form(f"checkpoint {path} is damaged: ", state, own)
@@ -71,8 +71,13 @@ def _check_form(place: str, found: Any, expected: Any) -> None:
     if isinstance(expected, dict):
         for key in expected | found:
             if key not in found or key not in expected:
-                raise ValueError(f"{place}{key} {'is missing' if key in expected else 'is too much'}")
-            _check_form(f"{place}{key}/", found[key], expected[key])
+                raise ValueError(f"{place}{_name(key)} {'is missing' if key in expected else 'is too much'}")
+            _check_form(f"{place}{_name(key)}/", found[key], expected[key])
+
+
+def _name(key: Any) -> str:
+    """A key as a line of text holds it; it comes from a file, and may be anything."""
+    return str(key) if str(key).isprintable() else repr(key)
 
 
 def keep_lines(path: Path, step: int) -> None:
