@@ -183,6 +183,10 @@ def test_the_table_of_mutants():
     assert f"| `m` | abc, earlier code | {numbers}" in table_of_mutants(found, {"m": False})
     del found["modules"]["m"]["survived"][0]
     assert table_of_mutants(found, {"m": True}) == lines[:-4]
+    small = {"commit": "abc", "mutants": 400, "listed": 0, "run": 10, "caught_at_first": 10, "caught": 10}
+    found["modules"]["n"] = small | {"survived": []}
+    total = table_of_mutants(found, {"m": True, "n": True})[-1]
+    assert "| 1,600 | 1 | 110 | 105 (95.5 %) | 84.7 to 98.4 % | 109 (99.1 %) |" in total, "3/4 of m's and 1/4 of n's"
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_feature_maps(feature_map):
 
 
 def test_feature_map_formulas():
-    x = torch.randn(5, 6)
+    x = torch.randn(2, 3, 5, 6)
     torch.testing.assert_close(sla_ref.feature_maps.elu(x), torch.where(x > 0, x + 1, x.exp()))
     torch.testing.assert_close(sla_ref.feature_maps.relu(x), x.clamp(min=0))
     torch.testing.assert_close(sla_ref.feature_maps.softmax(x), x.exp() / x.exp().sum(-1, keepdim=True))
@@ -117,7 +117,18 @@ def test_feature_map_formulas():
     torch.testing.assert_close(hedgehog(x), torch.cat([wx.softmax(-1), (-wx).softmax(-1)], -1))
     assert torch.equal(hedgehog(x.bfloat16()), hedgehog(x.bfloat16().float())), "its weight is float32"
     assert hedgehog.weight.shape == (3, 6)
+    torch.testing.assert_close(hedgehog.weight @ hedgehog.weight.T, torch.eye(3))
     assert sla_ref.Hedgehog(2).weight.shape == (1, 2), "the smallest"
+
+
+@pytest.mark.parametrize("which", ["phi_query", "phi_key"])
+def test_query_and_key_may_have_different_feature_maps(which):
+    """The operator computes softmax by itself only where both have it."""
+    layer = sla_ref.SparseLinearAttention(16, 0.3, 0.3, proj_init="identity", **BLOCKS)
+    setattr(layer, which, sla_ref.feature_maps.elu)
+    found, other = layer(*inputs()), {"phi_query": "phi_key", "phi_key": "phi_query"}[which]
+    setattr(layer, other, lambda tokens: tokens.softmax(-1))
+    torch.testing.assert_close(found, layer(*inputs()))
 
 
 def test_hedgehog_starts_with_orthonormal_rows_and_a_reset_draws_others():

@@ -206,11 +206,14 @@ def table_of_mutants(found: dict[str, Any], same: dict[str, bool]) -> list[str]:
     rows = ["| module | commit | mutants | listed | run | caught at first | 95 % interval | caught now |"]
     rows.append("|---" * 8 + "|")
     total: Counter[str] = Counter()
+    bounds = []
     for module, row in found["modules"].items():
+        bounds.append((row["mutants"], wilson(row["caught_at_first"], row["run"])))
         earlier = "" if same[module] else ", earlier code"
-        rows.append(f"| `{module}` | {row['commit']}{earlier} | {cells_of_mutants(row)} |")
+        rows.append(f"| `{module}` | {row['commit']}{earlier} | {cells_of_mutants(row, bounds[-1][1])} |")
         total.update({name: number for name, number in row.items() if isinstance(number, int)})
-    rows.append(f"| all | | {cells_of_mutants(total)} |")
+    low, high = (sum(size * bound[i] for size, bound in bounds) / total["mutants"] for i in (0, 1))
+    rows.append(f"| all | | {cells_of_mutants(total, (low, high))} |")
     about = found["about"]
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     last = f"Last recorded on {about['date']}, on {about['cpu']} ({versions}), with seed {about['seed']}."
@@ -218,11 +221,11 @@ def table_of_mutants(found: dict[str, Any], same: dict[str, bool]) -> list[str]:
     return [last, "", *rows, *(["", "These survive:", "", *survivors] if survivors else [])]
 
 
-def cells_of_mutants(row: Mapping[str, Any]) -> str:
+def cells_of_mutants(row: Mapping[str, Any], interval: tuple[float, float]) -> str:
     ran, first, now = row["run"], row["caught_at_first"], row["caught"]
-    low, high = wilson(first, ran)
     cells = [f"{row['mutants']:,}", f"{row['listed']:,}", f"{ran:,}", f"{first:,} ({100 * first / ran:.1f} %)"]
-    return " | ".join([*cells, f"{100 * low:.1f} to {100 * high:.1f} %", f"{now:,} ({100 * now / ran:.1f} %)"])
+    cells.append(f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %")
+    return " | ".join([*cells, f"{now:,} ({100 * now / ran:.1f} %)"])
 
 
 def wilson(hits: int, tries: int) -> tuple[float, float]:
