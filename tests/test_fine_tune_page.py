@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ ROOT = Path(__file__).parents[1]
 PAGE = " ".join((ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8").split())
 LINES = read_results(RESULTS)
 GPU, WAN = (json.loads((RESULTS.parent / f"{name}.json").read_text(encoding="utf-8")) for name in ("gpu", "wan"))
+
+
+# Cells of the table on cost.
+MEMORY: list[Callable[[dict], str]] = [
+    lambda arm: f"{arm['training_peak_mib']:,.0f} MiB",
+    lambda arm: f"{arm['training_held_mib']:,.0f} MiB",
+    lambda arm: f"{arm['training_whole_graph_step'] / 1000:.2f} s, {arm['training_whole_graph_peak_mib']:,.0f} MiB",
+    lambda arm: f"{arm['lora_step'] / 1000:.2f} s",
+    lambda arm: f"{arm['lora_peak_mib']:,.0f} MiB, {arm['lora_held_mib']:,.0f} MiB",
+]
 
 
 def loss(case: str, experiment: str = "when") -> float:
@@ -88,7 +99,7 @@ def sentences() -> list[str]:
         f"{WAN['problem']['tokens']:,} tokens",
         f"| {second:.2f} s | {dense_second:.2f} s |",
         f"| {forward:.2f} s more |",
-        f"| {sla['training_peak_mib']:,.0f} MiB | {dense['training_peak_mib']:,.0f} MiB |",
+        *(" | ".join(["", *(text(arm) for arm in (sla, dense)), ""]).strip() for text in MEMORY),
         f"| {hours:.0f} hours | {dense_hours:.0f} hours |",
         f"would add {teacher_hours:.0f} hours",
         f"64 x 64 a step takes {square['training_step'] / 1000:.2f} s",

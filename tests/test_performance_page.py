@@ -17,6 +17,12 @@ GPU = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encodi
 WAN = json.loads((ROOT / "benchmarks" / "results" / "wan.json").read_text(encoding="utf-8"))["arms"]
 BACKENDS = json.loads((ROOT / "benchmarks" / "results" / "backends.json").read_text(encoding="utf-8"))
 CPU = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+TRAINING = {
+    "training": "all weights",
+    "lora": "LoRA",
+    "training_whole_graph": "all weights, no checkpointing",
+    "lora_whole_graph": "LoRA, no checkpointing",
+}
 EXPERIMENTS = ROOT / "benchmarks" / "results" / "experiments"
 
 
@@ -90,7 +96,8 @@ def sentences() -> list[str]:
         f"both passes take {both} µs (cuDNN {cudnn_both}, thu-ml/SLA {theirs_both}) and {all_kernels} kernels "
         f"({all_their_kernels})",
         f"empty cache takes {layer['cold_start_s']:.0f} s",
-        f"{GPU['parity']['cases']} cases of `sla_ref.testing` ({GPU['parity']['checks']:,} checks",
+        f"At commit {GPU['parity']['commit'][:7]}, {GPU['parity']['cases']} cases of `sla_ref.testing` "
+        f"({GPU['parity']['checks']:,} checks",
         f"reaches {sparse['128x64']['tflops']:.0f} TFLOP/s with blocks of 128 x 64, and "
         f"{sparse['64x64']['tflops']:.0f} with 64 x 64",
         f"cuDNN reaches {dense_rate:.0f} TFLOP/s in the forward and {backward_rate:.0f} in the backward",
@@ -102,6 +109,14 @@ def wan_row(name: str, row: dict) -> str:
     base = WAN["SDPA, cuDNN"]
     cells = [f"{row[key]:.1f} ({base[key] / row[key]:.2f}x)" for key in ("forward", "self_attention", "training_step")]
     return f"| {' | '.join([name, *cells])} |"
+
+
+def training_row(kind: str, words: str) -> str:
+    """A training step in seconds, and the memory it takes in GiB."""
+    dense, sla = WAN["SDPA, cuDNN"], WAN["SLA 128x64"]
+    one, other = (arm[f"{kind}_step"] / 1000 for arm in (dense, sla))
+    memory = [f"{arm[f'{kind}_{part}'] / 1024:.1f}" for part in ("peak_mib", "held_mib") for arm in (dense, sla)]
+    return f"| {words} | {one:.2f} | {other:.2f} ({one / other:.2f}x) | {memory[0]} | {memory[1]} | {memory[3]} |"
 
 
 def backend_rows() -> list[str]:
@@ -140,6 +155,7 @@ ROWS += [ratio_row(row) for row in GPU["ratios"]]
 ROWS += figures.floor_table(GPU)
 ROWS += backend_rows()
 ROWS += [wan_row(name, row) for name, row in WAN.items()]
+ROWS += [training_row(kind, words) for kind, words in TRAINING.items()]
 ROWS += [cpu_row(row) for row in CPU["rows"]]
 ROWS += [
     f"| {row['length']} | {row['ms']:.1f} | {1024 * row['ms'] / row['length']:.2f} |"

@@ -16,12 +16,7 @@ FILES = {
     for ranks in (1, *RANKS)
 }
 WAN = {ranks: FILES[ranks]["wan"] for ranks in RANKS}
-PASSES = {
-    "forward": "forward",
-    "forward_graph": "forward, graph",
-    "forward_backward": "forward + backward",
-    "forward_backward_graph": "forward + backward, graph",
-}
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
 def digits(value: float) -> str:

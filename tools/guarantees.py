@@ -159,8 +159,9 @@ def checked_before() -> str:
     for name, file in (("Triton", "gpu"), ("Numba", "backends")):
         found = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
         about, failed = found["about"], len(found["parity"]["failures"])
+        commit = found["parity"].get("commit", about["commit"])  # another one if the file was joined
         passed = f"{found['parity']['checks'] - failed:,} checks" + f" and failed {failed}" * bool(failed)
-        parts.append(f"{name}'s kernels passed {passed} on an {about['device']} at {about['commit'][:7]}")
+        parts.append(f"{name}'s kernels passed {passed} on an {about['device']} at {commit[:7]}")
     return f"At earlier commits, {' and '.join(parts)}."
 
 
