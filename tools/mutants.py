@@ -53,7 +53,7 @@ TESTS = {
     "sla2": "sla2",
     "router": "router",
     "backends/__init__": "registry attention",
-    "backends/pytorch": "backends attention",
+    "backends/pytorch": "backends attention reference",
     "integrations/checkpoints": "checkpoints lora diffusers distributed",
     "integrations/diffusers": "diffusers distributed",
     "integrations/sdpa": "sdpa",
