@@ -55,7 +55,7 @@ class Clock:
         self.wait()
         return time.perf_counter() - started
 
-    def python_microseconds(self, function: Callable[[], object], turns: int = 200) -> float:
+    def python_microseconds(self, function: Callable[[], object], turns: int = 60) -> float:
         """Median time until a call returns, while the device has nothing else to do: what Python takes to start work.
 
         It says so only of small problems. A call that waits for the device counts the wait too.
@@ -69,8 +69,11 @@ class Clock:
         return 1e6 * statistics.median(times[len(times) // 4 :])
 
     def launches(self, function: Callable[[], object]) -> dict[str, tuple[int, float]]:
-        """What one call runs on the device: by kernel, how often and for how many microseconds in all."""
+        """What one call runs on the GPU: by kernel, how often and for how many microseconds in all."""
         from torch.profiler import ProfilerActivity, profile
+
+        if self.device.type != "cuda":
+            return {}
 
         function()
         self.wait()
