@@ -11,7 +11,7 @@ import pytest
 
 from experiments.run import RESULTS
 from experiments.setting import SETTINGS
-from experiments.values import cases_of, read_results, spread_of, values_of
+from experiments.values import at_best_rate, cases_of, read_results, spread_of, values_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = " ".join((ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8").split())
@@ -62,6 +62,12 @@ def sentences() -> list[str]:
     )
     shares = losses("ablation-critical", *(f"{share}% critical" for share in ("2.5", "5.0", "10.0", "20.0")))
     negligible = losses("ablation-negligible", *(f"{share}% negligible" for share in (0, 10, 30, 50)))
+    tuned = at_best_rate(LINES["mixing n1024"])
+    means, means_long, sparse_tuned, sparse_tuned_long = (
+        spread_of(tuned, next(case for case in cases_of(tuned) if case.startswith(f"{steps} steps: {arm}, rate"))).mean
+        for arm in ("alpha from block means, Proj, temperature 4", "sparse only, 15 %")
+        for steps in (400, 1600)
+    )
     small, large = losses("ablation-block", "blocks of 16", "blocks of 64")
     by_steps = {steps: loss(f"{steps} steps", "ablation-steps") for steps in (50, 100, 200, 400)}
     by_steps |= {steps: loss(f"{steps} steps: SLA, 5 %") for steps in (1600, 3200)}
@@ -95,6 +101,8 @@ def sentences() -> list[str]:
         "{} from 100 to 200, {} from 200 to 400, and {} from 1,600 to 3,200".format(*gains),
         f"critical blocks, {everything} against {same}",
         f"three times as many, which has {more}",
+        f"{means:.4f} after 400 steps and {means_long:.4f} after 1,600, each at the best of three learning rates",
+        f"tuned in the same way, has {sparse_tuned:.4f} and {sparse_tuned_long:.4f}",
         f"SLA then has {both_3200}, and sparse-only attention at 15 % has {more_3200}",
         f"{WAN['problem']['tokens']:,} tokens",
         f"| {second:.2f} s | {dense_second:.2f} s |",
