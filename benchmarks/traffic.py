@@ -53,6 +53,7 @@ def rows() -> list[str]:
         f"Ulysses, {size}, N = {tokens:,}: q, k, v, o and their gradients": lambda ranks, n=tokens: ulysses(ranks, n)
         for size, tokens in TOKENS.items()
     }
+    arms["Ulysses, 720p, one layer of Wan2.1-14B, 40 heads"] = lambda ranks: ulysses_layer(ranks, TOKENS["720p"], 40)
     for name, arm in arms.items():
         sent = (arm(ranks) for ranks in RANKS)
         lines.append(f"| {name} | {' | '.join('-' if each is None else f'{each / 1e9:.2f}' for each in sent)} |")
