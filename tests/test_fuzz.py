@@ -207,7 +207,7 @@ def of_the_public_names() -> list[Call]:
 def of_testing_and_analysis() -> list[Call]:
     maps = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)).softmax(-1)
     mass = maps[..., :4, :4]
-    labels = tensor((mass > 0.05).to(torch.int8), [torch.int8])
+    labels = tensor((mass > 0.05).to(torch.int8), analysis.INTEGERS)
     lengths = {name: size(20) for name in ("query_length", "key_length")}
     how = {"device": optional(device()), "dtypes": DTYPES, "quick": flag(True)}
     plain = sla_ref.reference.sparse_linear_attention

@@ -33,11 +33,14 @@ def _check_device(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be on {first_name}'s device {first.device}, got {tensor.device}")
 
 
-def _check_shape(name: str, tensor: Tensor, dtype: torch.dtype, of: str, like: Tensor) -> None:
-    """TypeError or ValueError unless it has the dtype, and the shape and device of another one."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)  # of labels; those of a `BlockMap` are int8
+
+
+def _check_shape(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], of: str, like: Tensor) -> None:
+    """TypeError or ValueError unless it has one of the dtypes, and the shape and device of another one."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a tensor of {dtype}, got {got}")
+        raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, dtypes))}, got {got}")
     check_layout(name, tensor)
     if tensor.shape != like.shape:
         raise ValueError(f"{name} must have the shape of {of} {tuple(like.shape)}, got {tuple(tensor.shape)}")
@@ -120,7 +123,7 @@ def relative_l1(approximation: Tensor, exact: Tensor) -> Tensor:
     """||A - B||_1 / ||B||_1 of each pair of matrices (..., M, N): the error relative to the size of the exact one."""
     _check_matrices(exact=exact)
     check_dense("approximation", approximation)
-    _check_shape("approximation", approximation, exact.dtype, "exact", exact)
+    _check_shape("approximation", approximation, (exact.dtype,), "exact", exact)
     return (approximation - exact).abs().sum(dim=(-2, -1)) / exact.abs().sum(dim=(-2, -1))
 
 
@@ -130,7 +133,7 @@ def error_of_keeping(kept: Tensor, weights: Tensor, value: Tensor) -> Tensor:
     `kept` and `weights` (..., Nq, Nk), `value` (..., Nk, D) -> (...). A row that keeps nothing gives zeros.
     """
     _check_matrices(weights=weights, value=value)
-    _check_shape("kept", kept, torch.bool, "weights", weights)
+    _check_shape("kept", kept, (torch.bool,), "weights", weights)
     if value.shape[:-1] != (*weights.shape[:-2], weights.shape[-1]) or value.dtype != weights.dtype:
         expected = f"{weights.dtype} {(*weights.shape[:-2], weights.shape[-1], 'D')}"
         raise ValueError(f"value must be {expected}, one row for each key, got {value.dtype} {tuple(value.shape)}")
@@ -159,7 +162,7 @@ def oracle_labels(mass: Tensor, labels: Tensor) -> Tensor:
     `mass` and `labels` (..., Tq, Tk) -> (..., Tq, Tk) int8; among equal masses the earlier block ranks higher.
     """
     _check_matrices(mass=mass)
-    _check_shape("labels", labels, torch.int8, "mass", mass)
+    _check_shape("labels", labels, INTEGERS, "mass", mass)
     rank = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     critical = (labels == 1).sum(dim=-1, keepdim=True)
     negligible = (labels == -1).sum(dim=-1, keepdim=True)
@@ -168,8 +171,8 @@ def oracle_labels(mass: Tensor, labels: Tensor) -> Tensor:
 
 def critical_recall(labels: Tensor, oracle: Tensor) -> Tensor:
     """Share of the oracle's critical blocks that `labels` (..., Tq, Tk) makes critical too."""
-    _check_shape("labels", labels, torch.int8, "labels", labels)
-    _check_shape("oracle", oracle, torch.int8, "labels", labels)
+    _check_shape("labels", labels, INTEGERS, "labels", labels)
+    _check_shape("oracle", oracle, INTEGERS, "labels", labels)
     wanted = oracle == 1
     return ((labels == 1) & wanted).sum(dim=(-2, -1)) / wanted.sum(dim=(-2, -1))
 
@@ -177,7 +180,7 @@ def critical_recall(labels: Tensor, oracle: Tensor) -> Tensor:
 def class_mass(mass: Tensor, labels: Tensor) -> dict[int, Tensor]:
     """What part of all attention each class holds, per map: {1: critical, 0: marginal, -1: negligible}."""
     _check_matrices(mass=mass)
-    _check_shape("labels", labels, torch.int8, "mass", mass)
+    _check_shape("labels", labels, INTEGERS, "mass", mass)
     return {label: mass.where(labels == label, 0.0).sum(dim=-1).mean(dim=-1) for label in CLASS_NAMES}
 
 

@@ -141,15 +141,12 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, scale: float | None, back
     return Prepared(query, key, value, 1 / math.sqrt(query.shape[3]) if scale is None else float(scale), backend)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into the function of torch
-def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
-
-
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast has on the tensor's device. None where it is off, or does not exist, as on "meta"."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
+    # What is compiled is on a device that has autocast, and torch 2.11's compiler could not follow the question.
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
