@@ -25,8 +25,8 @@ def gib(arm: dict, name: str) -> str:
 
 # Cells of the table on cost.
 MEMORY: list[Callable[[dict], str]] = [
-    lambda arm: f"{gib(arm, 'training_peak')}",
-    lambda arm: f"{gib(arm, 'training_held')}",
+    lambda arm: gib(arm, "training_peak"),
+    lambda arm: gib(arm, "training_held"),
     lambda arm: f"{arm['training_whole_graph_step'] / 1000:.2f} s, {gib(arm, 'training_whole_graph_peak')}",
     lambda arm: f"{arm['lora_step'] / 1000:.2f} s",
     lambda arm: f"{gib(arm, 'lora_peak')}, {gib(arm, 'lora_held')}",
