@@ -263,6 +263,8 @@ def test_soft_choice_is_the_equation_and_keeps_protected_blocks():
     assert torch.equal(soft, expected)
     soft.square().sum().backward()
     assert all(parameter.grad.any() for parameter in router.parameters())
+    papers = router.soft(query, key, 0.34, 0.1, **BLOCKS)
+    assert torch.equal(router.soft(query, key, 0.34, **BLOCKS), papers) and not torch.equal(papers, soft)
 
 
 def test_a_hard_choice_does_not_pretend_to_train_the_router():

@@ -347,6 +347,8 @@ def test_printing_says_how_it_mixes():
         ({"alpha": "block"}, TypeError, "query_length must be an int >= 1, got None"),
         ({"query_length": 60}, ValueError, "query_length must be None for alpha='head', which accepts any, got 60"),
         ({"heads": 0}, ValueError, "heads must be an int >= 1, got 0"),
+        ({"block_q": 0}, ValueError, "block_q must be an int >= 1, got 0"),
+        ({"block_k": 0}, ValueError, "block_k must be an int >= 1, got 0"),
         ({"head_dim": 16.0}, TypeError, "head_dim must be an int >= 1"),
         ({"critical_ratio": 0.0}, ValueError, "critical_ratio must be a number with 0 < critical_ratio <= 1, got 0"),
         ({"proj": "identity"}, TypeError, "proj must be a bool, got 'identity' of type str"),
@@ -357,6 +359,17 @@ def test_printing_says_how_it_mixes():
 def test_bad_construction(arguments, error, message):
     with pytest.raises(error, match=message):
         sla_ref.SLA2Attention(**{"head_dim": 16, "heads": 2} | arguments)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_parameters_are_float32_whatever_the_default(alpha):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = make_layer(alpha, router="learned", proj=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
 
 
 def test_bad_calls():
