@@ -235,6 +235,18 @@ def test_one_output_alone_can_be_differentiated(name):
         torch.testing.assert_close(one, other)
 
 
+def test_in_inference_mode_a_feature_map_that_works_in_place_changes_nothing():
+    """There torch does not count the changes of a tensor, so this one could not be refused."""
+    with torch.inference_mode():
+        query, key, value = (tokens(seed=seed) for seed in range(3))
+        before = query.clone(), key.clone()
+        blocks = {"block_q": 8, "block_k": 8}
+        out = sla_ref.sparse_linear_attention(query, key, value, feature_map=torch.nn.ReLU(inplace=True), **blocks)
+        expected = sla_ref.sparse_linear_attention(query, key, value, feature_map="relu", **blocks)
+    assert torch.equal(query, before[0]) and torch.equal(key, before[1])
+    assert all(map(torch.equal, out, expected))
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_bits_are_the_same(context):
     inputs = qkv()

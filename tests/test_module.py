@@ -351,6 +351,11 @@ def test_bad_size_of_hedgehog(head_dim, error):
         sla_ref.Hedgehog(head_dim)
 
 
+def test_hedgehog_refuses_another_head_dim():
+    with pytest.raises(ValueError, match=r"tokens must have head_dim 16, got shape \(1, 2, 30, 8\)"):
+        sla_ref.Hedgehog(16)(torch.zeros(1, 2, 30, 8))
+
+
 def test_bad_names_and_shapes():
     with pytest.raises(ValueError, match="feature_map must be one of"):
         sla_ref.SparseLinearAttention(16, feature_map="tanh")

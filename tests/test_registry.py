@@ -327,6 +327,8 @@ def test_which_backend():
         assert sla_ref.which_backend(query, block_map) == ("torch", None)
     with sla_ref.use_backend("picky"), pytest.raises(ValueError, match="head_dim is 4, not 5"):
         sla_ref.which_backend(query, block_map)
+    with pytest.raises(ValueError, match=r"for \(batch, heads, Nq\) = \(1, 1, 9\), got one for \(1, 1, 20\)"):
+        sla_ref.which_backend(query[:, :, :9], block_map)
 
 
 # --- use_backend: threads, tasks, the second forward of checkpointing ------------------------------------------------
