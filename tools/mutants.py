@@ -50,14 +50,14 @@ TESTS = {
     "attention": "attention module layer",
     "feature_maps": "module attention",
     "module": "module layer attention",
-    "sla2": "sla2",
-    "router": "router",
+    "sla2": "sla2 fuzz",
+    "router": "router fuzz",
     "backends/__init__": "registry attention",
     "backends/pytorch": "backends attention reference",
     "integrations/checkpoints": "checkpoints lora diffusers distributed",
     "integrations/diffusers": "diffusers distributed",
-    "integrations/sdpa": "sdpa",
-    "integrations/thu_ml": "thu_ml",
+    "integrations/sdpa": "sdpa fuzz",
+    "integrations/thu_ml": "thu_ml fuzz",
     "integrations/ulysses": "distributed",
 }
 """The modules that are changed, and the tests that should notice: `tests/test_*.py`, the best first."""
