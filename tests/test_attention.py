@@ -235,6 +235,13 @@ def test_one_output_alone_can_be_differentiated(name):
         torch.testing.assert_close(one, other)
 
 
+def test_tensors_that_do_not_fit_each_other_or_the_map_are_refused():
+    with pytest.raises(TypeError, match=r"key must have query's dtype torch\.float64, got torch\.float32"):
+        sla_ref.sparse_linear_attention(Q, Q.float(), Q, block_map=MAP)
+    with pytest.raises(ValueError, match="block_map must be on query's device cpu, got meta"):
+        sla_ref.sparse_linear_attention(Q, Q, Q, block_map=MAP.to("meta"))
+
+
 def test_in_inference_mode_a_feature_map_that_works_in_place_changes_nothing():
     """There torch does not count the changes of a tensor, so this one could not be refused."""
     with torch.inference_mode():

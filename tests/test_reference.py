@@ -120,7 +120,9 @@ def test_classification_by_hand():
     key = torch.tensor([3.0, 5, 1, 5, 2]).repeat_interleave(2).view(1, 1, 10, 1)
 
     def labels(critical_ratio: float, negligible_ratio: float) -> list[int]:
-        return reference.classify(query, key, critical_ratio, negligible_ratio, 2, 2).flatten().tolist()
+        labels = reference.classify(query, key, critical_ratio, negligible_ratio, 2, 2)
+        assert labels.dtype == torch.int8
+        return labels.flatten().tolist()
 
     assert labels(0.4, 0.4) == [0, 1, -1, 1, -1]
     assert labels(0.2, 0.2) == [0, 1, -1, 0, 0], "among equal scores the first block is critical"
