@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import takewhile
 from types import SimpleNamespace
 
 import pytest
@@ -179,10 +180,10 @@ def test_the_table_of_mutants():
     numbers = "1,200 | 1 | 100 | 95 (95.0 %) | 88.8 to 97.8 % | 99 (99.0 %) |"
     assert f"| `m` | abc | {numbers}" in lines
     assert f"| all | | {numbers}" in lines
-    assert lines[-1] == "- `m.py:1 f: a  ->  b`"
+    assert "- `m.py:1 f: a  ->  b`" in lines
     assert f"| `m` | abc, earlier code | {numbers}" in table_of_mutants(found, {"m": False})
     del found["modules"]["m"]["survived"][0]
-    assert table_of_mutants(found, {"m": True}) == lines[:-4]
+    assert [*table_of_mutants(found, {"m": True}), ""] == list(takewhile(lambda line: "<details" not in line, lines))
     small = {"commit": "abc", "mutants": 400, "listed": 0, "run": 10, "caught_at_first": 10, "caught": 10}
     found["modules"]["n"] = small | {"survived": []}
     total = table_of_mutants(found, {"m": True, "n": True})[-1]

@@ -219,7 +219,8 @@ def table_of_mutants(found: dict[str, Any], same: dict[str, bool]) -> list[str]:
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     last = f"Last recorded on {about['date']}, on {about['cpu']} ({versions}), with seed {about['seed']}."
     survivors = [f"- `{text}`" for row in found["modules"].values() for text in row["survived"]]
-    return [last, "", *rows, *(["", "These survive:", "", *survivors] if survivors else [])]
+    folded = ["", '<details markdown="1"><summary>Those that survive</summary>', "", *survivors, "", "</details>"]
+    return [last, "", *rows, *(folded if survivors else [])]
 
 
 def cells_of_mutants(row: Mapping[str, Any], interval: tuple[float, float]) -> str:
