@@ -23,7 +23,7 @@ from experiments.recipe import Recipe, build
 from experiments.report import DOCS, fill, report
 from experiments.run import RESULTS, read_lines, run
 from experiments.setting import QUICK, SETTINGS, Context, Experiment
-from experiments.values import read_results
+from experiments.values import at_best_rate, cases_of, read_results, spread_of
 from sla_ref.feature_maps import Softmax
 from sla_ref.lab import evaluate
 from sla_ref.lab.weights import TEACHER, load_weights
@@ -455,6 +455,16 @@ def test_each_arm_of_mixing_is_shown_at_its_best_rate():
     for name in ("mixing", "error-by-mass"):
         svg = figures.draw(name, {"mixing n1024": measured})
         assert svg is not None and "ideal alpha" in svg and "rate" not in svg
+
+
+def test_the_answer_on_branch_weights_has_the_measured_losses():
+    """Of the prose; the tables are compared below."""
+    page = (DOCS / "experiments.md").read_text(encoding="utf-8")
+    prose = page.partition("## How much each branch weighs")[2].partition("<details")[0]
+    best = at_best_rate(read_results(RESULTS)["mixing n1024"])
+    losses = {f"{spread_of(best, case).mean:.4f}" for case in cases_of(best)}
+    found = set(re.findall(r"\b0\.0[1-9]\d\d\b", prose))
+    assert len(found) > 20 and found - losses == set()
 
 
 def test_the_committed_page_is_what_the_committed_lines_give():

@@ -28,7 +28,7 @@ EXPERIMENTS = ROOT / "benchmarks" / "results" / "experiments"
 
 def digits(value: float) -> str:
     """Two or three of them."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def times_faster(row: dict, key: str, base: dict) -> str:
@@ -86,7 +86,13 @@ def sentences() -> list[str]:
     backward_rate = 2.5 * dense_rate * sdpa["forward"] / (sdpa["forward_backward"] - sdpa["forward"])
     forward, backward = rounded("forward", 128), rounded("forward_backward", 128)
     sparse = GPU["sparse_only"]
+    lora, whole = (
+        sum(WAN["SLA 128x64"][f"{kind}_{part}_mib"] for part in ("peak", "held")) / 1024
+        for kind in ("lora", "training")
+    )
     return [
+        f"compiled blocks the forward takes cuDNN {WAN['SDPA, cuDNN']['forward_compiled']:.0f} ms",
+        f"needs {lora:.1f} GiB in all instead of {whole:.1f}",
         f"the layer is {sdpa['forward'] / layer['forward']:.1f} times as fast as cuDNN's attention in the forward pass",
         f"and {sdpa['forward_backward'] / layer['forward_backward']:.1f} times in forward and backward, on an H200",
         f"breaks even with cuDNN at {forward} tokens forward and {backward} in both passes",

@@ -1,6 +1,7 @@
 """What the paper measures on attention maps, and what attention costs.
 
-All of it is dense and for small sizes, since it looks at whole N x N maps.
+All of it is dense and for small sizes, since it looks at whole N x N maps. Maps are floats, labels are
+integers. An argument of another type, shape or device raises a TypeError or ValueError that names it.
 """
 
 from __future__ import annotations
