@@ -466,6 +466,16 @@ def test_the_answer_on_branch_weights_has_the_measured_losses():
     found = set(re.findall(r"\b0\.0[1-9]\d\d\b", prose))
     assert len(found) > 20 and found - losses == set()
 
+    shares = []  # of the squared error, in rows with more than two thirds outside; the arms of the figure
+    for arm in ("SLA (paper)", "alpha per head", "alpha from block means", "ideal alpha"):
+        case = next(case for case in cases_of(best) if case.startswith(f"400 steps: {arm}, rate"))
+        rows, errors = (
+            [spread_of(best, case, f"{name}_{number}").mean for number in (1, 2, 3)] for name in ("rows", "row_error")
+        )
+        parts = [row * error for row, error in zip(rows, errors, strict=True)]
+        shares.append(100 * parts[2] / sum(parts))
+    assert f"hold {min(shares):.0f} to {max(shares):.0f} % of the squared error" in " ".join(prose.split())
+
 
 def test_the_committed_page_is_what_the_committed_lines_give():
     page = (DOCS / "experiments.md").read_text(encoding="utf-8")
