@@ -72,9 +72,11 @@ class Hedgehog(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
+        if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+            raise TypeError(f"head_dim must be an even int >= 2, got {shown(head_dim)}")
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be an even int >= 2 for the hedgehog feature map, got {shown(head_dim)}")
         check_block_size("head_dim", head_dim)
-        if head_dim % 2:
-            raise ValueError(f"head_dim must be an even int >= 2 for the hedgehog feature map, got {head_dim}")
         self.weight = nn.Parameter(torch.empty(head_dim // 2, head_dim))
         self.reset_parameters()
 
